@@ -1,0 +1,1 @@
+"""Tasks, features, heads, metrics and statistics of a probe."""

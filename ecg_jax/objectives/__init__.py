@@ -1,0 +1,1 @@
+"""Self-supervised objectives: a module with its heads plus a pure loss function each."""

@@ -1,0 +1,1 @@
+"""State, optimiser, devices, checkpoints and metric writers of a training run."""
