@@ -1,1 +1,1 @@
-"""."""
+"""ml_collections config files: what a run is."""

@@ -1,0 +1,98 @@
+"""The encoder that pretraining makes and every probe uses: stem, then backbone."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ecg_jax.models import s4
+from ecg_jax.models.s4 import S4Backbone
+from ecg_jax.models.stem import Stem
+
+
+class Encoder(nn.Module):
+    """Stem and backbone under the names `stem` and `backbone`, the schema of every checkpoint.
+
+    Attributes:
+        stem: maps samples [B, T, C] to tokens [B, L, D].
+        backbone: maps tokens [B, L, D] to (tokens [B, L, D], intermediates).
+    """
+
+    stem: nn.Module
+    backbone: nn.Module
+
+    def __call__(
+        self, x: jax.Array, record_index: jax.Array | None = None, *, train: bool
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Encodes x [B, T, C].
+
+        Args:
+            x: model input, see `inputs.to_model_input`.
+            record_index: [B] number of each record within the global batch; keys the dropout masks.
+            train: batch statistics and dropout.
+
+        Returns:
+            tokens [B, L, D] and a dict of intermediates: `stem` [B, L, D] and those of the backbone.
+        """
+        encoded = self.stem(x, train=train)
+        tokens, out = self.backbone(encoded, record_index, train=train)
+        return tokens, {"stem": encoded, **out}
+
+
+def build_encoder(
+    *,
+    backbone: str,
+    width: int,
+    state: int,
+    layers: int,
+    l_max: int,
+    bidirectional: bool,
+    trainable_ssm: bool,
+    dropout: float,
+    dtype: Any = jnp.float32,
+    axis_name: str | None = None,
+    name: str | None = None,
+) -> Encoder:
+    """An encoder from plain values; the keywords are the fields of `config.model`.
+
+    Raises:
+        ValueError: unknown backbone.
+    """
+    if backbone != "s4":
+        raise ValueError(f"unknown backbone {backbone!r}; known: s4")
+    return Encoder(
+        stem=Stem(width=width, axis_name=axis_name, dtype=dtype),
+        backbone=S4Backbone(
+            width=width,
+            state=state,
+            layers=layers,
+            l_max=l_max,
+            bidirectional=bidirectional,
+            trainable_ssm=trainable_ssm,
+            dropout=dropout,
+            dtype=dtype,
+        ),
+        name=name,
+    )
+
+
+def tokens_of(samples: int) -> int:
+    """Tokens L that the stem makes of a window of T samples."""
+    return (samples + 1) // 2
+
+
+def constants(variables: dict[str, Any], *, length: int, l_max: int) -> dict[str, Any]:
+    """What `apply` needs beside params and batch_stats: the `ssm` collection and the kernel `basis` derived from it.
+
+    Args:
+        variables: from `init` or a checkpoint; `ssm` is absent when the state matrices are trained.
+        length: tokens of a window.
+        l_max: `config.model.l_max`.
+
+    Returns:
+        {"ssm": ..., "basis": ...}, or {} when there is no `ssm`.
+    """
+    if "ssm" not in variables:
+        return {}
+    return {"ssm": variables["ssm"], "basis": s4.kernel_bases(variables["ssm"], length=length, l_max=l_max)}

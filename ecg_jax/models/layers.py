@@ -1,0 +1,95 @@
+"""Small pieces that stem, backbones and heads share: initialisers, synchronised BatchNorm, dropout keyed by record."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+#: U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of torch's Linear and Conv weights, used by the reference (spec §11.2).
+uniform_fan_in = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+#: Every LayerNorm and BatchNorm of the reference uses this epsilon (spec §11.2).
+NORM_EPSILON = 1e-5
+
+
+def uniform_bias(fan_in: int):
+    """Initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for a bias that feeds from `fan_in` inputs."""
+
+    def init(key, shape, dtype=jnp.float32):
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def layer_norm(name: str) -> nn.LayerNorm:
+    """LayerNorm over the last axis, computed in float32 whatever the compute dtype."""
+    return nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, name=name)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over batch and time, with the reference's running statistics.
+
+    Differs from `flax.linen.BatchNorm` in one thing: the running variance is the *unbiased* estimate, while the biased one
+    normalises (spec §2). Statistics are computed in float32 over all devices of `axis_name`.
+
+    Attributes:
+        axis_name: mapped axis over which statistics are averaged; None for a single device.
+        momentum: weight of the old running statistics (torch's 0.1 is 0.9 here).
+    """
+
+    axis_name: str | None = None
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Normalises x [B, L, D]; in training mode updates the `batch_stats` collection when it is mutable."""
+        width = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (width,))
+        dtype = x.dtype
+        x = x.astype(jnp.float32)
+        if train:
+            mean = self._average(x.mean((0, 1)))
+            var = self._average(jnp.square(x - mean).mean((0, 1)))
+            if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
+                count = x.shape[0] * x.shape[1] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
+                running_mean.value = self._update(running_mean.value, mean)
+                running_var.value = self._update(running_var.value, var * count / (count - 1))
+        else:
+            mean, var = running_mean.value, running_var.value
+        return ((x - mean) * (scale * jax.lax.rsqrt(var + NORM_EPSILON)) + bias).astype(dtype)
+
+    def _average(self, x: jax.Array) -> jax.Array:
+        return jax.lax.pmean(x, self.axis_name) if self.axis_name else x
+
+    def _update(self, old: jax.Array, new: jax.Array) -> jax.Array:
+        return self.momentum * old + (1.0 - self.momentum) * new
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask belongs to the record, not to the device that happens to hold it.
+
+    The key of record b is the layer's "dropout" key folded with `record_index[b]`, so a step drops the same units for any number
+    of devices and processes, and in any order of the records within the global batch.
+
+    Attributes:
+        rate: probability of dropping a unit.
+        tied: one mask for all tokens of a record ("DropoutNd", spec §3.1) instead of one per token.
+    """
+
+    rate: float
+    tied: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, record_index: jax.Array | None, *, train: bool) -> jax.Array:
+        """Drops units of x [B, L, D]; `record_index` [B] numbers the records within the global batch (None: 0..B-1)."""
+        if not train or self.rate == 0.0:
+            return x
+        if record_index is None:
+            record_index = jnp.arange(x.shape[0])
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), record_index)
+        shape = (1, x.shape[2]) if self.tied else x.shape[1:]
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, shape))(keys)
+        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros((), x.dtype))

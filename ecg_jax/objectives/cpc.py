@@ -1,0 +1,154 @@
+"""Contrastive predictive coding of one future token (spec §5.3; van den Oord et al., arXiv 1807.03748).
+
+The backbone reads the stem's tokens up to i and predicts token i + steps_ahead among negatives drawn from the same record.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ecg_jax.models.encoder import Encoder
+from ecg_jax.models.layers import uniform_fan_in
+
+
+def draw_negatives(
+    key: jax.Array, record_index: jax.Array, *, tokens: int, steps_ahead: int, negatives: int
+) -> jax.Array:
+    """Time indices of the negatives, uniform over all tokens of the record but the positive, with replacement.
+
+    Args:
+        key: key of the step; the draw of a record depends on it and on the record's number only.
+        record_index: [B] number of each record within the global batch.
+        tokens: L.
+        steps_ahead: k, distance of the predicted token.
+        negatives: M, negatives for each position.
+
+    Returns:
+        int32 [B, L - k, M].
+    """
+    positions = tokens - steps_ahead
+    positive = steps_ahead + jnp.arange(positions)[:, None]
+
+    def one_record(index):
+        drawn = jax.random.randint(jax.random.fold_in(key, index), (positions, negatives), 0, tokens - 1)
+        return drawn + (drawn >= positive)
+
+    return jax.vmap(one_record)(record_index)
+
+
+def cpc_loss(
+    encoded: jax.Array,
+    predicted: jax.Array,
+    negative_idx: jax.Array,
+    *,
+    steps_ahead: int,
+    temperature: float,
+    normalise: bool,
+    negative_records: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """InfoNCE over one positive and M negatives for every position (spec §5.3).
+
+    Every token is scored against every prediction of its record once, [B, L-k, L], and the scores of the negatives are gathered:
+    no vector is copied for a negative.
+
+    Args:
+        encoded: stem tokens s [B, L, D]; gradients flow into them.
+        predicted: predictions p [B, L, D]; the last k are not used.
+        negative_idx: [B, L-k, M] token indices of the negatives.
+        steps_ahead: k.
+        temperature: scores are divided by it.
+        normalise: scores are cosines instead of dot products.
+        negative_records: [B, L-k, M] batch index of the record that each negative comes from; None: its own record.
+
+    Returns:
+        loss float32 [B], summed over the L-k positions of each record, and accuracy float32 [B], the share of positions whose
+        positive scores at least as high as every negative. The objective is the mean of `loss` over the batch.
+    """
+    _, L, D = encoded.shape
+    if normalise:
+        encoded, predicted = (v / jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (encoded, predicted))
+    predicted = predicted[:, : L - steps_ahead]
+
+    def score(p, s):
+        product = jnp.einsum("...id,...jd->...ij", p, s, preferred_element_type=jnp.float32)
+        return product / temperature
+
+    if negative_records is None:
+        scores = score(predicted, encoded)
+        positive = jnp.diagonal(scores, offset=steps_ahead, axis1=1, axis2=2)
+        negative = jnp.take_along_axis(scores, negative_idx, axis=2)
+    else:
+        positive = jnp.einsum(
+            "bid,bid->bi", predicted, encoded[:, steps_ahead:], preferred_element_type=jnp.float32
+        )
+        positive = positive / temperature
+        flat = encoded.reshape(-1, D)
+
+        # One record at a time and recomputed in the backward pass: the score matrix is [L-k, B L], never [B, L-k, B L].
+        @jax.checkpoint
+        def one_record(args):
+            p, idx = args
+            return jnp.take_along_axis(score(p, flat), idx, axis=1)
+
+        negative = jax.lax.map(one_record, (predicted, negative_records * L + negative_idx))
+        positive = positive.astype(jnp.float32)
+    logits = jnp.concatenate([positive[..., None], negative], axis=-1)
+    loss = (jax.nn.logsumexp(logits, axis=-1) - positive).sum(axis=-1)
+    accuracy = (positive >= negative.max(axis=-1)).mean(axis=-1, dtype=jnp.float32)
+    return loss, accuracy
+
+
+class CPC(nn.Module):
+    """Encoder and linear prediction head of CPC.
+
+    Attributes:
+        encoder: must be causal.
+        width: D.
+        steps_ahead: k, tokens between the last one read and the one predicted (14 tokens are 117 ms).
+        negatives: M.
+        temperature, normalise: as in `cpc_loss`.
+    """
+
+    encoder: Encoder
+    width: int
+    steps_ahead: int = 14
+    negatives: int = 128
+    temperature: float = 1.0
+    normalise: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, record_index: jax.Array, *, train: bool):
+        """Losses and metrics of model input x [B, T, C].
+
+        Needs the rng stream "objective", in training also "dropout". `record_index` [B] numbers the records within the global
+        batch.
+
+        Returns:
+            losses {"loss": (values [B], weights [B])} and metrics {"accuracy": (values [B], weights [B])}. A term is the weighted
+            mean over the global batch; the objective is the sum of all losses.
+        """
+        tokens, out = self.encoder(x, record_index, train=train)
+        encoded = out["stem"]
+        predicted = nn.Dense(
+            self.width, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="head"
+        )(tokens)
+        negative_idx = draw_negatives(
+            self.make_rng("objective"),
+            record_index,
+            tokens=encoded.shape[1],
+            steps_ahead=self.steps_ahead,
+            negatives=self.negatives,
+        )
+        loss, accuracy = cpc_loss(
+            encoded,
+            predicted,
+            negative_idx,
+            steps_ahead=self.steps_ahead,
+            temperature=self.temperature,
+            normalise=self.normalise,
+        )
+        weights = jnp.ones_like(loss)
+        return {"loss": (loss, weights)}, {"accuracy": (accuracy, weights)}

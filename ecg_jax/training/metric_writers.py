@@ -1,0 +1,95 @@
+"""Where a run's numbers go: log.jsonl and TensorBoard, with clu's method names and without TensorFlow."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+LOG_NAME = "log.jsonl"
+
+
+class JsonlWriter:
+    """One JSON object for each written step, appended and flushed line by line."""
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / LOG_NAME
+        self._file = open(self._path, "a", encoding="utf-8")
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Appends {"step": step, **scalars} as one line."""
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+
+    def flush(self) -> None:
+        """Writes through to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Scalars as TensorBoard event files under `workdir/tensorboard`."""
+
+    def __init__(self, workdir: Path):
+        # TensorBoard's own protobufs and file writer: no TensorFlow needed.
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(workdir / "tensorboard"))
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes one event that holds every scalar."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()]
+        self._writer.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        """Writes pending events."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Writes pending events and closes the file."""
+        self._writer.close()
+
+
+class MultiWriter:
+    """Hands every call to each of its writers."""
+
+    def __init__(self, *writers):
+        self._writers = writers
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes the scalars to all writers."""
+        for writer in self._writers:
+            writer.write_scalars(step, scalars)
+
+    def flush(self) -> None:
+        """Flushes all writers."""
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        """Closes all writers."""
+        for writer in self._writers:
+            writer.close()
+
+
+def read_log(workdir: Path) -> list[dict]:
+    """The objects of log.jsonl in order; a last line cut off by a kill is left out."""
+    path = workdir / LOG_NAME
+    if not path.exists():
+        return []
+    *whole, last = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]
+
+
+def rewind_log(workdir: Path, step: int) -> None:
+    """Drops what was logged after `step`: those steps are about to be run, and logged, again."""
+    kept = [entry for entry in read_log(workdir) if entry["step"] <= step]
+    path = workdir / LOG_NAME
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    temporary.replace(path)
