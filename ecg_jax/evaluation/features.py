@@ -1,0 +1,115 @@
+"""Features of a frozen encoder, computed once and kept.
+
+A record is scored on consecutive non-overlapping crops from its first sample on; the incomplete tail is dropped
+(spec: 10 s at a 2.5 s window give 4 crops). A record shorter than one window has no crop and cannot be scored.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def non_overlapping_crops(lengths, offsets, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the crops of some records start.
+
+    Args:
+        lengths: int [n], samples of each record.
+        offsets: int [n], first sample of each record in the store (zeros for starts within the record).
+        window: samples of a crop.
+
+    Returns:
+        (starts, record): int64 [n_crops] each; starts are offsets + 0, window, 2 window, ...; record is the index
+        into `lengths`. Records shorter than a window do not occur.
+
+    Raises:
+        ValueError: window below 1.
+    """
+    if window < 1:
+        raise ValueError(f"window is {window} samples, it must be at least 1")
+    lengths = np.asarray(lengths, dtype=np.int64)
+    n_crops = lengths // window
+    record = np.repeat(np.arange(len(lengths)), n_crops)
+    within = np.arange(n_crops.sum()) - np.repeat(np.cumsum(n_crops) - n_crops, n_crops)
+    return np.asarray(offsets, dtype=np.int64)[record] + within * window, record
+
+
+def encode_padded(encode: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, batch_size: int) -> np.ndarray:
+    """Encode up to `batch_size` crops as a batch of exactly that size, so that the encoder compiles once.
+
+    Args:
+        encode: int16 [B, T, C] microvolts -> float32 [B, D]; rows must not influence each other.
+        crops: int16 [b, T, C] with 1 <= b <= batch_size.
+
+    Returns:
+        float32 [b, D].
+    """
+    missing = batch_size - len(crops)
+    if missing:
+        crops = np.concatenate([crops, np.zeros((missing, *crops.shape[1:]), crops.dtype)])
+    return np.asarray(encode(crops), dtype=np.float32)[: batch_size - missing]
+
+
+def compute_features(
+    encode: Callable[[np.ndarray], np.ndarray],
+    read_crops: Callable[[np.ndarray, int], np.ndarray],
+    starts,
+    window: int,
+    batch_size: int,
+    progress: str | None = None,
+) -> np.ndarray:
+    """One feature vector per crop.
+
+    Args:
+        encode: int16 [B, T, C] microvolts -> float32 [B, D].
+        read_crops: (starts int64 [b], window) -> int16 [b, T, C], as `Store.read_crops`.
+        starts: int64 [n_crops] from `non_overlapping_crops`.
+        window: samples of a crop, T.
+        batch_size: B; the last batch is padded to it.
+        progress: label of a progress bar, None for none.
+
+    Returns:
+        float32 [n_crops, D].
+
+    Raises:
+        ValueError: no crop at all, or the encoder returned values that are not finite.
+    """
+    from tqdm import tqdm
+
+    starts = np.asarray(starts, dtype=np.int64)
+    if not len(starts):
+        raise ValueError("there is no crop to encode")
+    features = None
+    batches = range(0, len(starts), batch_size)
+    for first in tqdm(batches, desc=progress, unit="batch", disable=progress is None, leave=False):
+        some = slice(first, min(first + batch_size, len(starts)))
+        encoded = encode_padded(encode, read_crops(starts[some], window), batch_size)
+        if features is None:
+            features = np.empty((len(starts), encoded.shape[1]), dtype=np.float32)
+        features[some] = encoded
+    if not np.isfinite(features).all():
+        bad = int((~np.isfinite(features)).any(axis=1).sum())
+        raise ValueError(f"the encoder gave values that are not finite for {bad} of {len(starts)} crops")
+    return features
+
+
+def mean_per_record(values, record, n_records: int) -> np.ndarray:
+    """Arithmetic mean over the crops of each record.
+
+    Args:
+        values: [n_crops, K], such as crop probabilities or features.
+        record: int [n_crops], the record of each crop, 0 to n_records - 1, in any order.
+        n_records: n.
+
+    Returns:
+        float64 [n, K].
+
+    Raises:
+        ValueError: a record has no crop.
+    """
+    values, record = np.asarray(values), np.asarray(record)
+    n_crops = np.bincount(record, minlength=n_records)
+    if len(n_crops) != n_records or (n_crops == 0).any():
+        raise ValueError(f"{int((n_crops == 0).sum())} of {n_records} records have no crop to average over")
+    order = np.argsort(record, kind="stable")
+    sums = np.add.reduceat(values[order].astype(np.float64), np.cumsum(n_crops) - n_crops, axis=0)
+    return sums / n_crops[:, None]

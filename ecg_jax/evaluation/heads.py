@@ -1,0 +1,296 @@
+"""Linear probe: L2-regularised logistic regression per class on features that were computed once.
+
+For class k with weight w_k, intercept b_k and standardised features x̃ = (x − μ)/σ,
+
+    minimise  Σ_i v_ik log(1 + exp(−ỹ_ik (w_k·x̃_i + b_k))) / Σ_i v_ik  +  (l2/2) |w_k|²,      ỹ = ±1,
+
+where v_ik is the weight of crop i, zero where the target is NaN. The problem is convex with one solution, so
+unlike a head trained by stochastic gradients the result does not depend on a learning rate, a seed or an epoch.
+With unit weights, scikit-learn's `LogisticRegression(C=1 / (l2 * n))` on x̃ has the same solution.
+
+All classes are solved together by L-BFGS in float64: one pass over the features per step, in blocks, no copy per
+class. L-BFGS runs in whitened coordinates: with the covariance of x̃ diagonalised as V diag(λ) Vᵀ, and π_k the
+prevalence, the Hessian of class k at its starting point is π_k(1−π_k) V diag(λ) Vᵀ + l2 I, and scaling by its
+inverse square root makes correlated features harmless (tens of steps instead of thousands).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ecg_jax.evaluation import metrics
+from ecg_jax.evaluation.features import mean_per_record
+
+# Features up to this size are kept as float64 during a solve; larger ones are converted block by block.
+_FLOAT64_BYTES = 1 << 29
+_BLOCK_ROWS = 16384
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """A linear head on raw features; the standardisation of the training features is folded in."""
+
+    weight: np.ndarray
+    """float64 [D, K]."""
+    bias: np.ndarray
+    """float64 [K]."""
+
+    def logits(self, features) -> np.ndarray:
+        """float64 [n, K] from features [n, D]."""
+        features = np.asarray(features)
+        out = np.empty((len(features), self.weight.shape[1]))
+        for rows in _blocks(len(features)):
+            np.matmul(features[rows].astype(np.float64, copy=False), self.weight, out=out[rows])
+        return out + self.bias
+
+    def probabilities(self, features) -> np.ndarray:
+        """Sigmoid of the logits: float64 [n, K]."""
+        from scipy.special import expit
+
+        return expit(self.logits(features))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved head and how well it was solved."""
+
+    head: LinearHead
+    l2: float
+    converged: bool
+    """Whether the gradient reached the tolerance."""
+    gradient_norm: float
+    """Largest |gradient| of any class's objective, in standardised coordinates."""
+    n_steps: int
+    objective: float
+    """Sum of the objective over classes."""
+
+
+def trainable_classes(targets) -> np.ndarray:
+    """bool [K]: classes of [n, K] targets that have both positives and negatives."""
+    n_pos, n_neg = metrics.class_counts(targets)
+    return (n_pos > 0) & (n_neg > 0)
+
+
+def _blocks(n: int):
+    return [slice(start, min(start + _BLOCK_ROWS, n)) for start in range(0, n, _BLOCK_ROWS)]
+
+
+class LogisticProblem:
+    """The objective above on one set of training features, ready to be solved for several l2.
+
+    Args:
+        features: float [n, D].
+        targets: [n, K] of 0, 1, NaN (unknown); every class needs a positive and a negative.
+        weights: [n] weight of each crop, None for equal ones.
+
+    Raises:
+        ValueError: shapes differ, a feature is not finite, or a class has no positive or no negative.
+    """
+
+    def __init__(self, features, targets, weights=None):
+        features, targets = np.asarray(features), np.asarray(targets, dtype=np.float64)
+        n, width = features.shape
+        if targets.ndim != 2 or len(targets) != n:
+            raise ValueError(f"features {features.shape} need targets [{n}, K], not {targets.shape}")
+        if not trainable_classes(targets).all():
+            missing = np.flatnonzero(~trainable_classes(targets)).tolist()
+            raise ValueError(f"classes {missing} have no positive or no negative among the training targets")
+        if features.dtype != np.float64 and features.size * 8 <= _FLOAT64_BYTES:
+            features = features.astype(np.float64)
+        self.features = features
+        known = ~np.isnan(targets)
+        self._targets = np.where(known, targets, 0.0)
+        weights = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
+        self._weights = weights[:, None] * known
+        self._weights /= self._weights.sum(axis=0)
+        self.prevalence = (self._weights * self._targets).sum(axis=0)
+        self._standardise(weights / weights.sum())
+
+    def _standardise(self, weights):
+        """Mean and scale of the features, and the eigenvectors of their correlation for the whitening."""
+        n, width = self.features.shape
+        # Deviations from a first guess of the mean, so that a large offset does not cancel the variance away.
+        guess = self.features[: min(n, 1024)].mean(axis=0, dtype=np.float64)
+        first, second = np.zeros(width), np.zeros((width, width))
+        for rows in _blocks(n):
+            deviation = self.features[rows] - guess
+            first += weights[rows] @ deviation
+            second += (deviation * weights[rows, None]).T @ deviation
+        if not np.isfinite(second).all():
+            raise ValueError("the features hold values that are not finite")
+        self.mean = guess + first
+        covariance = second - np.outer(first, first)
+        scale = np.sqrt(np.clip(np.diagonal(covariance), 0.0, None))
+        # A feature that never varies (a dead unit) says nothing; rounding noise must not be blown up to size 1.
+        dead = scale <= 1e-6 * np.abs(self.mean)
+        self.scale = np.where(dead | (scale == 0), 1.0, scale)
+        eigenvalues, self.axes = np.linalg.eigh(covariance / np.outer(self.scale, self.scale))
+        self.eigenvalues = np.clip(eigenvalues, 0.0, None)
+
+    def objective(self, weight, bias, l2: float):
+        """Objective summed over classes and its gradient, in standardised coordinates.
+
+        Args:
+            weight: float64 [D, K], bias: float64 [K], on standardised features.
+            l2: penalty on the weight; the bias carries none.
+
+        Returns:
+            (value, gradient of weight [D, K], gradient of bias [K]).
+        """
+        folded = self._fold(weight, bias)
+        value = 0.5 * l2 * float(np.sum(weight**2))
+        weight_gradient, bias_gradient = np.zeros_like(weight), np.zeros_like(bias)
+        for rows in _blocks(len(self.features)):
+            x = self.features[rows].astype(np.float64, copy=False)
+            z = x @ folded.weight + folded.bias
+            decay = np.exp(-np.abs(z))  # in (0, 1]: neither the loss nor the sigmoid can overflow
+            loss = np.maximum(z, 0.0) + np.log1p(decay) - self._targets[rows] * z
+            value += float(np.sum(self._weights[rows] * loss))
+            sigmoid = np.where(z >= 0, 1.0, decay) / (1.0 + decay)
+            residual = self._weights[rows] * (sigmoid - self._targets[rows])
+            weight_gradient += x.T @ residual
+            bias_gradient += residual.sum(axis=0)
+        weight_gradient = (weight_gradient - np.outer(self.mean, bias_gradient)) / self.scale[:, None]
+        return value, weight_gradient + l2 * weight, bias_gradient
+
+    def _fold(self, weight, bias) -> LinearHead:
+        """The same function on raw features."""
+        raw = weight / self.scale[:, None]
+        return LinearHead(raw, bias - self.mean @ raw)
+
+    def solve(
+        self, l2: float, start: LinearHead | None = None, tolerance: float = 1e-6, max_steps: int = 1000
+    ) -> Solution:
+        """Solve for one l2.
+
+        Args:
+            l2: penalty, above 0.
+            start: where to start (a solution for a neighbouring l2), None for zero weights and the log odds.
+            tolerance: the largest |gradient| that counts as converged.
+            max_steps: of L-BFGS.
+
+        Returns:
+            The solution; `converged` is False if the tolerance was not reached within max_steps.
+
+        Raises:
+            ValueError: l2 not above 0.
+        """
+        from scipy.optimize import minimize
+
+        if not l2 > 0:
+            raise ValueError(f"l2 is {l2}, it must be above 0")
+        (width, n_classes), prevalence = (self.features.shape[1], len(self.prevalence)), self.prevalence
+        curvature = prevalence * (1 - prevalence)
+        whiten = 1 / np.sqrt(self.eigenvalues[:, None] * curvature + l2)  # [D, K]
+        bias_scale = 1 / np.sqrt(curvature)
+
+        def unpack(flat):
+            u = flat.reshape(width + 1, n_classes)
+            return self.axes @ (whiten * u[:-1]), bias_scale * u[-1]
+
+        def whitened(flat):
+            value, weight_gradient, bias_gradient = self.objective(*unpack(flat), l2)
+            gradient = np.vstack([whiten * (self.axes.T @ weight_gradient), bias_scale * bias_gradient])
+            return value, gradient.ravel()
+
+        if start is None:
+            weight, bias = np.zeros((width, n_classes)), np.log(prevalence / (1 - prevalence))
+        else:
+            weight, bias = start.weight * self.scale[:, None], start.bias + self.mean @ start.weight
+        flat = np.vstack([(self.axes.T @ weight) / whiten, bias / bias_scale]).ravel()
+        steps, gradient_norm = 0, np.inf
+        # The optimiser stops on the whitened gradient; go on more tightly until the true one is small.
+        for gtol in (tolerance, tolerance / 30, tolerance / 1000):
+            options = {
+                "maxiter": max_steps - steps,
+                "maxfun": 2 * max_steps,
+                "maxcor": 20,
+                "gtol": gtol,
+                "ftol": 0.0,
+            }
+            result = minimize(whitened, flat, jac=True, method="L-BFGS-B", options=options)
+            flat, steps = result.x, steps + result.nit
+            value, weight_gradient, bias_gradient = self.objective(*unpack(flat), l2)
+            gradient_norm = float(max(np.abs(weight_gradient).max(), np.abs(bias_gradient).max()))
+            if gradient_norm <= tolerance or steps >= max_steps:
+                break
+        head = self._fold(*unpack(flat))
+        return Solution(head, float(l2), gradient_norm <= tolerance, gradient_norm, steps, float(value))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One l2 of the grid: its solve and its validation score."""
+
+    l2: float
+    validation_macro_auroc: float
+    converged: bool
+    gradient_norm: float
+    n_steps: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The head chosen on the validation records."""
+
+    head: LinearHead
+    l2: float
+    candidates: list[Candidate]
+    """One per l2 of the grid, strongest penalty first."""
+    at_edge: str | None
+    """"strongest" or "weakest" if the chosen l2 is the end of a grid of several: a wider grid may do better."""
+
+    @property
+    def converged(self) -> bool:
+        """Whether the chosen head's solve reached the tolerance."""
+        return next(c.converged for c in self.candidates if c.l2 == self.l2)
+
+
+def crop_weights(record) -> np.ndarray:
+    """Weight 1 / (crops of its record) per crop, so that a long recording counts no more than a short one."""
+    record = np.asarray(record)
+    return 1.0 / np.bincount(record)[record]
+
+
+def select_l2(
+    problem: LogisticProblem,
+    validation_features,
+    validation_record,
+    validation_targets,
+    l2_grid,
+    tolerance: float = 1e-6,
+    max_steps: int = 1000,
+) -> Selection:
+    """Solve for every l2, strongest first, each from the last one's solution, and keep the best.
+
+    The best has the highest macro AUROC (undefined classes left out) on the validation records after averaging
+    the probabilities of each record's crops; of equal ones the strongest penalty.
+
+    Args:
+        problem: of the training features.
+        validation_features: [n_crops, D].
+        validation_record: int [n_crops], row of validation_targets of each crop.
+        validation_targets: [n_records, K].
+        l2_grid: penalties to try.
+        tolerance, max_steps: as in `LogisticProblem.solve`.
+
+    Raises:
+        ValueError: the grid is empty, or no class is defined on the validation records.
+    """
+    grid = sorted({float(l2) for l2 in l2_grid}, reverse=True)
+    if not grid:
+        raise ValueError("the grid of l2 is empty")
+    best, best_score, solution, candidates = None, -np.inf, None, []
+    for l2 in grid:
+        start = solution.head if solution else None
+        solution = problem.solve(l2, start=start, tolerance=tolerance, max_steps=max_steps)
+        probabilities = solution.head.probabilities(validation_features)
+        averaged = mean_per_record(probabilities, validation_record, len(validation_targets))
+        score = metrics.macro_auroc(validation_targets, averaged)
+        candidates.append(Candidate(l2, score, solution.converged, solution.gradient_norm, solution.n_steps))
+        if score > best_score:
+            best, best_score = solution, score
+    if best is None:
+        raise ValueError("no class has both positives and negatives among the validation records")
+    ends = {grid[0]: "strongest", grid[-1]: "weakest"} if len(grid) > 1 else {}
+    return Selection(best.head, best.l2, candidates, ends[best.l2] if best.l2 in ends else None)

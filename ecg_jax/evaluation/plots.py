@@ -1,0 +1,245 @@
+"""Pictures: loss curve, one ECG on paper, AUROC per class with intervals. Matplotlib is imported when one is drawn."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+# Okabe and Ito's palette: told apart by colour-blind readers, and in grey by lightness and marker.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#6E6E6E"
+
+# Printed ECG paper: 1 mm and 5 mm lines.
+_PAPER, _THIN, _THICK, _TRACE = "#FFF6F4", "#F8D3CD", "#EFA79E", "#101010"
+_MM_PER_S, _MM_PER_MV, _MM_PER_INCH = 25.0, 10.0, 25.4
+_LAYOUT = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"))
+
+
+def _figure(width_inch: float, height_inch: float):
+    """A figure that belongs to no window system: drawing never needs or changes a display backend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_inch, height_inch), facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path: str | Path, dpi: float) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    figure.savefig(temporary, dpi=dpi)
+    temporary.replace(path)
+
+
+def ecg_paper(
+    signal,
+    rate_hz: float,
+    leads: Sequence[str],
+    path: str | Path,
+    title: str = "",
+    start_s: float = 0.0,
+    dpi: float = 150,
+) -> None:
+    """One 12-lead ECG on pink paper at 25 mm/s and 10 mm/mV: 3 rows of 4 leads and lead II throughout.
+
+    The columns follow each other in time, as on an electrocardiograph: of 10 s, column 1 shows 0-2.5 s, column 2
+    2.5-5 s and so on, above the same 10 s of lead II. Every row begins with a calibration pulse of 1 mV for 0.2 s.
+    One millimetre of paper is one millimetre of the picture at its own dpi, so a print without scaling can be
+    measured with a ruler.
+
+    Args:
+        signal: [T, C] in millivolts; NaN leaves a gap.
+        rate_hz: samples per second.
+        leads: C names, the twelve usual ones in any order.
+        path: file to write (.png, .pdf, .svg).
+        title: printed above the grid.
+        start_s: where the strip begins; it shows 10 s, or what there is.
+        dpi: of the picture.
+
+    Raises:
+        ValueError: a lead is not there, or nothing is left to draw.
+    """
+    from matplotlib.collections import LineCollection
+
+    signal = np.asarray(signal, dtype=np.float64)
+    missing = [name for row in _LAYOUT for name in row if name not in leads]
+    if missing:
+        raise ValueError(f"lead(s) {', '.join(missing)} are not among {', '.join(leads)}")
+    first = round(start_s * rate_hz)
+    shown = signal[first : first + round(10 * rate_hz)]
+    if len(shown) < 2:
+        raise ValueError(f"the recording ends before {start_s} s")
+    column_of = {name: c for c, name in enumerate(leads)}
+
+    duration = len(shown) / rate_hz
+    margin, pulse_mm, row_mm, head_mm, foot_mm = 5.0, 10.0, 30.0, 15.0, 10.0
+    strip_mm = duration * _MM_PER_S
+    width = np.ceil((2 * margin + pulse_mm + strip_mm) / 5) * 5
+    baselines = [foot_mm + row_mm * (3 - row) + row_mm / 2 for row in range(4)]
+    height = foot_mm + 4 * row_mm + head_mm
+
+    figure = _figure(width / _MM_PER_INCH, height / _MM_PER_INCH)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), facecolor=_PAPER)
+    axes.set_axis_off()
+    figure.patch.set_facecolor(_PAPER)
+    for step, color, line_width in ((1, _THIN, 0.35), (5, _THICK, 0.7)):
+        xs, ys = np.arange(0, width + step, step), np.arange(0, height + step, step)
+        lines = [[(x, 0), (x, height)] for x in xs] + [[(0, y), (width, y)] for y in ys]
+        axes.add_collection(LineCollection(lines, colors=color, linewidths=line_width, zorder=0))
+
+    origin = margin + pulse_mm
+    # Drawn back to front so that a label is never under a trace.
+    box = {"facecolor": _PAPER, "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
+    trace = {"color": _TRACE, "linewidth": 0.8, "solid_joinstyle": "round", "zorder": 3}
+    x = origin + np.arange(len(shown)) / rate_hz * _MM_PER_S
+    for row, baseline in enumerate(baselines):
+        pulse_x = margin + np.array([0.0, 2.0, 2.0, 7.0, 7.0, 9.0])
+        axes.plot(pulse_x, baseline + np.array([0, 0, 1, 1, 0, 0]) * _MM_PER_MV, **trace)
+        names = _LAYOUT[row] if row < 3 else ("II",)
+        edges = np.linspace(0, len(shown), len(names) + 1).round().astype(int)
+        for i, name in enumerate(names):
+            part = slice(edges[i], min(edges[i + 1] + 1, len(shown)))
+            axes.plot(x[part], baseline + shown[part, column_of[name]] * _MM_PER_MV, **trace)
+            label_x = origin + edges[i] / rate_hz * _MM_PER_S
+            if i:
+                tick = [baseline - 3.5, baseline - 2.0, np.nan, baseline + 2.0, baseline + 3.5]
+                axes.plot(np.full(5, label_x), tick, color=_TRACE, linewidth=0.8, zorder=3)
+            axes.text(label_x + 1.2, baseline + 10.5, name, fontsize=9, weight="bold", zorder=4, bbox=box)
+    axes.text(margin, height - 5, title, fontsize=10, va="center", zorder=4, bbox=box)
+    scale = f"25 mm/s    10 mm/mV    {rate_hz:g} samples/s    {duration:.1f} s from {start_s:g} s"
+    axes.text(margin, 5, scale, fontsize=8, va="center", zorder=4, bbox=box)
+    _save(figure, path, dpi)
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """The objects of a log.jsonl; a last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def loss_curve(log: str | Path, path: str | Path, series: dict[str, str], accuracy: dict[str, str], title: str = ""):
+    """Training and validation loss over steps, and accuracy below it where it was logged.
+
+    Args:
+        log: a run's log.jsonl, one object with "step" per line.
+        path: picture to write.
+        series: label -> key of the losses, the training loss first.
+        accuracy: label -> key of the accuracies; keys that no line has are left out.
+        title: of the picture.
+
+    Raises:
+        ValueError: no line of the log holds any of the losses.
+    """
+    entries = read_log(log)
+
+    def points(key):
+        pairs = [(e["step"], e[key]) for e in entries if key in e and e[key] is not None]
+        return np.array(pairs, dtype=np.float64).reshape(-1, 2)
+
+    panels = [
+        ("loss", {label: points(key) for label, key in series.items()}),
+        ("accuracy", {label: points(key) for label, key in accuracy.items()}),
+    ]
+    panels = [(name, {k: p for k, p in lines.items() if len(p)}) for name, lines in panels]
+    panels = [(name, lines) for name, lines in panels if lines]
+    if not panels or panels[0][0] != "loss":
+        raise ValueError(f"{log} holds none of {', '.join(series.values())}")
+    figure = _figure(7.0, 1.0 + 2.6 * len(panels))
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, lines) in zip(grid, panels, strict=True):
+        for (label, xy), color in zip(lines.items(), (_BLUE, _ORANGE, _GREY), strict=False):
+            few = len(xy) <= 40
+            axes.plot(xy[:, 0], xy[:, 1], color=color, label=label, marker="o" if few else None, markersize=3.5)
+        axes.set_ylabel(name)
+        axes.grid(color="#E4E4E4", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    if all((xy[:, 1] > 0).all() for xy in panels[0][1].values()):
+        values = np.concatenate([xy[:, 1] for xy in panels[0][1].values()])
+        if values.max() / values.min() > 20:
+            grid[0].set_yscale("log")
+    grid[-1].set_xlabel("step")
+    grid[0].set_title(title, loc="left", fontsize=11)
+    figure.tight_layout()
+    _save(figure, path, dpi=130)
+
+
+def auroc_forest(
+    classes: Sequence[str],
+    values: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    n_pos: Sequence[int],
+    path: str | Path,
+    baseline: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    labels: tuple[str, str] = ("pretrained", "random initialisation"),
+    title: str = "",
+    summary: tuple[str, tuple[float, float, float], tuple[float, float, float] | None] | None = None,
+    interval_note: str = "95 % interval",
+) -> None:
+    """AUROC of every class with its interval, best first, counts of positives beside the names.
+
+    Args:
+        classes: K names.
+        values, low, high: float [K]; a class whose value is NaN is listed as undefined.
+        n_pos: K numbers of positive test records.
+        path: picture to write.
+        baseline: (values, low, high) of a second model, drawn lighter below each first one.
+        labels: what the two models are called.
+        title: of the picture.
+        summary: (name, (value, low, high), the baseline's or None), a last row set apart, such as macro AUROC.
+        interval_note: what the whiskers are, for the axis label.
+    """
+    values, low, high = (np.asarray(a, dtype=np.float64) for a in (values, low, high))
+    order = np.argsort(np.where(np.isnan(values), -1.0, values), kind="stable")[::-1]
+    rows = [(f"{classes[k]}  (n={n_pos[k]})", (values[k], low[k], high[k]), k) for k in order]
+    positions = [float(-i) for i in range(len(rows))]
+    figure = _figure(7.2, 1.3 + 0.36 * (len(rows) + (1.4 if summary else 0)))
+    axes = figure.subplots()
+
+    def draw(y, triple, color, marker, label, size):
+        value, lower, upper = triple
+        if np.isnan(value):
+            return
+        axes.plot([lower, upper], [y, y], color=color, linewidth=1.8, solid_capstyle="butt", zorder=2)
+        axes.plot([value], [y], marker, color=color, markersize=size, label=label, zorder=3, linestyle="none")
+
+    shift = 0.15 if baseline is not None else 0.0
+    for y, (_, triple, k) in zip(positions, rows, strict=True):
+        draw(y + shift, triple, _BLUE, "o", None, 5.5)
+        if baseline is not None:
+            draw(y - shift, tuple(b[k] for b in baseline), _ORANGE, "D", None, 4.5)
+        if np.isnan(triple[0]):
+            axes.text(0.5, y, "  undefined in the test records", va="center", fontsize=8, color=_GREY)
+    names = [name for name, _, _ in rows]
+    if summary is not None:
+        y = positions[-1] - 1.4
+        draw(y + shift, summary[1], _BLUE, "o", None, 7)
+        if baseline is not None and summary[2] is not None:
+            draw(y - shift, summary[2], _ORANGE, "D", None, 6)
+        axes.axhline(y + 0.7, color="#BBBBBB", linewidth=0.8)
+        positions.append(y)
+        names.append(summary[0])
+    axes.plot([], [], "o", color=_BLUE, label=labels[0], linestyle="none")
+    if baseline is not None:
+        axes.plot([], [], "D", color=_ORANGE, label=labels[1], linestyle="none")
+    axes.axvline(0.5, color=_GREY, linewidth=1, linestyle="--", zorder=1)
+    everything = np.concatenate([low, *(baseline[1:2] if baseline is not None else ())])
+    lowest = np.nanmin(everything) if np.isfinite(everything).any() else 0.5
+    axes.set_xlim(min(0.45, np.floor(lowest * 20) / 20 - 0.01), 1.005)
+    axes.set_ylim(positions[-1] - 0.7, 0.7)
+    axes.set_yticks(positions, names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#E4E4E4", linewidth=0.6, zorder=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel(f"AUROC with {interval_note} (dashed: chance)")
+    axes.set_title(title, loc="left", fontsize=11)
+    figure.legend(loc="lower right", ncols=2, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
+    _save(figure, path, dpi=130)
