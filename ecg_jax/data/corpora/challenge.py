@@ -1,0 +1,61 @@
+"""PhysioNet/CinC Challenge 2020 and 2021: .mat/.hea pairs in any folder depth, SNOMED codes in the Dx comment.
+
+Reyna et al., CinC 2021; Perez Alday et al., Physiol Meas 41:124003 (2020).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated, find_files
+from ecg_jax.data.readers.wfdb import read_wfdb
+from ecg_jax.data.recording import Problem, Recording
+from ecg_jax.errors import UserError
+
+EXPECTS = "a folder with the Challenge's .mat and .hea files, at any depth"
+
+
+def list_records(source: Path, rate: int | None) -> Listing:
+    """Lists every .hea below `source`; the record id is its name without the suffix.
+
+    Raises:
+      UserError: `rate` is given, or there is no .hea with a .mat in the folder.
+    """
+    if rate is not None:
+        raise UserError(
+            "--source-rate is for corpora that come at several rates; Challenge headers give theirs."
+        )
+    entries, signals = [], []
+    for path in find_files(source, (".hea", ".mat")):
+        file = path.relative_to(source)
+        if path.suffix.lower() == ".hea":
+            entries.append(Entry(path.stem, file.as_posix()))
+        else:
+            signals.append(file)
+    if not entries or not (signals or any(_is_challenge(source / e.file) for e in entries)):
+        raise UserError(f"No Challenge recordings found in {source} (expected {EXPECTS}).")
+    entries.sort(key=lambda entry: (entry.record_id, entry.file))
+    headers = {entry.file.removesuffix(".hea") for entry in entries}
+    problems = [
+        Problem(file.stem, "missing_header", "refused", f"{file.as_posix()} has no .hea beside it.")
+        for file in signals
+        if file.with_suffix("").as_posix() not in headers
+    ]
+    entries, repeated = drop_repeated(entries)
+    return Listing(entries, problems + repeated, None, {}, HASHED_FOLDS)
+
+
+def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
+    """Reads one record through the tolerant header parser. Blank or absent Dx gives an empty label list.
+
+    Raises:
+      BadRecording: it cannot be used.
+    """
+    recording = read_wfdb(source / entry.file, entry.record_id, repair=True, assume_gain=assume_gain)
+    recording.labels.setdefault("dx", [])
+    return recording
+
+
+def _is_challenge(path: Path) -> bool:
+    """Whether a header without signal file belongs to the Challenge: it names a .mat file."""
+    return ".mat" in path.read_text(errors="replace")

@@ -1,0 +1,91 @@
+"""What a corpus hands to `prepare`: the sorted list of its recordings and what is known before reading them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ecg_jax.data.recording import Problem
+
+N_FOLDS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One recording to be read.
+
+    Attributes:
+      record_id: unique in the corpus.
+      file: path relative to SOURCE.
+      patient_id, fold, labels, age, sex: what the corpus' tables say; None where only the file itself can tell.
+      problems: found in the tables, reported once the recording is read.
+    """
+
+    record_id: str
+    file: str
+    patient_id: str | None = None
+    fold: int | None = None
+    labels: dict[str, list[str]] | None = None
+    age: float | None = None
+    sex: str | None = None
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """All recordings of a corpus below SOURCE.
+
+    Attributes:
+      entries: in the order of the store.
+      problems: recordings refused before reading, e.g. repeated ids.
+      classes: label set -> class names in order; None if only reading tells.
+      descriptions: label set -> class -> text.
+      fold_source: one phrase on where folds come from.
+    """
+
+    entries: list[Entry]
+    problems: list[Problem]
+    classes: dict[str, list[str]] | None
+    descriptions: dict[str, dict[str, str]]
+    fold_source: str
+
+    def digest(self) -> str:
+        """SHA-256 of all entries: tells whether SOURCE still is what it was."""
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            digest.update(repr(entry).encode())
+        return digest.hexdigest()
+
+
+def hash_fold(identity: str) -> int:
+    """Fold 1-10 from a patient or record id: the same everywhere, always, and independent of all other records."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") % N_FOLDS + 1
+
+
+HASHED_FOLDS = "SHA-256 of the patient id, or of the record id where no patient is known, into 10 folds"
+
+
+def find_files(source: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """All files below `source` with one of the suffixes, in sorted order, hidden folders left out."""
+    for folder, subfolders, names in os.walk(source):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(names):
+            if name.lower().endswith(suffixes) and not name.startswith("."):
+                yield Path(folder, name)
+
+
+def drop_repeated(entries: Iterable[Entry]) -> tuple[list[Entry], list[Problem]]:
+    """Keeps the first entry of each id; the later ones become problems."""
+    kept: dict[str, Entry] = {}
+    problems = []
+    for entry in entries:
+        if entry.record_id in kept:
+            first = kept[entry.record_id].file
+            detail = f"{entry.file} has the record id of {first}, which is kept."
+            problems.append(Problem(entry.record_id, "duplicate_id", "refused", detail))
+        else:
+            kept[entry.record_id] = entry
+    return list(kept.values()), problems

@@ -1,0 +1,48 @@
+"""Any folder of WFDB records: every .hea below it, whatever the signal format."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, find_files
+from ecg_jax.data.readers.wfdb import read_wfdb
+from ecg_jax.data.recording import Recording
+from ecg_jax.errors import UserError
+
+EXPECTS = "any folder of WFDB records (.hea with .dat or .mat), at any depth"
+
+# PTB Diagnostic ECG Database and others keep a patient's records in one folder of that name.
+_PATIENT = re.compile(r"patient\d+", re.IGNORECASE)
+
+
+def list_records(source: Path, rate: int | None) -> Listing:
+    """Lists every .hea below `source`; the record id is its path without the suffix, so ids cannot repeat.
+
+    A folder named `patient<number>` gives the patient id.
+
+    Raises:
+      UserError: `rate` is given, or there is no .hea.
+    """
+    if rate is not None:
+        raise UserError("--source-rate is for corpora that come at several rates; WFDB headers give theirs.")
+    entries = []
+    for path in find_files(source, (".hea",)):
+        file = PurePosixPath(path.relative_to(source).as_posix())
+        patient = next((part for part in file.parts[:-1] if _PATIENT.fullmatch(part)), None)
+        entries.append(Entry(file.with_suffix("").as_posix(), str(file), patient_id=patient))
+    if not entries:
+        raise UserError(f"No WFDB records found in {source} (expected {EXPECTS}).")
+    entries.sort(key=lambda entry: entry.record_id)
+    return Listing(entries, [], None, {}, HASHED_FOLDS)
+
+
+def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
+    """Reads one record; a header that breaks the WFDB format refuses it.
+
+    Raises:
+      BadRecording: it cannot be used.
+    """
+    recording = read_wfdb(source / entry.file, entry.record_id, assume_gain=assume_gain)
+    recording.patient_id = entry.patient_id
+    return recording

@@ -1,0 +1,333 @@
+"""Writing a store: fixed work units, one chunk file each, and a finalisation that makes them one Zarr array.
+
+The sorted list of records is cut into units whose size depends on the number of records only, so the bytes of a
+store do not depend on the number of processes. A unit is a chunk file plus a sidecar in `.partial/`, both renamed
+into place when complete; the sidecar comes last, so a unit with a sidecar is done. `zarr.json` of the group is the
+very last file of a store: before it exists the store is incomplete and can be continued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ecg_jax.data.preprocessing import Preprocessing, Processed
+from ecg_jax.data.recording import Problem, Recording
+from ecg_jax.data.store import BYTES_PER_SAMPLE, FORMAT_VERSION, PARTIAL, checksum
+from ecg_jax.errors import UserError
+
+# Chunk lengths are rounded up to this many samples (a second at 240 Hz), so that small changes keep the array shape.
+CHUNK_ROUNDING = 240
+
+
+def unit_size(n_records: int) -> int:
+    """Records per unit: about 64 units, but at least 32 and at most 4096 records each (236 MB of 10 s records)."""
+    return min(max(-(-n_records // 64), 32), 4096)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file so that it is there in full or not at all, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into a sentence.
+
+    Raises:
+      UserError: instead of the OSError of a full disk, an exceeded quota or a missing permission.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"The disk is full while writing the store {path}; free some space and run the same command again: "
+                "it goes on where it stopped."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"Cannot write the store {path}: {error.strerror}.") from error
+        raise
+
+
+def sidecar_path(store: Path, unit: int) -> Path:
+    return store / PARTIAL / f"unit-{unit:06d}.json"
+
+
+def chunk_path(store: Path, unit: int) -> Path:
+    return store / "signal" / "c" / str(unit) / "0"
+
+
+class UnitWriter:
+    """Writes one unit: append processed recordings, note problems, finish. Abandons its files unless finished."""
+
+    def __init__(self, store: Path, unit: int, corpus: str):
+        self.store, self.unit, self.corpus = store, unit, corpus
+        self.rows: list[dict] = []
+        self.problems: list[Problem] = []
+        self._samples = 0
+        self._temporary = store / PARTIAL / f"unit-{unit:06d}.{os.getpid()}.tmp"
+        self._file = None
+
+    def __enter__(self) -> UnitWriter:
+        self._file = open(self._temporary, "wb")
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def append(self, recording: Recording, processed: Processed, source_file: str) -> None:
+        """Adds one recording; its row's `offset` is relative to the unit until finalisation."""
+        self._file.write(np.ascontiguousarray(processed.signal, "<i2").data)
+        self.rows.append(
+            {
+                "record_id": recording.record_id,
+                "patient_id": recording.patient_id,
+                "corpus": self.corpus,
+                "fold": recording.fold,
+                "offset": self._samples,
+                "length": len(processed.signal),
+                "checksum": checksum(processed.signal),
+                "source_file": source_file,
+                "source_rate": float(recording.rate),
+                "age": recording.age,
+                "sex": recording.sex,
+                "missing_leads": processed.missing_mask,
+                "saturated": processed.saturated,
+                "flags": processed.flags,
+                **{f"labels_{name}": codes for name, codes in recording.labels.items()},
+            }
+        )
+        self._samples += len(processed.signal)
+        self.problems += processed.problems
+
+    def finish(self) -> None:
+        """Puts chunk file, then sidecar, in place."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._samples:
+            target = chunk_path(self.store, self.unit)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self._temporary, target)
+        sidecar = {
+            "samples": self._samples,
+            "rows": self.rows,
+            "problems": [vars(problem) for problem in self.problems],
+        }
+        write_atomic(sidecar_path(self.store, self.unit), json.dumps(sidecar).encode())
+
+
+def read_sidecar(store: Path, unit: int) -> dict | None:
+    """The sidecar of a finished unit; None when the unit must be done (again)."""
+    try:
+        sidecar = json.loads(sidecar_path(store, unit).read_bytes())
+        if sidecar["samples"] == 0:
+            return sidecar
+        # Finalisation extends chunk files with zeros; if it was interrupted, they may already be longer.
+        size = chunk_path(store, unit).stat().st_size
+    except (OSError, ValueError, KeyError):
+        return None
+    return sidecar if size >= sidecar["samples"] * BYTES_PER_SAMPLE else None
+
+
+def finalise(
+    store: Path,
+    *,
+    n_units: int,
+    preprocessing: Preprocessing,
+    attributes: dict,
+    classes: dict[str, list[str]] | None,
+    descriptions: dict[str, dict[str, str]],
+    first_problems: Sequence[Problem],
+    drop_duplicates: bool,
+) -> None:
+    """Makes a store out of finished units.
+
+    Args:
+      store: its folder; every unit is finished.
+      n_units: number of units.
+      preprocessing: the contract the units were written under.
+      attributes: what else goes into the group's attributes (corpus, source, settings, fold_source).
+      classes: label set -> class names in order; None takes the sorted codes that occur.
+      descriptions: label set -> class -> text, may be incomplete.
+      first_problems: problems found before any recording was read.
+      drop_duplicates: leave later records with an identical signal out of the table.
+
+    Raises:
+      UserError: no recording is left, or the disk is full.
+    """
+    sidecars = [read_sidecar(store, unit) for unit in range(n_units)]
+    problems = [vars(problem) for problem in first_problems]
+    longest = max(sidecar["samples"] for sidecar in sidecars)
+    chunk_samples = -(-longest // CHUNK_ROUNDING) * CHUNK_ROUNDING
+    rows = []
+    for unit, sidecar in enumerate(sidecars):
+        problems += sidecar["problems"]
+        for row in sidecar["rows"]:
+            rows.append({**row, "offset": row["offset"] + unit * chunk_samples})
+    rows, duplicates = mark_duplicates(rows, drop_duplicates)
+    problems += duplicates
+    lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
+    write_atomic(store / "problems.jsonl", lines.encode())
+    if not rows:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(p["kind"] for p in problems).most_common())
+        raise UserError(
+            f"No recording could be read ({kinds}); each is explained in {store / 'problems.jsonl'}."
+        )
+
+    label_sets = sorted({key for row in rows for key in row if key.startswith("labels_")})
+    if classes is None:
+        classes = {
+            name.removeprefix("labels_"): sorted({c for row in rows for c in row.get(name) or ()})
+            for name in label_sets
+        }
+    counts = {
+        name: Counter(code for row in rows for code in row.get(f"labels_{name}") or ()) for name in classes
+    }
+    class_info = {
+        name: {
+            code: {"count": counts[name][code], "description": descriptions.get(name, {}).get(code, "")}
+            for code in codes
+        }
+        for name, codes in classes.items()
+    }
+    for unit, sidecar in enumerate(sidecars):
+        if sidecar["samples"]:
+            os.truncate(chunk_path(store, unit), chunk_samples * BYTES_PER_SAMPLE)
+    write_records(store / "records.parquet", rows, sorted(classes))
+    write_atomic(
+        store / "signal" / "zarr.json", _json(array_metadata(n_units * chunk_samples, chunk_samples))
+    )
+    group = {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": {
+            "ecg_jax": {
+                "format_version": FORMAT_VERSION,
+                **attributes,
+                "leads": list(preprocessing.leads),
+                "rate_hz": preprocessing.rate_hz,
+                "unit": "uV",
+                "n_records": len(rows),
+                "fingerprint": fingerprint(rows, preprocessing),
+                "preprocessing": preprocessing.to_dict(),
+                "classes": classes,
+                "class_info": class_info,
+            }
+        },
+    }
+    write_atomic(store / "zarr.json", _json(group))
+    shutil.rmtree(store / PARTIAL)
+
+
+def mark_duplicates(rows: list[dict], drop: bool) -> tuple[list[dict], list[dict]]:
+    """Sets `duplicate_of` to the first record with an identical signal.
+
+    Args:
+      rows: in order.
+      drop: leave the later ones out.
+
+    Returns:
+      The rows to keep and one problem (as dict) per duplicate.
+    """
+    first: dict[tuple[str, int], dict] = {}
+    kept, problems = [], []
+    for row in rows:
+        original = first.setdefault((row["checksum"], row["length"]), row)
+        duplicate = original is not row
+        row = {**row, "duplicate_of": original["record_id"] if duplicate else None}
+        if duplicate:
+            detail = f"its signal is identical to that of {original['record_id']}"
+            if row["patient_id"] != original["patient_id"]:
+                detail += f", but the patients differ ({row['patient_id']} and {original['patient_id']})"
+            if row["fold"] != original["fold"]:
+                detail += (
+                    f"; the folds differ ({row['fold']} and {original['fold']}): one split leaks into another"
+                )
+            action = "dropped" if drop else "kept"
+            problems.append(vars(Problem(row["record_id"], "duplicate_signal", action, detail + ".")))
+            if drop:
+                continue
+        kept.append(row)
+    return kept, problems
+
+
+def fingerprint(rows: Iterable[dict], preprocessing: Preprocessing) -> str:
+    """SHA-256 over the preprocessing contract and every record's id and checksum, in order."""
+    digest = hashlib.sha256(json.dumps(preprocessing.to_dict(), sort_keys=True).encode())
+    for row in rows:
+        digest.update(f"\0{row['record_id']}\0{row['checksum']}".encode())
+    return digest.hexdigest()
+
+
+def array_metadata(n_samples: int, chunk_samples: int) -> dict:
+    """`zarr.json` of the signal array (Zarr v3 core specification)."""
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [n_samples, 12],
+        "data_type": "int16",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk_samples, 12]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "dimension_names": ["sample", "lead"],
+        "attributes": {},
+    }
+
+
+def write_records(path: Path, rows: list[dict], label_sets: Sequence[str]) -> None:
+    """Writes `records.parquet` with a fixed schema: the same rows give the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    strings = pa.list_(pa.string())
+    schema = pa.schema(
+        [
+            ("record_id", pa.string()),
+            ("patient_id", pa.string()),
+            ("corpus", pa.string()),
+            ("fold", pa.int32()),
+            ("offset", pa.int64()),
+            ("length", pa.int64()),
+            ("checksum", pa.string()),
+            ("source_file", pa.string()),
+            ("source_rate", pa.float64()),
+            ("age", pa.float64()),
+            ("sex", pa.string()),
+            ("missing_leads", pa.int32()),
+            ("saturated", pa.int64()),
+            ("duplicate_of", pa.string()),
+            ("flags", strings),
+            *((f"labels_{name}", strings) for name in label_sets),
+        ]
+    )
+    columns = {field.name: [row.get(field.name) for row in rows] for field in schema}
+    for name in label_sets:
+        columns[f"labels_{name}"] = [codes or [] for codes in columns[f"labels_{name}"]]
+    sink = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
+    write_atomic(path, sink.getvalue().to_pybytes())
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,477 @@
+"""`ecg-jax prepare CORPUS SOURCE STORE`: raw recordings to a store.
+
+The list of recordings is cut into units; processes convert units to chunk files; finalisation makes them a store.
+Killed at any moment, the same command goes on where it stopped. The result does not depend on the number of
+processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from ecg_jax.data.corpora import CORPORA
+from ecg_jax.data.corpora.listing import Entry, Listing, hash_fold
+from ecg_jax.data.preprocessing import Preprocessing
+from ecg_jax.data.recording import BadRecording
+from ecg_jax.data.store import PARTIAL, Store, read_attributes
+from ecg_jax.data.writer import UnitWriter, disk_errors, finalise, read_sidecar, unit_size, write_atomic
+from ecg_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a store holds and how it came about.
+
+    Attributes:
+      store: its folder.
+      corpus: its corpus.
+      written: records in the store.
+      refused: recordings that could not be used.
+      problems: kind -> number of recordings.
+      derived: recordings with limb leads derived.
+      missing: recordings with missing leads.
+      saturated: saturated samples, all recordings together.
+      folds: fold -> records.
+      fold_source: where the folds come from.
+      hours: recorded time.
+      seconds: wall time of this call.
+      already_complete: nothing had to be done.
+    """
+
+    store: Path
+    corpus: str
+    written: int
+    refused: int
+    problems: dict[str, int]
+    derived: int
+    missing: int
+    saturated: int
+    folds: dict[int, int]
+    fold_source: str
+    hours: float
+    seconds: float
+    already_complete: bool
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.store}: {self.written} records of {self.corpus}, {self.hours:.2f} hours"
+            + (
+                " (was complete already, nothing done)"
+                if self.already_complete
+                else f", in {self.seconds:.1f} s"
+            ),
+            f"  refused            {self.refused}",
+            f"  leads              {self.derived} records with derived, {self.missing} with missing leads",
+            f"  saturated samples  {self.saturated}",
+            f"  folds              {', '.join(f'{fold}: {n}' for fold, n in self.folds.items())}",
+            f"                     from {self.fold_source}",
+        ]
+        if self.problems:
+            lines.append(f"  problems           one line each in {self.store / 'problems.jsonl'}")
+            lines += [f"    {kind:<24} {n}" for kind, n in self.problems.items()]
+        else:
+            lines.append("  problems           none")
+        return "\n".join(lines)
+
+
+def prepare(
+    corpus: str,
+    source: str | os.PathLike,
+    store: str | os.PathLike,
+    *,
+    rate: int | str | None = None,
+    workers: int | None = None,
+    strict: bool = False,
+    clip_mv: float | None = None,
+    duplicates: str = "keep",
+    assume_gain: float | None = None,
+    progress: bool = True,
+) -> Summary:
+    """Converts the recordings of a corpus into a store.
+
+    Args:
+      corpus: "ptbxl", "challenge" or "wfdb".
+      source: folder of the corpus.
+      store: folder to write; may hold an interrupted attempt of the same job, which is continued.
+      rate: samples per second of the variant to take, for corpora that come at several rates (PTB-XL: 500, 100).
+      workers: processes; None takes the number of CPUs.
+      strict: the first problem of any recording stops with an error.
+      clip_mv: clip to +-clip_mv millivolts; None clips nothing.
+      duplicates: "keep" marks records with an identical signal in column `duplicate_of`, "drop" leaves them out.
+      assume_gain: integers per mV for recordings whose header gain cannot be trusted; None refuses them.
+      progress: show a progress bar.
+
+    Returns:
+      A `Summary`; `print` it.
+
+    Raises:
+      UserError: a wrong folder, a store of another job, a full disk, a problem under `strict`, ...
+    """
+    started = time.monotonic()
+    source, store = Path(source), Path(store)
+    workers = os.cpu_count() if workers is None else workers
+    job = _job(corpus, source, store, rate, workers, strict, clip_mv, duplicates, assume_gain)
+    if (store / "zarr.json").exists():
+        _check_same_job(store, read_attributes(store), job.settings)
+        shutil.rmtree(store / PARTIAL, ignore_errors=True)
+        return _summary(job, started, already_complete=True)
+    with disk_errors(store), _partial_folder(store, job.settings):
+        _convert(job, workers, progress)
+        finalise(
+            store,
+            n_units=len(job.units),
+            preprocessing=job.preprocessing,
+            attributes=job.settings,
+            classes=job.listing.classes,
+            descriptions=job.listing.descriptions,
+            first_problems=job.listing.problems,
+            drop_duplicates=duplicates == "drop",
+        )
+    return _summary(job, started, already_complete=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One call of `prepare` after its arguments have been checked."""
+
+    corpus: str
+    source: Path
+    store: Path
+    strict: bool
+    assume_gain: float | None
+    preprocessing: Preprocessing
+    listing: Listing
+    settings: dict  # what makes a store this store; compared before continuing one
+    units: list[list[Entry]]
+
+
+def _job(corpus, source, store, rate, workers, strict, clip_mv, duplicates, assume_gain) -> _Job:
+    if corpus not in CORPORA:
+        raise UserError(f"There is no corpus {corpus!r}; there are {', '.join(CORPORA)}.")
+    if duplicates not in ("keep", "drop"):
+        raise UserError(f"--duplicates is keep or drop, not {duplicates!r}.")
+    if workers < 1:
+        raise UserError(f"--workers must be at least 1, not {workers}.")
+    if clip_mv is not None and not 0 < clip_mv <= 32.767:
+        raise UserError(f"--clip-mv must be above 0 and at most 32.767 (int16 microvolts), not {clip_mv}.")
+    if assume_gain is not None and not assume_gain > 0:
+        raise UserError(f"--assume-gain must be above 0, not {assume_gain}.")
+    if rate is not None:
+        try:
+            rate = int(rate)
+        except ValueError:
+            raise UserError(f"--source-rate is a number of samples per second, not {rate!r}.") from None
+    if not source.is_dir():
+        raise UserError(f"SOURCE {source} is not a folder; {corpus} expects {CORPORA[corpus].EXPECTS}.")
+    if store.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"STORE {store} lies inside SOURCE {source}; choose a folder outside it.")
+    if store.exists() and not store.is_dir():
+        raise UserError(f"STORE {store} is a file; choose a folder.")
+    listing = CORPORA[corpus].list_records(source, rate)
+    settings = {
+        "corpus": corpus,
+        "source": str(source.resolve()),
+        "source_rate": rate,
+        "source_digest": listing.digest(),
+        "clip_mv": clip_mv,
+        "duplicates": duplicates,
+        "assume_gain": assume_gain,
+        "fold_source": listing.fold_source,
+    }
+    if strict and listing.problems:
+        raise UserError(_strict_sentence(vars(listing.problems[0])))
+    n = unit_size(len(listing.entries))
+    units = [listing.entries[i : i + n] for i in range(0, len(listing.entries), n)]
+    preprocessing = Preprocessing(clip_mv=clip_mv)
+    return _Job(corpus, source, store, strict, assume_gain, preprocessing, listing, settings, units)
+
+
+def _check_same_job(store: Path, found: dict, settings: dict) -> None:
+    """Refuses to touch a store that was made from something else.
+
+    Raises:
+      UserError: names what differs.
+    """
+    for key, wanted in settings.items():
+        if key not in found or found[key] != wanted:
+            what = "the list of recordings" if key == "source_digest" else key.replace("_", " ")
+            values = "" if key == "source_digest" else f" ({found.get(key)!r} there, {wanted!r} now)"
+            raise UserError(
+                f"{store} holds a store of another job: {what} differs{values}; give another STORE or remove it first."
+            )
+
+
+@contextlib.contextmanager
+def _partial_folder(store: Path, settings: dict):
+    """The folder of unfinished work, locked against a second writer."""
+    if store.is_dir() and any(store.iterdir()) and not (store / PARTIAL).is_dir():
+        raise UserError(f"STORE {store} is not empty and not a store; choose another folder.")
+    partial = store / PARTIAL
+    partial.mkdir(parents=True, exist_ok=True)
+    with open(partial / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another `ecg-jax prepare` is writing {store} now.") from None
+        for leftover in partial.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
+        plan = partial / "plan.json"
+        if plan.exists():
+            _check_same_job(store, json.loads(plan.read_text()), settings)
+        else:
+            write_atomic(plan, json.dumps(settings, indent=1).encode())
+        yield
+
+
+def _convert(job: _Job, workers: int, progress: bool) -> None:
+    """Converts all units that are not done yet."""
+    from tqdm import tqdm
+
+    todo, done = [], 0
+    for unit, entries in enumerate(job.units):
+        sidecar = read_sidecar(job.store, unit)
+        if sidecar is None:
+            todo.append(unit)
+            continue
+        if job.strict and sidecar["problems"]:
+            raise UserError(_strict_sentence(sidecar["problems"][0]))
+        done += len(entries)
+    bar = tqdm(
+        total=len(job.listing.entries),
+        initial=done,
+        unit="rec",
+        desc=f"prepare {job.corpus}",
+        disable=not progress,
+    )
+    with bar:
+        if workers == 1 or len(todo) <= 1:
+            for unit in todo:
+                bar.update(
+                    _convert_unit(
+                        job.corpus,
+                        job.source,
+                        job.store,
+                        unit,
+                        job.units[unit],
+                        job.preprocessing,
+                        job.strict,
+                        job.assume_gain,
+                    )
+                )
+            return
+        _convert_in_processes(job, todo, min(workers, len(todo)), bar)
+
+
+def _convert_in_processes(job: _Job, todo: list[int], workers: int, bar) -> None:
+    # spawn, not fork: the parent may run threads (tqdm, pyarrow, a notebook's kernel).
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool:
+        futures = [
+            pool.submit(
+                _convert_unit,
+                job.corpus,
+                job.source,
+                job.store,
+                unit,
+                job.units[unit],
+                job.preprocessing,
+                job.strict,
+                job.assume_gain,
+            )
+            for unit in todo
+        ]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                bar.update(future.result())
+        except BrokenProcessPool:
+            raise UserError(
+                "A worker process died (killed, or out of memory?); run the same command again, it goes on where it "
+                "stopped, if need be with fewer --workers."
+            ) from None
+        finally:
+            # On success nothing is left to stop. On an error or Ctrl-C the workers leave their units unfinished.
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+_stop = threading.Event()
+
+
+def _start_worker(stop) -> None:
+    """Runs once in each worker process."""
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    parent = multiprocessing.parent_process()
+
+    def follow_parent() -> None:
+        # A parent killed with SIGKILL cannot stop its workers: they notice and leave.
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _convert_unit(
+    corpus: str,
+    source: Path,
+    store: Path,
+    unit: int,
+    entries: list[Entry],
+    preprocessing: Preprocessing,
+    strict: bool,
+    assume_gain: float | None,
+) -> int:
+    """Reads, processes and writes one unit; returns the number of recordings dealt with."""
+    read = CORPORA[corpus].read
+    with disk_errors(store), UnitWriter(store, unit, corpus) as writer:
+        for entry in entries:
+            if _stop.is_set():
+                return 0
+            try:
+                recording = read(source, entry, assume_gain)
+                processed = preprocessing.apply(recording)
+            except BadRecording as error:
+                if strict:
+                    raise UserError(_strict_sentence(vars(error.problem))) from error
+                writer.problems.append(error.problem)
+                continue
+            if strict and processed.problems:
+                raise UserError(_strict_sentence(vars(processed.problems[0])))
+            if recording.fold is None:
+                recording.fold = hash_fold(recording.patient_id or recording.record_id)
+            writer.append(recording, processed, entry.file)
+        writer.finish()
+    return len(entries)
+
+
+def _strict_sentence(problem: dict) -> str:
+    return (
+        f"Recording {problem['record']} has a problem ({problem['kind']}, would be {problem['action']}): "
+        f"{problem['detail']} Without --strict it is noted in problems.jsonl and the rest goes on."
+    )
+
+
+def _summary(job: _Job, started: float, already_complete: bool) -> Summary:
+    written = Store(job.store)
+    problems = [json.loads(line) for line in (job.store / "problems.jsonl").read_text().splitlines()]
+    if already_complete and job.strict and problems:
+        raise UserError(_strict_sentence(problems[0]))
+    kinds = Counter(problem["kind"] for problem in problems)
+    folds = Counter(written.column("fold").tolist())
+    return Summary(
+        store=job.store,
+        corpus=job.corpus,
+        written=len(written),
+        refused=sum(problem["action"] == "refused" for problem in problems),
+        problems=dict(kinds.most_common()),
+        derived=kinds["derived_leads"],
+        missing=kinds["missing_leads"],
+        saturated=int(written.column("saturated").sum()),
+        folds=dict(sorted(folds.items())),
+        fold_source=written.fold_source,
+        hours=float(written.column("length").sum()) / written.rate_hz / 3600,
+        seconds=time.monotonic() - started,
+        already_complete=already_complete,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `ecg-jax prepare`."""
+    expects = "\n".join(f"  {name:<10} {module.EXPECTS}" for name, module in CORPORA.items())
+    result = argparse.ArgumentParser(
+        prog="ecg-jax prepare",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"""\
+Convert raw ECG recordings into a store: 12 leads in canonical order, 240 Hz, int16 microvolts, one table of records.
+
+Leads are matched by name, absent limb leads are derived from two others, units and gains are checked, and whatever
+is wrong with a recording is one line in STORE/problems.jsonl. Interrupted at any moment, the same command goes on
+where it stopped; on a complete store it does nothing.
+
+CORPUS and what it expects in SOURCE:
+{expects}
+""",
+        epilog="""\
+examples:
+  ecg-jax prepare ptbxl ptb-xl-1.0.3 stores/ptbxl
+  ecg-jax prepare ptbxl ptb-xl-1.0.3 stores/ptbxl100 --source-rate=100
+  ecg-jax prepare challenge challenge-2021/training stores/challenge2021 --duplicates=drop
+  ecg-jax prepare wfdb ludb/data stores/ludb --assume-gain=1000
+
+A store opens in Python with ecg_jax.data.store.Store("stores/ptbxl"), and its signal in any Zarr v3 reader.
+""",
+    )
+    add = result.add_argument
+    add("corpus", metavar="CORPUS", choices=list(CORPORA), help=" or ".join(CORPORA))
+    add("source", metavar="SOURCE", type=Path, help="folder of the raw recordings; only read")
+    add("store", metavar="STORE", type=Path, help="folder to write")
+    add(
+        "--source-rate",
+        metavar="HZ",
+        type=int,
+        help="ptbxl: 500 or 100 (default: 500 if records500 is there)",
+    )
+    add("--workers", type=int, metavar="N", help="processes (default: number of CPUs)")
+    add("--strict", action="store_true", help="stop at the first problem of any recording")
+    add(
+        "--clip-mv",
+        type=float,
+        metavar="MV",
+        help="clip to +-MV millivolts, as the HEEDB conversion does with 3",
+    )
+    add(
+        "--duplicates",
+        choices=["keep", "drop"],
+        default="keep",
+        help="records with an identical signal: keep and mark them in column duplicate_of (default), or drop them",
+    )
+    add(
+        "--assume-gain",
+        type=float,
+        metavar="PER_MV",
+        help="integers per millivolt where the header gives no gain or one that cannot be right (LUDB); such "
+        "recordings are refused otherwise",
+    )
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    summary = prepare(
+        arguments.corpus,
+        arguments.source,
+        arguments.store,
+        rate=arguments.source_rate,
+        workers=arguments.workers,
+        strict=arguments.strict,
+        clip_mv=arguments.clip_mv,
+        duplicates=arguments.duplicates,
+        assume_gain=arguments.assume_gain,
+    )
+    print(summary)
+    print(
+        f"\nNext: ecg-jax pretrain --config=configs/cpc.py --workdir=runs/cpc --config.store={summary.store}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
