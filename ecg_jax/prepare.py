@@ -1,8 +1,8 @@
 """`ecg-jax prepare CORPUS SOURCE STORE`: raw recordings to a store.
 
-The list of recordings is cut into units; processes convert units to chunk files; finalisation makes them a store.
-Killed at any moment, the same command goes on where it stopped. The result does not depend on the number of
-processes.
+The list of recordings is cut into units; processes convert units to chunk files; finalisation makes them a
+store. Killed at any moment, the same command goes on where it stopped. The result does not depend on the
+number of processes.
 """
 
 from __future__ import annotations
@@ -108,11 +108,13 @@ def prepare(
       corpus: "ptbxl", "challenge" or "wfdb".
       source: folder of the corpus.
       store: folder to write; may hold an interrupted attempt of the same job, which is continued.
-      rate: samples per second of the variant to take, for corpora that come at several rates (PTB-XL: 500, 100).
+      rate: samples per second of the variant to take, for corpora that come at several rates (PTB-XL: 500,
+        100).
       workers: processes; None takes the number of CPUs.
       strict: the first problem of any recording stops with an error.
       clip_mv: clip to +-clip_mv millivolts; None clips nothing.
-      duplicates: "keep" marks records with an identical signal in column `duplicate_of`, "drop" leaves them out.
+      duplicates: "keep" marks records with an identical signal in column `duplicate_of`, "drop" leaves them
+        out.
       assume_gain: integers per mV for recordings whose header gain cannot be trusted; None refuses them.
       progress: show a progress bar.
 
@@ -212,7 +214,8 @@ def _check_same_job(store: Path, found: dict, settings: dict) -> None:
             what = "the list of recordings" if key == "source_digest" else key.replace("_", " ")
             values = "" if key == "source_digest" else f" ({found.get(key)!r} there, {wanted!r} now)"
             raise UserError(
-                f"{store} holds a store of another job: {what} differs{values}; give another STORE or remove it first."
+                f"{store} holds a store of another job: {what} differs{values}; give another STORE or remove "
+                "it first."
             )
 
 
@@ -301,11 +304,12 @@ def _convert_in_processes(job: _Job, todo: list[int], workers: int, bar) -> None
                 bar.update(future.result())
         except BrokenProcessPool:
             raise UserError(
-                "A worker process died (killed, or out of memory?); run the same command again, it goes on where it "
-                "stopped, if need be with fewer --workers."
+                "A worker process died (killed, or out of memory?); run the same command again, it goes on "
+                "where it stopped, if need be with fewer --workers."
             ) from None
         finally:
-            # On success nothing is left to stop. On an error or Ctrl-C the workers leave their units unfinished.
+            # On success nothing is left to stop. On an error or Ctrl-C the workers leave their units
+            # unfinished.
             stop.set()
             pool.shutdown(cancel_futures=True)
 
@@ -399,11 +403,12 @@ def parser() -> argparse.ArgumentParser:
         prog="ecg-jax prepare",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"""\
-Convert raw ECG recordings into a store: 12 leads in canonical order, 240 Hz, int16 microvolts, one table of records.
+Convert raw ECG recordings into a store: 12 leads in canonical order, 240 Hz, int16 microvolts, one table
+of records.
 
-Leads are matched by name, absent limb leads are derived from two others, units and gains are checked, and whatever
-is wrong with a recording is one line in STORE/problems.jsonl. Interrupted at any moment, the same command goes on
-where it stopped; on a complete store it does nothing.
+Leads are matched by name, absent limb leads are derived from two others, units and gains are checked, and
+whatever is wrong with a recording is one line in STORE/problems.jsonl. Interrupted at any moment, the same
+command goes on where it stopped; on a complete store it does nothing.
 
 CORPUS and what it expects in SOURCE:
 {expects}
@@ -440,7 +445,8 @@ A store opens in Python with ecg_jax.data.store.Store("stores/ptbxl"), and its s
         "--duplicates",
         choices=["keep", "drop"],
         default="keep",
-        help="records with an identical signal: keep and mark them in column duplicate_of (default), or drop them",
+        help="records with an identical signal: keep and mark them in column duplicate_of (default), or "
+        "drop them",
     )
     add(
         "--assume-gain",

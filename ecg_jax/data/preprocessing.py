@@ -1,4 +1,4 @@
-"""The preprocessing contract: what was done to a signal, as data that can be stored, compared and executed."""
+"""The preprocessing contract: what was done to a signal, as data to be stored, compared and executed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Processed:
       missing: bool [12], leads that are neither in the file nor derivable; their samples are zero.
       derived: bool [12], limb leads computed from two others.
       flat: bool [12], leads that were in the file without any signal.
-      saturated: samples at the converter's limit in the file, clipped at `clip_mv`, or beyond int16 microvolts.
+      saturated: samples at the converter's limit in the file, clipped at `clip_mv`, or beyond int16
+        microvolts.
       problems: those of the recording and those found here.
     """
 
@@ -145,8 +146,8 @@ class Preprocessing:
     def apply(self, recording: Recording) -> Processed:
         """Brings a recording under the contract.
 
-        Order: leads by name, NaN rule, derivation of limb leads, plausibility, resampling, clipping, rounding to
-        microvolts. The result depends on the recording and the contract only.
+        Order: leads by name, NaN rule, derivation of limb leads, plausibility, resampling, clipping,
+        rounding to microvolts. The result depends on the recording and the contract only.
 
         Args:
           recording: signal [T, C] in millivolts.
@@ -211,10 +212,10 @@ class Preprocessing:
 
 
 def fill_nan(signal: np.ndarray) -> tuple[np.ndarray, int]:
-    """Replaces NaN per lead: linear inside, zero before the first valid sample, the last value after the last.
+    """Replaces NaN per lead: linear inside, zero before the first and hold after the last valid sample.
 
-    This is what the reference conversion does (spec 1.3: pandas `interpolate`, then NaN to zero in the model). A lead
-    whose valid samples are none or all alike becomes NaN throughout: it carries no signal.
+    This is what the reference conversion does (spec 1.3: pandas `interpolate`, then NaN to zero in the
+    model). A lead whose valid samples are none or all alike becomes NaN throughout: it carries no signal.
 
     Args:
       signal: float64 [T, C].
@@ -240,10 +241,10 @@ def fill_nan(signal: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def resample(signal: np.ndarray, rate: float, target: float) -> np.ndarray:
-    """Band-limited resampling of [T, C] to [floor(T * target / rate), C]: every sample lies within the recording.
+    """Band-limited resampling of [T, C] to [floor(T * target / rate), C], all within the recording.
 
-    soxr's filter sees zeros outside a signal, so a lead that does not start at zero would ring at its ends; an odd
-    reflection of about half a second on each side keeps value and slope instead.
+    soxr's filter sees zeros outside a signal, so a lead that does not start at zero would ring at its ends;
+    an odd reflection of about half a second on each side keeps value and slope instead.
 
     Args:
       signal: float64 [T, C], no NaN.

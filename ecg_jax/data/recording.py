@@ -1,7 +1,7 @@
 """One ECG recording as it leaves a file: signal in millivolts, rate, lead names, identity, labels.
 
-Letters: T samples, C leads. The canonical order is I, II, III, aVR, aVL, aVF, V1-V6; leads are matched by name
-and never by position.
+Letters: T samples, C leads. The canonical order is I, II, III, aVR, aVL, aVF, V1-V6; leads are matched by
+name and never by position.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ LIMB = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0], [-0.5, -0.5], [1.0, -0.5],
 
 _INDEX = {name.lower(): i for i, name in enumerate(CANONICAL_LEADS)}
 
-# A limb lead further than this from what I and II say is reported. Rounding to 4.88 uV steps explains 0.015 mV.
+# A limb lead further than this from what I and II say is reported. Rounding to steps of 4.88 uV
+# explains 0.015 mV.
 LIMB_TOLERANCE_MV = 0.05
 
-# Robust range = distance between the 0.1 and 99.9 percentile of a lead. Over the real recordings with proven gains
-# the largest lead measures 0.9-15 mV and the median lead 0.46-4.5 mV; outside the limits below it is no
+# Robust range = distance between the 0.1 and 99.9 percentile of a lead. Over the real recordings with proven
+# gains the largest lead measures 0.9-15 mV and the median lead 0.46-4.5 mV; outside the limits below it is no
 # surface ECG in millivolts, and no guess about its gain is better than refusing it.
 MIN_LARGEST_RANGE_MV = 0.1
 MAX_MEDIAN_RANGE_MV = 10.0
@@ -96,7 +97,7 @@ class Recording:
 def canonical_index(name: str) -> int | None:
     """Position of a lead name in the canonical order, ignoring case and blanks; None for any other lead."""
     key = name.strip().lower()
-    return _INDEX[key] if key in _INDEX else None
+    return _INDEX.get(key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +108,8 @@ class CanonicalSignal:
       signal: float64 [T, 12] millivolts; a missing lead is zeros.
       missing: bool [12], leads neither present nor derivable.
       derived: bool [12], limb leads computed from two others.
-      flat: bool [12], leads present in the file but constant or all NaN. They carry no ECG and count as absent,
-        so they are then derived or missing.
+      flat: bool [12], leads present in the file but constant or all NaN. They carry no ECG and count as
+        absent, so they are then derived or missing.
     """
 
     signal: np.ndarray
@@ -120,9 +121,9 @@ class CanonicalSignal:
 def to_canonical(signal: np.ndarray, leads: Sequence[str]) -> CanonicalSignal:
     """Orders leads by name and derives absent limb leads from any two that are there.
 
-    Leads outside the twelve (vx, vy, vz, MLII, ...) are ignored. Of two leads with one name the first is used.
-    I and II are preferred as the source, then the next in canonical order: any two limb leads determine all six
-    (III = II - I, aVR = -(I + II)/2, aVL = I - II/2, aVF = II - I/2).
+    Leads outside the twelve (vx, vy, vz, MLII, ...) are ignored. Of two leads with one name the first is
+    used. I and II are preferred as the source, then the next in canonical order: any two limb leads
+    determine all six (III = II - I, aVR = -(I + II)/2, aVL = I - II/2, aVF = II - I/2).
 
     Args:
       signal: [T, C] in any one unit; NaN allowed.
@@ -194,13 +195,14 @@ def check_amplitude(record_id: str, signal: np.ndarray, missing: np.ndarray) -> 
         raise BadRecording(
             record_id,
             "implausible_amplitude",
-            f"the signal spans only {largest} (an ECG spans more than {MIN_LARGEST_RANGE_MV} mV), so the gain or "
-            "unit in its header is probably wrong; correct the header.",
+            f"the signal spans only {largest} (an ECG spans more than {MIN_LARGEST_RANGE_MV} mV), so the "
+            "gain or unit in its header is probably wrong; correct the header.",
         )
     if np.median(ranges) > MAX_MEDIAN_RANGE_MV:
         raise BadRecording(
             record_id,
             "implausible_amplitude",
-            f"the median lead spans {np.median(ranges):.3g} mV (an ECG spans less than {MAX_MEDIAN_RANGE_MV:g} mV), "
-            "so the gain or unit in its header is probably wrong; correct the header.",
+            f"the median lead spans {np.median(ranges):.3g} mV (an ECG spans less than "
+            f"{MAX_MEDIAN_RANGE_MV:g} mV), so the gain or unit in its header is probably wrong; correct the "
+            "header.",
         )

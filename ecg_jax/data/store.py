@@ -6,8 +6,8 @@
     STORE/records.parquet      one row per record
     STORE/problems.jsonl       one line per problem met while preparing
 
-A record never straddles a chunk, so a crop is one `preadv` into the batch; a chunk without records has no file.
-Any Zarr v3 reader opens the array.
+A record never straddles a chunk, so a crop is one `preadv` into the batch; a chunk without records has no
+file. Any Zarr v3 reader opens the array.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ FORMAT_VERSION = 1
 PARTIAL = ".partial"
 BYTES_PER_SAMPLE = 24  # 12 leads of int16
 
-# Descriptors kept open per process; chunks beyond that are opened for each read. Well under the usual limit of 1024.
+# Descriptors kept open per process; chunks beyond that are opened for each read. Well under the usual limit
+# of 1024.
 MAX_OPEN_CHUNKS = 512
 
 
@@ -51,7 +52,8 @@ def read_attributes(path: Path) -> dict:
     if not metadata.is_file():
         if (path / PARTIAL).is_dir():
             raise UserError(
-                f"The store {path} is incomplete; run the `ecg-jax prepare` command that began it again to go on."
+                f"The store {path} is incomplete; run the `ecg-jax prepare` command that began it again to "
+                "go on."
             )
         raise UserError(f"The folder {path} is not a store of ecg_jax (it has no zarr.json).")
     try:
@@ -63,7 +65,8 @@ def read_attributes(path: Path) -> dict:
         ) from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"The store {path} has format version {version}, this ecg_jax reads version {FORMAT_VERSION}; prepare it anew."
+            f"The store {path} has format version {version}, this ecg_jax reads version {FORMAT_VERSION}; "
+            "prepare it anew."
         )
     return attributes
 
@@ -104,8 +107,8 @@ class Store:
         self.records = _read_table(self.path / "records.parquet")
         if self.records.num_rows != attributes["n_records"]:
             raise UserError(
-                f"The store {self.path} is damaged: records.parquet has {self.records.num_rows} rows instead of "
-                f"{attributes['n_records']}; prepare it anew."
+                f"The store {self.path} is damaged: records.parquet has {self.records.num_rows} rows instead "
+                f"of {attributes['n_records']}; prepare it anew."
             )
         self._chunk_samples, self._n_chunks = _read_array_metadata(self.path / "signal" / "zarr.json")
         self._offsets = self.column("offset")
@@ -128,9 +131,8 @@ class Store:
           UserError: there is no such column.
         """
         if name not in self.records.column_names:
-            raise UserError(
-                f"The store {self.path} has no column {name!r}; it has {', '.join(self.records.column_names)}."
-            )
+            names = ", ".join(self.records.column_names)
+            raise UserError(f"The store {self.path} has no column {name!r}; it has {names}.")
         column = self.records.column(name)
         import pyarrow.types as types
 
@@ -146,9 +148,9 @@ class Store:
         """Reads crops straight from the chunk files into one array.
 
         Args:
-          starts: int64 [B], first sample of each crop in the whole `signal` array: a record's `offset` plus the
-            position within the record. That the crop ends within the record is the caller's care; that it ends
-            within the chunk is checked.
+          starts: int64 [B], first sample of each crop in the whole `signal` array: a record's `offset` plus
+            the position within the record. That the crop ends within the record is the caller's care; that
+            it ends within the chunk is checked.
           n_samples: length of every crop.
           out: int16 [B, n_samples, 12], C-contiguous, to read into; allocated if None.
 
@@ -205,8 +207,8 @@ class Store:
             row = self.records.slice(index, 1).to_pylist()[0]
             if checksum(signal) != row["checksum"]:
                 raise UserError(
-                    f"Record {row['record_id']} of the store {self.path} is damaged (its checksum differs); prepare "
-                    "the store anew."
+                    f"Record {row['record_id']} of the store {self.path} is damaged (its checksum differs); "
+                    "prepare the store anew."
                 )
         return signal
 
@@ -245,8 +247,8 @@ class Store:
                 raise UserError(f"The store {self.path} is damaged: its file {path} is missing.") from error
             if size != expected:
                 raise UserError(
-                    f"The store {self.path} is damaged: its file {path} has {size} bytes instead of {expected}; copy "
-                    "or prepare it again."
+                    f"The store {self.path} is damaged: its file {path} has {size} bytes instead of "
+                    f"{expected}; copy or prepare it again."
                 )
 
     def _open(self, chunk: int) -> int | None:
@@ -282,8 +284,8 @@ class Store:
             n = os.preadv(fd, (target[done:],), position + done)
             if n == 0:
                 raise UserError(
-                    f"The store {self.path} is damaged: its file {self._chunk_path(chunk)} ends too early; copy or "
-                    "prepare it again."
+                    f"The store {self.path} is damaged: its file {self._chunk_path(chunk)} ends too early; "
+                    "copy or prepare it again."
                 )
             done += n
 

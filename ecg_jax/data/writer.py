@@ -1,9 +1,9 @@
 """Writing a store: fixed work units, one chunk file each, and a finalisation that makes them one Zarr array.
 
-The sorted list of records is cut into units whose size depends on the number of records only, so the bytes of a
-store do not depend on the number of processes. A unit is a chunk file plus a sidecar in `.partial/`, both renamed
-into place when complete; the sidecar comes last, so a unit with a sidecar is done. `zarr.json` of the group is the
-very last file of a store: before it exists the store is incomplete and can be continued.
+The sorted list of records is cut into units whose size depends on the number of records only, so the bytes
+of a store do not depend on the number of processes. A unit is a chunk file plus a sidecar in `.partial/`,
+both renamed into place when complete; the sidecar comes last, so a unit with a sidecar is done. `zarr.json`
+of the group is the very last file of a store: before it exists the store is incomplete and can be continued.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from ecg_jax.data.recording import Problem, Recording
 from ecg_jax.data.store import BYTES_PER_SAMPLE, FORMAT_VERSION, PARTIAL, checksum
 from ecg_jax.errors import UserError
 
-# Chunk lengths are rounded up to this many samples (a second at 240 Hz), so that small changes keep the array shape.
+# Chunk lengths are rounded up to this many samples (a second at 240 Hz), so that small changes keep the
+# array shape.
 CHUNK_ROUNDING = 240
 
 
 def unit_size(n_records: int) -> int:
-    """Records per unit: about 64 units, but at least 32 and at most 4096 records each (236 MB of 10 s records)."""
+    """Records per unit: about 64 units of at least 32 and at most 4096 records (236 MB at 10 s each)."""
     return min(max(-(-n_records // 64), 32), 4096)
 
 
@@ -60,8 +61,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"The disk is full while writing the store {path}; free some space and run the same command again: "
-                "it goes on where it stopped."
+                f"The disk is full while writing the store {path}; free some space and run the same command "
+                "again: it goes on where it stopped."
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"Cannot write the store {path}: {error.strerror}.") from error
@@ -77,7 +78,7 @@ def chunk_path(store: Path, unit: int) -> Path:
 
 
 class UnitWriter:
-    """Writes one unit: append processed recordings, note problems, finish. Abandons its files unless finished."""
+    """Writes one unit: append processed recordings, note problems, finish; unfinished files vanish."""
 
     def __init__(self, store: Path, unit: int, corpus: str):
         self.store, self.unit, self.corpus = store, unit, corpus

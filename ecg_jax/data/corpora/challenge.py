@@ -1,4 +1,4 @@
-"""PhysioNet/CinC Challenge 2020 and 2021: .mat/.hea pairs in any folder depth, SNOMED codes in the Dx comment.
+"""PhysioNet/CinC Challenge 2020 and 2021: .mat and .hea pairs at any depth, SNOMED codes in the Dx comment.
 
 Reyna et al., CinC 2021; Perez Alday et al., Physiol Meas 41:124003 (2020).
 """

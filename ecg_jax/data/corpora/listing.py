@@ -1,4 +1,4 @@
-"""What a corpus hands to `prepare`: the sorted list of its recordings and what is known before reading them."""
+"""What a corpus hands to `prepare`: its sorted recordings and what is known before reading them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Entry:
     Attributes:
       record_id: unique in the corpus.
       file: path relative to SOURCE.
-      patient_id, fold, labels, age, sex: what the corpus' tables say; None where only the file itself can tell.
+      patient_id, fold, labels, age, sex: what the corpus' tables say; None where only the file itself can
+        tell.
       problems: found in the tables, reported once the recording is read.
     """
 
@@ -61,7 +62,7 @@ class Listing:
 
 
 def hash_fold(identity: str) -> int:
-    """Fold 1-10 from a patient or record id: the same everywhere, always, and independent of all other records."""
+    """Fold 1-10 from a patient or record id: the same everywhere and whatever the other records are."""
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") % N_FOLDS + 1
 
 

@@ -27,9 +27,9 @@ def list_records(source: Path, rate: int | None) -> Listing:
     """Lists the rows of ptbxl_database.csv in order of ecg_id.
 
     Labels follow the benchmark of Strodthoff et al. (IEEE JBHI 2021): every code of `scp_codes` counts at any
-    likelihood. `all` are the codes; `diag`, `form`, `rhythm` those that scp_statements.csv marks so; `sub` and
-    `super` the diagnostic subclasses and superclasses of the diagnostic ones. Classes of each set are those of
-    scp_statements.csv in alphabetical order (71, 44, 23, 5, 19, 12), whether or not they occur.
+    likelihood. `all` are the codes; `diag`, `form`, `rhythm` those that scp_statements.csv marks so; `sub`
+    and `super` the diagnostic subclasses and superclasses of the diagnostic ones. Classes of each set are
+    those of scp_statements.csv in alphabetical order (71, 44, 23, 5, 19, 12), whether or not they occur.
 
     Args:
       source: the PTB-XL folder.

@@ -1,9 +1,9 @@
 """How integers become millivolts: the one place that knows about wrong gains.
 
 The Challenge 2020 headers of May and June 2020 carry wrong gains; the .mat integers are microvolts in every
-Challenge file, and the later headers say so (1000/mV). Proof: PTB-XL HR records equal records500 of PTB-XL 1.0.x
-integer by integer, PTB S0001 equals s0010_re to half a microvolt, Georgia files of 2021 hold the same integers, and
-the first INCART samples are k * 1000 / 306 rounded, 306 being INCART's own gain.
+Challenge file, and the later headers say so (1000/mV). Proof: PTB-XL HR records equal records500 of PTB-XL
+1.0.x integer by integer, PTB S0001 equals s0010_re to half a microvolt, Georgia files of 2021 hold the same
+integers, and the first INCART samples are k * 1000 / 306 rounded, 306 being INCART's own gain.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from ecg_jax.data.recording import LIMB, BadRecording, Problem, canonical_index
 
 CHALLENGE_GAIN = 1000.0
 
-# Gain per mV in the early headers -> corpus. No 16-bit file has such gains rightly: full scale would be 0.1 mV or less.
+# Gain per mV in the early headers -> corpus. No 16-bit file has such gains rightly: full scale would be 0.1
+# mV or less.
 IMPOSSIBLE_GAINS = {2_000_000.0: "PTB", 306_000.0: "INCART", 1_041_000.0: "INCART"}
-# These occur in right headers of other .mat files too (wfdb2mat keeps the gain of its source), so they are corrected
-# only in a header written by the Challenge: one with its comment lines.
+# These occur in right headers of other .mat files too (wfdb2mat keeps the gain of its source), so they are
+# corrected only in a header written by the Challenge: one with its comment lines.
 EARLY_GAINS = {4880.0: "Georgia", 200.0: "PTB-XL"}
 _CHALLENGE_COMMENTS = {"rx", "hx", "sx", "dx"}
 
@@ -37,7 +38,8 @@ def millivolts_per_count(
       header: the parsed header.
       columns: indices of the signals wanted, all with a canonical lead name.
       digital: int [T, len(columns)], their samples.
-      assume_gain: integers per mV to use where the header's gain cannot be trusted; None refuses those records.
+      assume_gain: integers per mV to use where the header's gain cannot be trusted; None refuses those
+        records.
       problems: appended to.
       record: record id.
 
@@ -78,7 +80,8 @@ def millivolts_per_count(
                     record,
                     "gain_corrected",
                     "1000/mV used",
-                    f"{signals[0].gain:g}/{signals[0].unit} is the wrong gain of early Challenge 2020 headers of {corpus}.",
+                    f"{signals[0].gain:g}/{signals[0].unit} is the wrong gain of early Challenge 2020 "
+                    f"headers of {corpus}.",
                 )
             )
             return np.full(len(signals), 1.0 / CHALLENGE_GAIN), np.array([s.baseline for s in signals], float)
@@ -93,8 +96,8 @@ def millivolts_per_count(
         gains = ", ".join(f"{1 / k:.6g}" for k in scale[:6])
         return assumed(
             "inconsistent_gains",
-            f"the gains differ between limb leads ({gains} per mV) although the plain integers already satisfy "
-            "II = I + III, so they normalise each lead instead of giving its amplitude",
+            f"the gains differ between limb leads ({gains} per mV) although the plain integers already "
+            "satisfy II = I + III, so they normalise each lead instead of giving its amplitude",
         )
     return scale, zero
 
@@ -115,16 +118,17 @@ def _early_challenge_gain(header: Header, signals: list[Signal]) -> tuple[str | 
     if keys & _CHALLENGE_COMMENTS:
         return EARLY_GAINS[gain], None
     return None, (
-        f"the gain {gain:g}/mV in a .mat record is wrong in early Challenge 2020 headers ({EARLY_GAINS[gain]}) and right "
-        "in files made by wfdb2mat, and this header does not tell which it is"
+        f"the gain {gain:g}/mV in a .mat record is wrong in early Challenge 2020 headers "
+        f"({EARLY_GAINS[gain]}) and right in files made by wfdb2mat, and this header does not tell which it "
+        "is"
     )
 
 
 def _integers_obey_limb_identities(signals: list[Signal], digital: np.ndarray, scale: np.ndarray) -> bool:
     """Whether unequal gains of limb leads are disproved by the integers themselves.
 
-    LUDB: per-lead gains from 347 to 5580 per mV, while II = I + III holds to the integer without them. Constant
-    leads are left out, they satisfy anything.
+    LUDB: per-lead gains from 347 to 5580 per mV, while II = I + III holds to the integer without them.
+    Constant leads are left out, they satisfy anything.
     """
     limb = {}
     for c, signal in enumerate(signals):

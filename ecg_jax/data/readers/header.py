@@ -1,8 +1,8 @@
 """WFDB headers: one parser for the strict format and for the dialects of the Challenge files.
 
-Format: https://physionet.org/physiotools/wag/header-5.htm. A record line `NAME N_SIGNALS RATE N_SAMPLES ...`, one
-line per signal `FILE FORMAT[xS][:SKEW][+OFFSET] GAIN[(BASELINE)][/UNIT] BITS ZERO INITIAL CHECKSUM BLOCK LEAD`,
-then comments.
+Format: https://physionet.org/physiotools/wag/header-5.htm. A record line `NAME N_SIGNALS RATE N_SAMPLES
+...`, one line per signal `FILE FORMAT[xS][:SKEW][+OFFSET] GAIN[(BASELINE)][/UNIT] BITS ZERO INITIAL CHECKSUM
+BLOCK LEAD`, then comments.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def parse_header(text: str, repair: bool) -> Header:
 
     Args:
       text: the whole file.
-      repair: accept and note what a strict reader refuses: a record name with ".mat" behind it, missing signal
-        lines' trailing fields are always accepted, as the format says.
+      repair: accept and note what a strict reader refuses: a record name with ".mat" behind it, missing
+        signal lines' trailing fields are always accepted, as the format says.
 
     Returns:
       The header.
@@ -164,8 +164,8 @@ def _parse_signal(line: str) -> Signal:
 def parse_comments(comments: tuple[str, ...]) -> dict:
     """Age, sex and diagnoses from header comments, in all the dialects met.
 
-    `Age: 65`, `age: 81`, `<age>: 51`, `Age: NaN`; `Sex: Female`, `F`, `female`; `Dx: 426783006,164889003` (SNOMED) or
-    `Dx: RBBB` (abbreviation, kept as it is).
+    `Age: 65`, `age: 81`, `<age>: 51`, `Age: NaN`; `Sex: Female`, `F`, `female`; `Dx: 426783006,164889003`
+    (SNOMED) or `Dx: RBBB` (abbreviation, kept as it is).
 
     Returns:
       {"age": float or None, "sex": "F", "M" or None, "dx": list of codes; None if there is no Dx line}.

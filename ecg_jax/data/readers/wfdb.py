@@ -42,13 +42,13 @@ def read_wfdb(
     Args:
       path: the .hea file.
       record_id: the id to give it.
-      repair: accept the header faults of Challenge files and report them (`header_repaired`); otherwise such a
-        record is refused, as the wfdb package does.
+      repair: accept the header faults of Challenge files and report them (`header_repaired`); otherwise such
+        a record is refused, as the wfdb package does.
       assume_gain: integers per mV where the header cannot be trusted; see `gains.py`.
 
     Returns:
-      The twelve-lead part of the record and the names of all its leads, in millivolts; age, sex and the label set
-      `dx` from the comments if they have a Dx line.
+      The twelve-lead part of the record and the names of all its leads, in millivolts; age, sex and the
+      label set `dx` from the comments if they have a Dx line.
 
     Raises:
       BadRecording: the record cannot be used; its `problem` says why.
@@ -167,7 +167,7 @@ def _read_format_16(path: Path, group: list[Signal], n_samples: int | None, reco
 
 
 def _check_mat(data: bytes, offset: int, n_signals: int, name: str, record_id: str) -> None:
-    """A Challenge .mat is a MATLAB 4 file: 20 bytes of header, the name "val", then the columns of [leads, T].
+    """A Challenge .mat is a MATLAB 4 file: 20 bytes, the name "val", then the columns of [leads, T].
 
     Any other .mat read at the header's byte offset would be noise with a plausible look.
     """
@@ -208,8 +208,9 @@ def _check_sums(
 ) -> None:
     """Compares WFDB's 16-bit checksum of each lead.
 
-    All checksums zero while the samples' are not means the writer did not compute them (a known shortcut): the
-    record is kept and reported. Any other difference means the samples are not those that were written: refused.
+    All checksums zero while the samples' are not means the writer did not compute them (a known shortcut):
+    the record is kept and reported. Any other difference means the samples are not those that were written:
+    refused.
     """
     given = [header.signals[c].checksum for c in columns]
     sums = [int(digital[:, c].sum(dtype=np.int64)) for c in columns]
