@@ -1,12 +1,12 @@
 """Confidence intervals by resampling patients.
 
 Records of one patient are not independent, so the unit that is drawn with replacement is the patient with all
-their records (cluster bootstrap); a record whose patient is unknown is a unit of its own. A resample is kept as
-counts, how often each record was drawn, and two models are compared on the same counts (paired).
+their records (cluster bootstrap); a record whose patient is unknown is a unit of its own. A resample is kept
+as counts, how often each record was drawn, and two models are compared on the same counts (paired).
 
 Intervals are percentile intervals. A class without positives or negatives in a resample is left out of that
-resample's macro mean; the reference implementation counts it 0.5 instead, which can push the point estimate out
-of its own interval (`undefined="half"` reproduces that).
+resample's macro mean; the reference implementation counts it 0.5 instead, which can push the point estimate
+out of its own interval (`undefined="half"` reproduces that).
 """
 
 from typing import NamedTuple
@@ -32,8 +32,8 @@ def units(patient_ids, n_records: int) -> tuple[np.ndarray, str]:
         n_records: n.
 
     Returns:
-        (codes, name): int64 [n], equal for records drawn together, numbered 0 to n_units - 1; and what to call
-        the bootstrap: "patient", "record", or "patient where known, else record".
+        (codes, name): int64 [n], 0 to n_units - 1, equal for records drawn together; and what to call
+        the unit: "patient", "record", or "patient where known, else record".
     """
     if patient_ids is None:
         return np.arange(n_records), "record"
@@ -42,7 +42,10 @@ def units(patient_ids, n_records: int) -> tuple[np.ndarray, str]:
         raise ValueError(f"{len(known)} patient ids for {n_records} records")
     if not known.any():
         return np.arange(n_records), "record"
-    keys = [("patient", str(p)) if k else ("record", str(i)) for i, (p, k) in enumerate(zip(patient_ids, known))]
+    keys = [
+        ("patient", str(p)) if k else ("record", str(i))
+        for i, (p, k) in enumerate(zip(patient_ids, known, strict=True))
+    ]
     code_of: dict = {}
     codes = np.array([code_of.setdefault(key, len(code_of)) for key in keys], dtype=np.int64)
     return codes, "patient" if known.all() else "patient where known, else record"
@@ -107,7 +110,9 @@ class AurocBootstrap(NamedTuple):
 
     def macro(self, undefined: str = "exclude", level: float = 0.95) -> Interval:
         """Interval of macro AUROC; `undefined` as in `metrics.macro`, applied within each resample."""
-        return interval(metrics.macro(self.per_class, undefined), metrics.macro(self.resampled, undefined), level)
+        return interval(
+            metrics.macro(self.per_class, undefined), metrics.macro(self.resampled, undefined), level
+        )
 
 
 def bootstrap_auroc(targets, scores, counts) -> AurocBootstrap:

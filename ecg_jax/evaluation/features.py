@@ -1,7 +1,8 @@
 """Features of a frozen encoder, computed once and kept.
 
-A record is scored on consecutive non-overlapping crops from its first sample on; the incomplete tail is dropped
-(spec: 10 s at a 2.5 s window give 4 crops). A record shorter than one window has no crop and cannot be scored.
+A record is scored on consecutive non-overlapping crops from its first sample on; the incomplete tail is
+dropped (spec: 10 s at a 2.5 s window give 4 crops). A record shorter than one window has no crop and cannot
+be scored.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,8 @@ def non_overlapping_crops(lengths, offsets, window: int) -> tuple[np.ndarray, np
         window: samples of a crop.
 
     Returns:
-        (starts, record): int64 [n_crops] each; starts are offsets + 0, window, 2 window, ...; record is the index
-        into `lengths`. Records shorter than a window do not occur.
+        (starts, record): int64 [n_crops] each; starts are offsets + 0, window, 2 window, ...; record is the
+        index into `lengths`. Records shorter than a window do not occur.
 
     Raises:
         ValueError: window below 1.
@@ -33,7 +34,9 @@ def non_overlapping_crops(lengths, offsets, window: int) -> tuple[np.ndarray, np
     return np.asarray(offsets, dtype=np.int64)[record] + within * window, record
 
 
-def encode_padded(encode: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, batch_size: int) -> np.ndarray:
+def encode_padded(
+    encode: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, batch_size: int
+) -> np.ndarray:
     """Encode up to `batch_size` crops as a batch of exactly that size, so that the encoder compiles once.
 
     Args:

@@ -5,13 +5,13 @@ For class k with weight w_k, intercept b_k and standardised features x̃ = (x �
     minimise  Σ_i v_ik log(1 + exp(−ỹ_ik (w_k·x̃_i + b_k))) / Σ_i v_ik  +  (l2/2) |w_k|²,      ỹ = ±1,
 
 where v_ik is the weight of crop i, zero where the target is NaN. The problem is convex with one solution, so
-unlike a head trained by stochastic gradients the result does not depend on a learning rate, a seed or an epoch.
-With unit weights, scikit-learn's `LogisticRegression(C=1 / (l2 * n))` on x̃ has the same solution.
+unlike a head trained by stochastic gradients the result does not depend on a learning rate, a seed or an
+epoch. With unit weights, scikit-learn's `LogisticRegression(C=1 / (l2 * n))` on x̃ has the same solution.
 
-All classes are solved together by L-BFGS in float64: one pass over the features per step, in blocks, no copy per
-class. L-BFGS runs in whitened coordinates: with the covariance of x̃ diagonalised as V diag(λ) Vᵀ, and π_k the
-prevalence, the Hessian of class k at its starting point is π_k(1−π_k) V diag(λ) Vᵀ + l2 I, and scaling by its
-inverse square root makes correlated features harmless (tens of steps instead of thousands).
+All classes are solved together by L-BFGS in float64: one pass over the features per step, in blocks, no copy
+per class. L-BFGS runs in whitened coordinates: with the covariance of x̃ diagonalised as V diag(λ) Vᵀ, and
+π_k the prevalence, the Hessian of class k at its starting point is π_k(1−π_k) V diag(λ) Vᵀ + l2 I, and
+scaling by its inverse square root makes correlated features harmless (tens of steps instead of thousands).
 """
 
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ class LogisticProblem:
 
     def __init__(self, features, targets, weights=None):
         features, targets = np.asarray(features), np.asarray(targets, dtype=np.float64)
-        n, width = features.shape
+        n = len(features)
         if targets.ndim != 2 or len(targets) != n:
             raise ValueError(f"features {features.shape} need targets [{n}, K], not {targets.shape}")
         if not trainable_classes(targets).all():
@@ -121,9 +121,10 @@ class LogisticProblem:
         self.mean = guess + first
         covariance = second - np.outer(first, first)
         scale = np.sqrt(np.clip(np.diagonal(covariance), 0.0, None))
-        # A feature that never varies (a dead unit) says nothing; rounding noise must not be blown up to size 1.
+        # A feature that never varies (a dead unit) says nothing, and its rounding noise must not be blown up
+        # to size 1. An infinite scale gives it weight zero.
         dead = scale <= 1e-6 * np.abs(self.mean)
-        self.scale = np.where(dead | (scale == 0), 1.0, scale)
+        self.scale = np.where(dead, np.inf, scale)
         eigenvalues, self.axes = np.linalg.eigh(covariance / np.outer(self.scale, self.scale))
         self.eigenvalues = np.clip(eigenvalues, 0.0, None)
 
@@ -196,7 +197,9 @@ class LogisticProblem:
         if start is None:
             weight, bias = np.zeros((width, n_classes)), np.log(prevalence / (1 - prevalence))
         else:
-            weight, bias = start.weight * self.scale[:, None], start.bias + self.mean @ start.weight
+            alive = np.isfinite(self.scale)[:, None]
+            weight = np.where(alive, start.weight, 0.0) * np.where(alive, self.scale[:, None], 0.0)
+            bias = start.bias + self.mean @ start.weight
         flat = np.vstack([(self.axes.T @ weight) / whiten, bias / bias_scale]).ravel()
         steps, gradient_norm = 0, np.inf
         # The optimiser stops on the whitened gradient; go on more tightly until the true one is small.
@@ -238,7 +241,7 @@ class Selection:
     candidates: list[Candidate]
     """One per l2 of the grid, strongest penalty first."""
     at_edge: str | None
-    """"strongest" or "weakest" if the chosen l2 is the end of a grid of several: a wider grid may do better."""
+    """The end of the grid that l2 is, "strongest" or "weakest": a wider grid may do better. None inside it."""
 
     @property
     def converged(self) -> bool:
@@ -263,8 +266,8 @@ def select_l2(
 ) -> Selection:
     """Solve for every l2, strongest first, each from the last one's solution, and keep the best.
 
-    The best has the highest macro AUROC (undefined classes left out) on the validation records after averaging
-    the probabilities of each record's crops; of equal ones the strongest penalty.
+    The best has the highest macro AUROC (undefined classes left out) on the validation records after
+    averaging the probabilities of each record's crops; of equal ones the strongest penalty.
 
     Args:
         problem: of the training features.
@@ -292,5 +295,7 @@ def select_l2(
             best, best_score = solution, score
     if best is None:
         raise ValueError("no class has both positives and negatives among the validation records")
-    ends = {grid[0]: "strongest", grid[-1]: "weakest"} if len(grid) > 1 else {}
-    return Selection(best.head, best.l2, candidates, ends[best.l2] if best.l2 in ends else None)
+    at_edge = None
+    if len(grid) > 1 and best.l2 in (grid[0], grid[-1]):
+        at_edge = "strongest" if best.l2 == grid[0] else "weakest"
+    return Selection(best.head, best.l2, candidates, at_edge)

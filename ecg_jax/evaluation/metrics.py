@@ -1,14 +1,14 @@
 """Scores of predictions against targets: AUROC, average precision, mean absolute error.
 
-Every function takes plain arrays: `targets` and `scores` are [n, K] (n records or crops, K classes), targets are
-0, 1 or NaN, and a NaN target leaves that record out of that class only.
+Every function takes plain arrays: `targets` and `scores` are [n, K] (n records or crops, K classes), targets
+are 0, 1 or NaN, and a NaN target leaves that record out of that class only.
 
 AUROC is computed from ranks (the Mann-Whitney statistic, ties count one half), not from a curve:
 
     AUROC = Σ_{i positive} (#{j negative: s_j < s_i} + ½ #{j negative: s_j = s_i}) / (n_pos n_neg)
 
-so that one sort of the negatives serves any number of resamples, given as how often each record was drawn: the
-counts become weights in the sums above. That is what makes the bootstrap of `bootstrap.py` fast.
+so that one sort of the negatives serves any number of resamples, given as how often each record was drawn:
+the counts become weights in the sums above. That is what makes the bootstrap of `bootstrap.py` fast.
 """
 
 import numpy as np
@@ -91,7 +91,9 @@ def resampled_auroc(targets, scores, counts) -> np.ndarray:
     targets, scores = _as_matrix(targets, scores)
     counts = np.asarray(counts)
     rows = np.arange(len(targets))
-    columns = [_auroc_of_one_class(targets[:, k], scores[:, k], rows, counts) for k in range(targets.shape[1])]
+    columns = [
+        _auroc_of_one_class(targets[:, k], scores[:, k], rows, counts) for k in range(targets.shape[1])
+    ]
     return np.stack(columns, axis=1) if columns else np.empty((counts.shape[1], 0))
 
 
@@ -123,8 +125,8 @@ def macro(per_class, undefined: str = "exclude"):
 
     Args:
         per_class: [..., K], NaN for undefined classes.
-        undefined: "exclude" leaves undefined classes out of the mean; "half" counts them 0.5, as the reference
-            implementation does (which drags macro AUROC and its bootstrap intervals towards 0.5).
+        undefined: "exclude" leaves undefined classes out of the mean; "half" counts them 0.5, as the
+            reference implementation does (which drags macro AUROC and its bootstrap intervals towards 0.5).
 
     Returns:
         float64 [...]; NaN where no class is defined under "exclude".
@@ -183,8 +185,8 @@ def mean_absolute_error(targets, predictions) -> tuple[np.ndarray, float]:
         predictions: [n, K].
 
     Returns:
-        (per_target, flattened): float64 [K], the mean over the known records of each target, NaN where none is
-        known, and one number over all known entries (so a target counts by how often it is known).
+        (per_target, flattened): float64 [K], the mean over the known records of each target, NaN where none
+        is known, and one number over all known entries (so a target counts by how often it is known).
 
     Raises:
         ValueError: shapes differ.

@@ -1,7 +1,7 @@
-"""What a probe predicts: which labels of which corpus, who is trained on and who is tested on, by which score.
+"""What a probe predicts: which labels of which corpus, who is trained and tested on, by which score.
 
-A task is data. `TASKS` holds those that a store can be probed on; the functions below turn a task and the columns
-of a store (plain arrays) into targets and splits.
+A task is data. `TASKS` holds those that a store can be probed on; the functions below turn a task and the
+columns of a store (plain arrays) into targets and splits.
 """
 
 from collections.abc import Sequence
@@ -36,13 +36,22 @@ class Task:
 def _ptbxl(label_set: str) -> Task:
     # PTB-XL's benchmark (Strodthoff et al. 2021) leaves out records without any statement of the label set.
     name = f"ptbxl_{label_set}"
-    return Task(name, "ptbxl", label_set, "multilabel", "macro_auroc", "largest_folds", "adult ECG", "exclude")
+    return Task(
+        name, "ptbxl", label_set, "multilabel", "macro_auroc", "largest_folds", "adult ECG", "exclude"
+    )
 
 
 TASKS = {
     **{f"ptbxl_{s}": _ptbxl(s) for s in ("super", "sub", "diag", "form", "rhythm", "all")},
     "challenge_dx": Task(
-        "challenge_dx", "challenge", "dx", "multilabel", "macro_auroc", "largest_folds", "adult ECG", "exclude"
+        "challenge_dx",
+        "challenge",
+        "dx",
+        "multilabel",
+        "macro_auroc",
+        "largest_folds",
+        "adult ECG",
+        "exclude",
     ),
 }
 
@@ -72,8 +81,8 @@ def check_store(task: Task, corpus: str, label_sets: Sequence[str], store: str) 
     """
     if corpus != task.corpus:
         raise UserError(
-            f"Task {task.name} needs a store of corpus {task.corpus!r}, but {store} was prepared from {corpus!r}; "
-            "choose another task or store."
+            f"Task {task.name} needs a store of corpus {task.corpus!r}, but {store} was prepared from "
+            f"{corpus!r}; choose another task or store."
         )
     if task.label_set not in label_sets:
         raise UserError(
@@ -128,7 +137,7 @@ class Split:
 
 
 def split_largest_folds(folds: Sequence[int | None], usable: np.ndarray, store: str) -> Split:
-    """Test = largest fold, validation = second largest, train = the rest, folds below zero and unknown included.
+    """Test = largest fold, validation = second largest, train = the rest, negative and unknown folds too.
 
     Args:
         folds: [n] fold numbers, None for unknown.
@@ -145,24 +154,25 @@ def split_largest_folds(folds: Sequence[int | None], usable: np.ndarray, store: 
     numbered = np.unique(folds[folds >= 0])
     if len(numbered) < 2:
         raise UserError(
-            f"{store} has {len(numbered)} fold(s), a probe needs at least three groups of records (train, validation, "
-            "test); prepare it from a source with folds."
+            f"{store} has {len(numbered)} fold(s), a probe needs two and more records besides to train on, "
+            "validate and test; prepare it from a source with folds."
         )
     val_fold, test_fold = int(numbered[-2]), int(numbered[-1])
     parts = {
-        "train": usable & (folds != val_fold) & (folds != test_fold),
-        "validation": usable & (folds == val_fold),
-        "test": usable & (folds == test_fold),
+        "train": (
+            usable & (folds != val_fold) & (folds != test_fold),
+            f"outside folds {val_fold}, {test_fold}",
+        ),
+        "validation": (usable & (folds == val_fold), f"in fold {val_fold}"),
+        "test": (usable & (folds == test_fold), f"in fold {test_fold}"),
     }
-    for name, part in parts.items():
+    for name, (part, where) in parts.items():
         if not part.any():
-            which = {"train": f"outside folds {val_fold} and {test_fold}", "validation": f"in fold {val_fold}"}
-            where = which[name] if name in which else f"in fold {test_fold}"
             raise UserError(
-                f"{store} has no usable {name} record ({where}): none is labelled for the task and at least one "
-                "window long."
+                f"{store} has no usable {name} record ({where}): none is labelled for the task and at least "
+                "one window long."
             )
-    train, val, test = (np.flatnonzero(part) for part in parts.values())
+    train, val, test = (np.flatnonzero(part) for part, _ in parts.values())
     return Split(train, val, test, val_fold, test_fold)
 
 
@@ -171,7 +181,8 @@ def repeated_in(rows: np.ndarray, others: np.ndarray, originals: Sequence[str]) 
 
     Args:
         rows, others: int row numbers.
-        originals: [n], for each record the id of the first record with the same signal (its own if it is the first).
+        originals: [n], for each record the id of the first record with the same signal (its own if it is the
+            first).
 
     Returns:
         bool [len(rows)].
