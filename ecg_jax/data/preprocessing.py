@@ -169,7 +169,8 @@ class Preprocessing:
             raise BadRecording(
                 recording.record_id,
                 "implausible_rate",
-                f"the header says {recording.rate:g} samples per second, outside {MIN_RATE_HZ}-{MAX_RATE_HZ}.",
+                f"the header says {recording.rate:g} samples per second, outside "
+                f"{MIN_RATE_HZ}-{MAX_RATE_HZ}.",
             )
         problems = list(recording.problems)
 

@@ -176,7 +176,8 @@ def _check_mat(data: bytes, offset: int, n_signals: int, name: str, record_id: s
         raise BadRecording(
             record_id,
             "signal_refused",
-            f"{name} is not the MATLAB 4 matrix of {n_signals} x T 16-bit integers that its header describes.",
+            f"{name} is not the MATLAB 4 matrix of {n_signals} x T 16-bit integers that its header "
+            f"describes.",
         )
 
 
