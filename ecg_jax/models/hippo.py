@@ -94,7 +94,9 @@ def kernel_basis(
     Returns:
         Phi float64 [H, N, L].
     """
-    Ab, v = discretise(*(np.asarray(a, np.complex128) for a in (Lambda, P, B)), np.exp(np.asarray(log_dt, float)))
+    Ab, v = discretise(
+        *(np.asarray(a, np.complex128) for a in (Lambda, P, B)), np.exp(np.asarray(log_dt, float))
+    )
     half = v.shape[-1] // 2
     eye = np.eye(2 * half)
     v = np.linalg.solve(eye - np.linalg.matrix_power(Ab, l_max), v[..., None])  # [H, N, 1]

@@ -196,7 +196,9 @@ class S4Layer(nn.Module):
             return jax.random.uniform(key, (H,), minval=np.log(DT_MIN), maxval=np.log(DT_MAX))
 
         log_dt = state_matrix("log_dt", log_uniform)
-        Lambda, P, B = (as_complex(state_matrix(name, per_channel(value))) for name, value in matrices.items())
+        Lambda, P, B = (
+            as_complex(state_matrix(name, per_channel(value))) for name, value in matrices.items()
+        )
 
         def length_corrected(key):
             real_imag = jax.random.normal(key, (1 + self.bidirectional, H, self.state // 2, 2)) * 0.5**0.5

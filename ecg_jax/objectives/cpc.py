@@ -127,7 +127,7 @@ class CPC(nn.Module):
         batch.
 
         Returns:
-            losses {"loss": (values [B], weights [B])} and metrics {"accuracy": (values [B], weights [B])}. A term is the weighted
+            losses {"contrastive_loss": (values [B], weights [B])} and metrics {"accuracy": (values [B], weights [B])}. A term is the weighted
             mean over the global batch; the objective is the sum of all losses.
         """
         tokens, out = self.encoder(x, record_index, train=train)
@@ -151,4 +151,4 @@ class CPC(nn.Module):
             normalise=self.normalise,
         )
         weights = jnp.ones_like(loss)
-        return {"loss": (loss, weights)}, {"accuracy": (accuracy, weights)}
+        return {"contrastive_loss": (loss, weights)}, {"accuracy": (accuracy, weights)}

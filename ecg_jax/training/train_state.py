@@ -104,7 +104,7 @@ def train_step(
         axis_name: mapped axis; None for a single device without a map.
 
     Returns:
-        The next state and scalar metrics: every loss term, `total_loss`, the objective's metrics, `grad_norm`.
+        The next state and scalar metrics: `loss`, its terms, the objective's metrics, `grad_norm`.
     """
     objective_key, dropout_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
     x = to_model_input(batch["signal"], normalisation)
@@ -134,7 +134,7 @@ def train_step(
         opt_state=opt_state,
         batch_stats=batch_stats,
     )
-    return state, metrics | {"total_loss": total, "grad_norm": optax.tree.norm(grads)}
+    return state, metrics | {"loss": total, "grad_norm": optax.tree.norm(grads)}
 
 
 def eval_step(
@@ -144,7 +144,7 @@ def eval_step(
     model,
     normalisation: str,
     axis_name: str | None = AXIS,
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+) -> dict[str, dict[str, tuple[jax.Array, jax.Array]]]:
     """Losses and metrics of one batch of held-out crops, in evaluation mode, as seen by one device.
 
     Args:
@@ -153,15 +153,31 @@ def eval_step(
             at every evaluation) and `weight` float32 [B], 0 for rows that only fill the last batch.
 
     Returns:
-        Name -> (sum of weighted values, sum of weights) over the global batch.
+        {"losses": ..., "metrics": ...}, each name -> (sum of weighted values, sum of weights) over the global batch.
     """
     x = to_model_input(batch["signal"], normalisation)
     losses, metrics = model.apply(
         state.variables(), x, batch["record_index"], train=False, rngs={"objective": state.rng}
     )
-    sums = {}
-    for name, (values, weights) in (losses | metrics).items():
+
+    def summed(term):
+        values, weights = term
         weights = weights * batch["weight"]
         pair = (values * weights).sum(), weights.sum()
-        sums[name] = jax.lax.psum(pair, axis_name) if axis_name else pair
-    return sums
+        return jax.lax.psum(pair, axis_name) if axis_name else pair
+
+    return {
+        "losses": {name: summed(term) for name, term in losses.items()},
+        "metrics": {name: summed(term) for name, term in metrics.items()},
+    }
+
+
+def mean_of_sums(batches: list[dict]) -> dict[str, float]:
+    """Means over all batches from what `eval_step` returned for each; `loss` is the sum of the loss terms. {} for no batch."""
+    if not batches:
+        return {}
+    total = jax.tree.map(lambda *parts: float(sum(parts)), *batches)
+    losses, metrics = (
+        {name: value / weight for name, (value, weight) in total[kind].items()} for kind in ("losses", "metrics")
+    )
+    return {"loss": sum(losses.values()), **losses, **metrics}

@@ -1,0 +1,31 @@
+"""CPC: predict the token 117 ms ahead among 128 negatives of the same recording (arXiv 2605.12241; spec §5.3).
+
+    ecg-jax pretrain --config=configs/cpc.py:data=18k --workdir=runs/cpc --config.store=stores/ptbxl
+
+Arguments: backbone=s4, data=18k|45k|106k|753k|11m, recipe=described|released.
+At the defaults 3 194 880 trainable parameters; 10 epochs of 18k recordings are 2 800 steps.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from ecg_jax.config_flags import parse_arg
+
+
+def get_config(arg=""):
+    arg = parse_arg(arg, backbone=("s4",), data=tuple(common.DATA_SIZES), recipe=common.RECIPES)
+    config = common.get_config()
+    config.objective = ConfigDict(
+        {
+            "name": "cpc",
+            "steps_ahead": 14,  # tokens of 1/120 s
+            "negatives": 128,
+            "temperature": 1.0,
+            "normalise": False,  # True: cosine scores instead of dot products
+        }
+    )
+    config.model.backbone = arg.backbone
+    config.model.bidirectional = False  # CPC must not see what it predicts
+    common.set_size(config, arg.data)
+    common.set_recipe(config, arg.recipe)
+    return config

@@ -1,0 +1,63 @@
+"""`ecg-jax COMMAND`: thin dispatch and friendly errors."""
+
+import importlib
+import sys
+
+import ecg_jax
+from ecg_jax.errors import UserError
+
+COMMANDS = {
+    "quickstart": "prepare, pretrain and probe on the PTB-XL sample that ships with the package",
+    "prepare": "raw recordings -> store",
+    "pretrain": "store + config -> run with checkpoints",
+    "probe": "checkpoint + labelled store -> metrics with confidence intervals",
+    "embed": "checkpoint + recordings -> one embedding for each",
+}
+
+_USAGE = f"""\
+usage: ecg-jax COMMAND [options]
+
+ecg_jax {ecg_jax.__version__}: pretrain, scale and probe ECG foundation models in JAX
+
+{chr(10).join(f"  {name:<12}{text}" for name, text in COMMANDS.items())}
+
+`ecg-jax COMMAND --help` explains a command. Start with `ecg-jax quickstart`.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments after the program's name.
+
+    Returns:
+        The exit code: 0 on success, 2 for a mistake of the user's (one sentence on stderr), 130 when interrupted.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(ecg_jax.__version__)
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        print(f"ecg-jax: error: unknown command {command!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"ecg_jax.{command}").main(rest)
+    except UserError as error:
+        print(f"ecg-jax {command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"ecg-jax {command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def entry_point() -> None:
+    """What the `ecg-jax` script calls."""
+    # Orbax and Grain log through absl; their progress reports are not for this program's users.
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""Config files on the command line: `--config=FILE[:args] --config.a.b=value`, with errors a person can act on.
+
+A config file is Python with `get_config(arg="")` that returns an `ml_collections.ConfigDict`. Every field of a run is declared there;
+the command line can only change declared fields, to values of the declared type.
+"""
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
+
+from ecg_jax.errors import UserError
+
+CONFIG_HELP = """\
+config:
+  --config=FILE[:ARGS]    a config file; ARGS go to its get_config, e.g. configs/cpc.py:data=18k,recipe=released
+  --config.a.b=VALUE      changes one declared field, e.g. --config.optimiser.learning_rate=1e-3
+  --print-config          prints the resulting config and exits
+"""
+
+
+def shipped_configs() -> Path:
+    """Folder that holds the package `configs`: the repository's top level, or the copy inside an installed wheel."""
+    package = Path(__file__).parent
+    in_wheel = package / "shipped"
+    return in_wheel if in_wheel.is_dir() else package.parent
+
+
+def _closest(word: str, known) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
+
+
+def parse_arg(arg: str, **choices: tuple[str, ...]) -> SimpleNamespace:
+    """The argument of a config file, "key=value,key=value".
+
+    Args:
+        arg: what follows the colon of --config.
+        choices: key -> allowed values, the first of them the default.
+
+    Raises:
+        UserError: unknown key or value, or not of the form key=value.
+    """
+    values = {key: allowed[0] for key, allowed in choices.items()}
+    for item in filter(None, arg.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(
+                f"--config argument {item!r} is not of the form key=value; keys: {', '.join(choices)}"
+            )
+        if key not in choices:
+            raise UserError(f"--config argument {key!r} is unknown{_closest(key, choices)}")
+        if value not in choices[key]:
+            raise UserError(f"--config argument {key}={value!r} is unknown{_closest(value, choices[key])}")
+        values[key] = value
+    return SimpleNamespace(**values)
+
+
+def load_config(spec: str) -> ConfigDict:
+    """The config of `FILE[:ARGS]`.
+
+    FILE is looked for as given and, when it starts with `configs/`, among the configs that ship with the package.
+
+    Raises:
+        UserError: no such file, no get_config in it, or it refuses its argument.
+    """
+    name, _, arg = spec.partition(":")
+    path = Path(name)
+    root = shipped_configs()
+    if not path.is_file():
+        path = root / name
+    if not path.is_file():
+        raise UserError(f"--config={spec}: there is no file {name}")
+    if str(root) not in sys.path:  # config files import `configs.common`
+        sys.path.insert(0, str(root))
+    module_spec = importlib.util.spec_from_file_location(f"config_file_{path.stem}", path)
+    if module_spec is None:
+        raise UserError(f"--config={spec}: {name} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(
+            f"--config={spec}: {name} line {error.lineno} is not valid Python: {error.msg}"
+        ) from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={spec}: {name} defines no get_config(arg)")
+    return module.get_config(arg).lock()
+
+
+def _parse_value(path: str, text: str, current: Any, kind: type) -> Any:
+    """`text` as a value of the type the field was declared with."""
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(text)
+        if kind in (tuple, list):
+            value = ast.literal_eval(text)
+            return kind(value) if isinstance(value, tuple | list) else kind([value])
+        return text
+    except (KeyError, ValueError, SyntaxError):
+        raise UserError(
+            f"--config.{path}={text!r} is not a value of type {kind.__name__} (the field is {current!r})"
+        ) from None
+
+
+def override(config: ConfigDict, path: str, text: str) -> None:
+    """Sets the field `path` ("a.b.c") of a config from command-line text.
+
+    Raises:
+        UserError: the field is not declared, or the text is not of its type.
+    """
+    node = config
+    *parents, last = path.split(".")
+    for depth, name in enumerate([*parents, last]):
+        if not isinstance(node, ConfigDict) or name not in node:
+            where = ".".join(path.split(".")[:depth]) or "the config"
+            known = sorted(node.keys()) if isinstance(node, ConfigDict) else []
+            raise UserError(f"--config.{path}: {where} has no field {name!r}{_closest(name, known)}")
+        if depth < len(parents):
+            node = node[name]
+    if isinstance(node[last], ConfigDict):
+        raise UserError(
+            f"--config.{path} is a group of fields; set one of {', '.join(sorted(node[last].keys()))}"
+        )
+    reference = node.get_ref(last)
+    assert isinstance(reference, FieldReference)
+    node[last] = _parse_value(path, text, node[last], reference.get_type())
+
+
+def parse_command(
+    name: str, description: str, argv: list[str], extra: Callable[[argparse.ArgumentParser], None]
+) -> tuple[ConfigDict, argparse.Namespace]:
+    """Parses the arguments of a command that takes a config.
+
+    Args:
+        name: of the command, e.g. "pretrain".
+        description: what --help says first.
+        argv: arguments after the command's name.
+        extra: adds the command's own options to the parser.
+
+    Returns:
+        The locked config with overrides applied, and the command's own options.
+
+    Raises:
+        UserError: anything wrong with the config or its overrides.
+        SystemExit: --help or --print-config (code 0), or argparse's own refusal (code 2).
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"ecg-jax {name}",
+        description=description,
+        epilog=CONFIG_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARGS]", help="config file of the run")
+    parser.add_argument("--print-config", action="store_true", help=argparse.SUPPRESS)
+    extra(parser)
+
+    overrides, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        path, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None:
+                raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
+        overrides.append((path, value))
+    options = parser.parse_args(rest)
+    config = load_config(options.config)
+    for path, value in overrides:
+        override(config, path, value)
+    if options.print_config:
+        print(config)
+        raise SystemExit(0)
+    return config, options

@@ -1,0 +1,78 @@
+"""Parameters of the reference implementation (PyTorch names and layouts) as ours (spec §2, §3.3, §11.4). Needs no torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+STEM = "ts_encoder.encoder."
+BACKBONE = "ts_encoder.predictor.predictor."
+HEAD = "ts_encoder.head_ssl."
+
+
+def convert_stem(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Stem parameters `layers.{i}.{0,1}.*` -> {"params": ..., "batch_stats": ...} of `models.stem.Stem`."""
+    params, stats = {}, {}
+    for i in range(_count(sd, "layers.")):
+        # torch stores convolutions as (out, in, k), Flax as (k, in, out).
+        params[f"conv{i}"] = {"kernel": np.transpose(sd[f"layers.{i}.0.weight"], (2, 1, 0))}
+        params[f"norm{i}"] = {"scale": sd[f"layers.{i}.1.weight"], "bias": sd[f"layers.{i}.1.bias"]}
+        stats[f"norm{i}"] = {"mean": sd[f"layers.{i}.1.running_mean"], "var": sd[f"layers.{i}.1.running_var"]}
+    return {"params": params, "batch_stats": stats}
+
+
+def convert_s4_layer(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Parameters and buffers of one S4 layer -> {"params": ..., "ssm": ...} of `models.s4.S4Layer`.
+
+    C is taken as stored: it is already length-corrected. Q = conj(P) is implied; the FFT nodes are recomputed.
+    """
+    kernel = {name: sd[f"kernel.kernel.{name}"] for name in ("C", "log_dt", "B", "P", "w")}
+    H = kernel["log_dt"].shape[0]
+    # B and P have a leading axis of size 1, and in files saved from CPU modules they are expanded views.
+    B, P = (np.broadcast_to(kernel[name][0], (H, *kernel[name].shape[2:])).copy() for name in ("B", "P"))
+    return {
+        "params": {
+            "C": kernel["C"],
+            "D": sd["D"][0],
+            "output": {
+                "kernel": sd["output_linear.0.weight"].T,
+                "bias": sd["output_linear.0.bias"].reshape(-1),
+            },
+        },
+        "ssm": {"Lambda": np.array(kernel["w"]), "P": P, "B": B, "log_dt": kernel["log_dt"]},
+    }
+
+
+def convert_s4_backbone(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """`s4_layers.{l}.*` and `norms.{l}.*` -> {"params": ..., "ssm": ...} of `models.s4.S4Backbone`."""
+    params, ssm = {}, {}
+    for i in range(_count(sd, "s4_layers.")):
+        layer = convert_s4_layer(_under(sd, f"s4_layers.{i}."))
+        params[f"layer{i}"], ssm[f"layer{i}"] = layer["params"], layer["ssm"]
+        params[f"norm{i}"] = {"scale": sd[f"norms.{i}.weight"], "bias": sd[f"norms.{i}.bias"]}
+    return {"params": params, "ssm": ssm}
+
+
+def convert_encoder(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """A reference state dict with full names -> variables of `models.encoder.Encoder`; other entries are left aside."""
+    stem, backbone = convert_stem(_under(sd, STEM)), convert_s4_backbone(_under(sd, BACKBONE))
+    return {
+        "params": {"stem": stem["params"], "backbone": backbone["params"]},
+        "batch_stats": {"stem": stem["batch_stats"]},
+        "ssm": {"backbone": backbone["ssm"]},
+    }
+
+
+def convert_cpc(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """A reference CPC state dict -> variables of `objectives.cpc.CPC`."""
+    variables = {collection: {"encoder": tree} for collection, tree in convert_encoder(sd).items()}
+    variables["params"]["head"] = {"kernel": sd[HEAD + "proj.0.weight"].T}
+    return variables
+
+
+def _under(sd: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in sd.items() if name.startswith(prefix)}
+
+
+def _count(sd: Mapping[str, np.ndarray], prefix: str) -> int:
+    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in sd if name.startswith(prefix))

@@ -1,0 +1,64 @@
+"""Several processes as one run: joining them, and being told to stop."""
+
+import os
+import signal
+from types import TracebackType
+
+import jax
+
+from ecg_jax.errors import UserError
+
+
+def initialise(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins this process to its run; call it before any device is used.
+
+    Either all three arguments are given (as `launch/local.py` does), or none: then a run under `srun` with more than one task joins
+    through the SLURM variables, and anything else is a run of one process.
+
+    Args:
+        coordinator: "host:port" of process 0.
+        num_processes: how many there are.
+        process_id: which one this is.
+
+    Raises:
+        UserError: only some of the three are given.
+    """
+    given = [value is not None for value in (coordinator, num_processes, process_id)]
+    if all(given):
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process-id={process_id} is not below --num-processes={num_processes}")
+        jax.distributed.initialize(coordinator, num_processes=num_processes, process_id=process_id)
+    elif any(given):
+        raise UserError(
+            "--coordinator, --num-processes and --process-id belong together; give all three or none"
+        )
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        jax.distributed.initialize()
+
+
+class StopSignal:
+    """Remembers a SIGTERM or SIGINT instead of dying of it, so that the loop can save first. A second one kills.
+
+    Use as a context manager; read `received` between steps. Inactive, it changes nothing: in a run of several processes JAX itself
+    watches for SIGTERM, so that all of them stop at the same step.
+    """
+
+    def __init__(self, *, active: bool):
+        self._active = active
+        self.received: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT) if self._active else ():
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, self._previous[number])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
