@@ -107,7 +107,7 @@ def test_permuting_records_with_their_counts_changes_nothing():
 
 
 def test_coverage_needs_patients():
-    """Three near-copies of every score per patient: patient intervals cover the truth, record intervals do not."""
+    """Three near-copies of each score: patient intervals cover the truth, record intervals do not."""
     generator = np.random.default_rng(7)
     truth = 0.7602  # Φ(1/√2)
     covered = {"patient": 0, "record": 0}

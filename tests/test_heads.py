@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ecg_jax.evaluation import heads
+from ecg_jax.evaluation import heads, metrics
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "heads.npz")
 LINEAR_HEADS = {  # group -> names of its projection after the mean over time
@@ -153,7 +153,7 @@ def test_too_few_steps_are_reported():
 def test_classes_that_cannot_be_trained_are_named():
     features, targets = _data()
     targets[:, 1], targets[:, 2] = 0, np.where(targets[:, 2] == 1, 1, np.nan)
-    assert heads.trainable_classes(targets).tolist() == [True, False, False]
+    assert metrics.has_both_kinds(targets).tolist() == [True, False, False]
     with pytest.raises(ValueError, match=r"classes \[1, 2\]"):
         heads.LogisticProblem(features, targets)
 
@@ -168,7 +168,6 @@ def test_features_that_are_not_finite_are_refused(bad):
 
 def test_l2_is_chosen_on_the_aggregated_validation_score():
     """Of few noisy training crops the weakest penalty overfits; the chosen one is best on validation."""
-    from ecg_jax.evaluation import metrics
     from ecg_jax.evaluation.features import mean_per_record
 
     generator = np.random.default_rng(0)

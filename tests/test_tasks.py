@@ -65,9 +65,3 @@ def test_empty_parts_are_refused(folds, unusable, message):
     usable = ~np.isin(np.arange(len(folds)), unusable)
     with pytest.raises(UserError, match=message):
         tasks.split_largest_folds(folds, usable, "store")
-
-
-def test_repeated_signals_are_found_in_either_direction():
-    originals = ["a", "b", "a", "d", "b"]  # record 2 repeats record 0, record 4 repeats record 1
-    assert tasks.repeated_in(np.array([0, 1, 3]), np.array([2]), originals).tolist() == [True, False, False]
-    assert tasks.repeated_in(np.array([2, 4]), np.array([1, 3]), originals).tolist() == [False, True]

@@ -65,12 +65,6 @@ class Solution:
     """Sum of the objective over classes."""
 
 
-def trainable_classes(targets) -> np.ndarray:
-    """bool [K]: classes of [n, K] targets that have both positives and negatives."""
-    n_pos, n_neg = metrics.class_counts(targets)
-    return (n_pos > 0) & (n_neg > 0)
-
-
 def _blocks(n: int):
     return [slice(start, min(start + _BLOCK_ROWS, n)) for start in range(0, n, _BLOCK_ROWS)]
 
@@ -92,8 +86,8 @@ class LogisticProblem:
         n = len(features)
         if targets.ndim != 2 or len(targets) != n:
             raise ValueError(f"features {features.shape} need targets [{n}, K], not {targets.shape}")
-        if not trainable_classes(targets).all():
-            missing = np.flatnonzero(~trainable_classes(targets)).tolist()
+        if not metrics.has_both_kinds(targets).all():
+            missing = np.flatnonzero(~metrics.has_both_kinds(targets)).tolist()
             raise ValueError(f"classes {missing} have no positive or no negative among the training targets")
         if features.dtype != np.float64 and features.size * 8 <= _FLOAT64_BYTES:
             features = features.astype(np.float64)
@@ -241,7 +235,7 @@ class Selection:
     candidates: list[Candidate]
     """One per l2 of the grid, strongest penalty first."""
     at_edge: str | None
-    """The end of the grid that l2 is, "strongest" or "weakest": a wider grid may do better. None inside it."""
+    """The end of the grid that l2 is, "strongest" or "weakest" (a wider grid may do better), or None."""
 
     @property
     def converged(self) -> bool:

@@ -42,6 +42,12 @@ def class_counts(targets) -> tuple[np.ndarray, np.ndarray]:
     return (targets == 1).sum(axis=0), (targets == 0).sum(axis=0)
 
 
+def has_both_kinds(targets) -> np.ndarray:
+    """bool [K]: classes of [n, K] targets with a positive and a negative, which training and AUROC need."""
+    n_pos, n_neg = class_counts(targets)
+    return (n_pos > 0) & (n_neg > 0)
+
+
 def _auroc_of_one_class(targets, scores, rows, counts) -> np.ndarray:
     """AUROC of one class under every column of counts.
 

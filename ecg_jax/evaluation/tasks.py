@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
+from ecg_jax.evaluation.features import non_overlapping_crops
+from ecg_jax.evaluation.metrics import has_both_kinds
 
 
 @dataclass(frozen=True)
@@ -176,16 +179,164 @@ def split_largest_folds(folds: Sequence[int | None], usable: np.ndarray, store: 
     return Split(train, val, test, val_fold, test_fold)
 
 
-def repeated_in(rows: np.ndarray, others: np.ndarray, originals: Sequence[str]) -> np.ndarray:
-    """Rows whose signal occurs again among other rows.
+@dataclass(frozen=True)
+class Part:
+    """Records of one store that are trained, validated or tested on."""
+
+    store: Store
+    rows: np.ndarray
+    """int [n], rows of the store."""
+    targets: np.ndarray
+    """float [n, K]."""
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of these records."""
+        return self.store.column(name)[self.rows]
+
+    def crops(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, record) of their crops, see `non_overlapping_crops`."""
+        return non_overlapping_crops(self.column("length"), self.column("offset"), window)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a probe trains and tests on, and what it left out and why."""
+
+    train: Part
+    val: Part
+    test: Part
+    classes: list[str]
+    classes_dropped: dict[str, str]
+    """Class -> why it is not probed."""
+    split: dict
+    """How records were assigned, in words and numbers."""
+    excluded: dict
+    """Store -> reason -> number of records."""
+
+
+def _usable(store: Store, task: Task, window: int) -> tuple[np.ndarray, dict[str, int]]:
+    """bool [n] of records that can be probed, and how many cannot for which reason."""
+    long_enough = store.column("length") >= window
+    labelled = np.ones(len(store), dtype=bool)
+    if task.unlabelled == "exclude":
+        labelled = is_labelled(store.column(f"labels_{task.label_set}"))
+    return long_enough & labelled, {
+        "shorter_than_window": int((~long_enough).sum()),
+        "without_label_of_the_set": int((long_enough & ~labelled).sum()),
+    }
+
+
+def _test_rows(store: Store, test_store: Store, usable: np.ndarray) -> tuple[np.ndarray, str]:
+    """Which records of another store are tested on, and why those."""
+    folds = set(store.column("fold").tolist())
+    if test_store.corpus == store.corpus and folds == set(test_store.column("fold").tolist()):
+        split = split_largest_folds(test_store.column("fold"), usable, f"the test store {test_store.path}")
+        return (
+            split.test,
+            f"test fold {split.test_fold} of the test store (same corpus and folds as the store)",
+        )
+    return np.flatnonzero(
+        usable
+    ), "all records of the test store (its corpus or folds differ from the store's)"
+
+
+def choose_examples(
+    task: Task, store: Store, test_store: Store | None, window: int, min_count: int
+) -> Examples:
+    """Splits a store by the task's rule and makes the targets.
+
+    A test record is never trained on: training and validation records whose signal occurs again in a later
+    part (the same recording under two ids) are left out of the earlier one, so the test records stay as
+    published.
 
     Args:
-        rows, others: int row numbers.
-        originals: [n], for each record the id of the first record with the same signal (its own if it is the
-            first).
+        task: the task.
+        store: trained and validated on, and tested on unless test_store is given.
+        test_store: tested on instead: its test fold if it has the corpus and folds of `store`, else all of
+            it.
+        window: samples of a crop; shorter records are left out.
+        min_count: classes with fewer positive records in `store` are left out.
 
-    Returns:
-        bool [len(rows)].
+    Raises:
+        UserError: no class or a part without records is left, or the test store shares record ids with the
+            training and validation records.
     """
-    seen = {originals[i] for i in others}
-    return np.array([originals[i] in seen for i in rows], dtype=bool)
+    for each in filter(None, (store, test_store)):
+        check_store(task, each.corpus, list(each.classes), f"the store {each.path}")
+    column, names = f"labels_{task.label_set}", store.classes[task.label_set]
+    usable, left_out = _usable(store, task, window)
+    excluded = {str(store.path): left_out}
+    split = split_largest_folds(store.column("fold"), usable, f"the store {store.path}")
+    if test_store is None:
+        tested, test_rows = store, split.test
+        how = f"test fold {split.test_fold} of the store"
+    else:
+        tested = test_store
+        test_usable, excluded[str(test_store.path)] = _usable(test_store, task, window)
+        test_rows, how = _test_rows(store, test_store, test_usable)
+        trained_on = set(store.column("record_id")[np.concatenate([split.train, split.val])])
+        shared = sorted(trained_on.intersection(test_store.column("record_id")[test_rows]))
+        if shared and store.corpus == test_store.corpus:
+            raise UserError(
+                f"{len(shared)} records of the test store {test_store.path} are trained or validated on in "
+                f"{store.path} (such as {shared[0]}); prepare a test store without them."
+            )
+        if not len(test_rows):
+            raise UserError(f"The test store {test_store.path} has no usable record for task {task.name}.")
+
+    signals = store.column("checksum")
+    seen = set(tested.column("checksum")[test_rows])
+    val_rows = np.array([i for i in split.val if signals[i] not in seen], dtype=np.int64)
+    seen.update(signals[val_rows])
+    train_rows = np.array([i for i in split.train if signals[i] not in seen], dtype=np.int64)
+    repeated = len(split.val) + len(split.train) - len(val_rows) - len(train_rows)
+    excluded[str(store.path)]["same_signal_as_a_later_part"] = repeated
+    if not len(train_rows) or not len(val_rows):
+        raise UserError(
+            f"Every training or validation record of {store.path} has the signal of a test record."
+        )
+
+    targets = target_matrix(store.column(column), names)
+    dropped = rare_classes(targets[usable], names, min_count)
+    for name, trainable in zip(names, has_both_kinds(targets[train_rows]), strict=True):
+        if not trainable and name not in dropped:
+            dropped[name] = "only positives or only negatives among the training records"
+    kept = [k for k, name in enumerate(names) if name not in dropped]
+    classes = [names[k] for k in kept]
+    if not classes:
+        raise UserError(
+            f"None of the {len(names)} classes of task {task.name} can be probed on {store.path}: each has "
+            f"fewer than min_count={min_count} positive records or only one kind of training record; lower "
+            "--config.min_count or use more data."
+        )
+    if tested is not store:
+        test_targets = target_matrix(tested.column(column)[test_rows], classes)
+    else:
+        test_targets = targets[test_rows][:, kept]
+    return Examples(
+        train=Part(store, train_rows, targets[train_rows][:, kept]),
+        val=Part(store, val_rows, targets[val_rows][:, kept]),
+        test=Part(tested, test_rows, test_targets),
+        classes=classes,
+        classes_dropped=dropped,
+        split={
+            "rule": "test = largest fold, validation = second largest, train = the rest",
+            "val_fold": split.val_fold,
+            "tested_on": how,
+            "n_train": len(train_rows),
+            "n_val": len(val_rows),
+            "n_test": len(test_rows),
+            "patients_in_train_or_val_and_test": _shared_patients(
+                store, train_rows, val_rows, tested, test_rows
+            ),
+        },
+        excluded=excluded,
+    )
+
+
+def _shared_patients(store: Store, train_rows, val_rows, tested: Store, test_rows) -> int | None:
+    """How many known patients are on both sides; None across corpora, where ids mean different people."""
+    if store.corpus != tested.corpus:
+        return None
+    ours = set(store.column("patient_id")[np.concatenate([train_rows, val_rows])])
+    return len(ours.intersection(tested.column("patient_id")[test_rows]) - {None, ""})
