@@ -27,7 +27,7 @@ from pathlib import Path
 from ecg_jax.data.corpora import CORPORA
 from ecg_jax.data.corpora.listing import Entry, Listing, hash_fold
 from ecg_jax.data.preprocessing import Preprocessing
-from ecg_jax.data.recording import BadRecording
+from ecg_jax.data.recording import KINDS, BadRecording, Problem
 from ecg_jax.data.store import PARTIAL, Store, read_attributes
 from ecg_jax.data.writer import UnitWriter, disk_errors, finalise, read_sidecar, unit_size, write_atomic
 from ecg_jax.errors import UserError
@@ -110,7 +110,7 @@ def prepare(
       store: folder to write; may hold an interrupted attempt of the same job, which is continued.
       rate: samples per second of the variant to take, for corpora that come at several rates (PTB-XL: 500,
         100).
-      workers: processes; None takes the number of CPUs.
+      workers: processes; None takes the CPUs this process may use.
       strict: the first problem of any recording stops with an error.
       clip_mv: clip to +-clip_mv millivolts; None clips nothing.
       duplicates: "keep" marks records with an identical signal in column `duplicate_of`, "drop" leaves them
@@ -126,7 +126,7 @@ def prepare(
     """
     started = time.monotonic()
     source, store = Path(source), Path(store)
-    workers = os.cpu_count() if workers is None else workers
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
     job = _job(corpus, source, store, rate, workers, strict, clip_mv, duplicates, assume_gain)
     if (store / "zarr.json").exists():
         _check_same_job(store, read_attributes(store), job.settings)
@@ -139,6 +139,7 @@ def prepare(
             n_units=len(job.units),
             preprocessing=job.preprocessing,
             attributes=job.settings,
+            label_sets=job.listing.label_sets,
             classes=job.listing.classes,
             descriptions=job.listing.descriptions,
             first_problems=job.listing.problems,
@@ -222,7 +223,9 @@ def _check_same_job(store: Path, found: dict, settings: dict) -> None:
 @contextlib.contextmanager
 def _partial_folder(store: Path, settings: dict):
     """The folder of unfinished work, locked against a second writer."""
-    if store.is_dir() and any(store.iterdir()) and not (store / PARTIAL).is_dir():
+    # problems.jsonl alone is what an attempt leaves that could not read any recording.
+    others = {path.name for path in store.iterdir()} - {"problems.jsonl"} if store.is_dir() else set()
+    if others and PARTIAL not in others:
         raise UserError(f"STORE {store} is not empty and not a store; choose another folder.")
     partial = store / PARTIAL
     partial.mkdir(parents=True, exist_ok=True)
@@ -356,6 +359,16 @@ def _convert_unit(
                     raise UserError(_strict_sentence(vars(error.problem))) from error
                 writer.problems.append(error.problem)
                 continue
+            except (UserError, MemoryError):
+                raise
+            except Exception as error:
+                # One strange file must not end the conversion of millions; it is told, with what went wrong.
+                detail = f"{entry.file}: {type(error).__name__}: {error}"
+                problem = Problem(entry.record_id, "unexpected_error", "refused", detail)
+                if strict:
+                    raise UserError(_strict_sentence(vars(problem))) from error
+                writer.problems.append(problem)
+                continue
             if strict and processed.problems:
                 raise UserError(_strict_sentence(vars(processed.problems[0])))
             if recording.fold is None:
@@ -398,6 +411,7 @@ def _summary(job: _Job, started: float, already_complete: bool) -> Summary:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of `ecg-jax prepare`."""
+    kinds = "\n".join(f"  {kind:<22} {meaning}" for kind, meaning in KINDS.items())
     expects = "\n".join(f"  {name:<10} {module.EXPECTS}" for name, module in CORPORA.items())
     result = argparse.ArgumentParser(
         prog="ecg-jax prepare",
@@ -413,7 +427,7 @@ command goes on where it stopped; on a complete store it does nothing.
 CORPUS and what it expects in SOURCE:
 {expects}
 """,
-        epilog="""\
+        epilog=f"""\
 examples:
   ecg-jax prepare ptbxl ptb-xl-1.0.3 stores/ptbxl
   ecg-jax prepare ptbxl ptb-xl-1.0.3 stores/ptbxl100 --source-rate=100
@@ -421,6 +435,9 @@ examples:
   ecg-jax prepare wfdb ludb/data stores/ludb --assume-gain=1000
 
 A store opens in Python with ecg_jax.data.store.Store("stores/ptbxl"), and its signal in any Zarr v3 reader.
+
+problems, one line each in STORE/problems.jsonl:
+{kinds}
 """,
     )
     add = result.add_argument

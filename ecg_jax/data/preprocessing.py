@@ -26,6 +26,10 @@ INT16_MAX = 32767
 # Shorter recordings cannot fill the 2.5 s window of the published recipes; they are kept and flagged.
 SHORT_S = 2.5
 
+# A lead that does not move for so long has lost its electrode: baseline noise alone changes every recorder's
+# last bit.
+PARTLY_FLAT_S = 1.0
+
 # Below, the QRS complex itself is gone; above, no ECG recorder works and the header is wrong.
 MIN_RATE_HZ, MAX_RATE_HZ = 50, 20_000
 
@@ -185,7 +189,7 @@ class Preprocessing:
             report("nan_samples", "interpolated", f"{n_nan} samples are NaN, all leads together.")
         canonical = to_canonical(filled, names)
         check_amplitude(recording.record_id, canonical.signal, canonical.missing)
-        _report_leads(canonical, report)
+        _report_leads(canonical, recording.rate, report)
 
         signal = resample(canonical.signal, recording.rate, self.rate_hz)
         limit = INT16_MAX / MICROVOLTS_PER_MV if self.clip_mv is None else self.clip_mv
@@ -290,7 +294,7 @@ def _report_names(recording: Recording, report) -> None:
         report("lead_spelling", "matched by name", f"{', '.join(odd)}.")
 
 
-def _report_leads(canonical, report) -> None:
+def _report_leads(canonical, rate: float, report) -> None:
     """Notes flat, derived and missing leads and limb leads that contradict each other."""
 
     def names(mask: np.ndarray) -> str:
@@ -302,6 +306,9 @@ def _report_leads(canonical, report) -> None:
         report("derived_leads", "derived", f"computed from two other limb leads: {names(canonical.derived)}.")
     if canonical.missing.any():
         report("missing_leads", "zeros", f"neither there nor derivable: {names(canonical.missing)}.")
+    still = (longest_still_run(canonical.signal) >= PARTLY_FLAT_S * rate) & ~canonical.missing
+    if still.any():
+        report("partly_flat_leads", "kept", f"constant for {PARTLY_FLAT_S:g} s or longer: {names(still)}.")
     if not canonical.missing[:6].any():
         residual = limb_residual(canonical.signal)
         wrong = np.flatnonzero(residual > LIMB_TOLERANCE_MV)
@@ -312,6 +319,15 @@ def _report_leads(canonical, report) -> None:
                 f"limb leads contradict each other by up to {residual.max():.2f} mV in {len(wrong)} of "
                 f"{len(residual)} samples (from sample {wrong[0]} to {wrong[-1]}).",
             )
+
+
+def longest_still_run(signal: np.ndarray) -> np.ndarray:
+    """Length of the longest run of equal samples of each lead: [T, C] -> [C]."""
+    longest = np.zeros(signal.shape[1], int)
+    for c in range(signal.shape[1]):
+        moves = np.flatnonzero(signal[1:, c] != signal[:-1, c])
+        longest[c] = np.diff(moves, prepend=-1, append=len(signal) - 1).max()
+    return longest
 
 
 def _one_per_kind(problems: list[Problem]) -> list[Problem]:

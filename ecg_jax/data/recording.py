@@ -31,13 +31,57 @@ MIN_LARGEST_RANGE_MV = 0.1
 MAX_MEDIAN_RANGE_MV = 10.0
 
 
+# Every kind of problem, with what is done. `refused` recordings are not in the store, all others are.
+KINDS = {
+    "missing_header": "refused: a signal file without readable .hea",
+    "header_refused": "refused: the header breaks the WFDB format",
+    "header_repaired": "read: the record name in a Challenge header was not valid",
+    "missing_signal": "refused: the signal file is missing or cannot be read",
+    "truncated_signal": "refused: the signal file is shorter than its header promises",
+    "signal_refused": "refused: the signal file is not what its header describes",
+    "table_refused": "refused: a .csv or .npy file is not a table of numbers",
+    "bad_checksum": "refused: the samples do not match the header's checksum",
+    "no_checksum": "kept: the header's checksums are all zero",
+    "mixed_rates": "refused: leads with several samples per frame",
+    "skewed_leads": "refused: leads shifted in time",
+    "implausible_rate": "refused: fewer than 50 or more than 20 000 samples per second",
+    "no_standard_leads": "refused: none of the twelve leads",
+    "no_signal": "refused: every lead is absent, constant or NaN",
+    "unknown_unit": "refused: the unit is not a voltage",
+    "unit_assumed": "mV used: the header gives no unit, which WFDB defines as mV",
+    "uncalibrated": "refused unless --assume-gain: the header gives no gain",
+    "ambiguous_gain": "refused unless --assume-gain: a gain that is wrong in some .mat files and right in others",
+    "inconsistent_gains": "refused unless --assume-gain: per-lead gains that contradict the limb leads (LUDB)",
+    "gain_assumed": "--assume-gain used instead of the header",
+    "gain_corrected": "1000/mV used: the gain of early Challenge 2020 headers is proven wrong",
+    "implausible_amplitude": "refused: no ECG has such millivolts, so gain or unit is wrong",
+    "nan_samples": "interpolated: NaN samples",
+    "saturated": "kept: samples at the limit of the file's number format",
+    "beyond_int16": "clipped: samples beyond +-32.767 mV",
+    "flat_leads": "treated as absent: constant or all-NaN leads",
+    "partly_flat_leads": "kept: leads that stand still for a second or more",
+    "derived_leads": "derived: absent limb leads computed from two others",
+    "missing_leads": "zeros: leads neither there nor derivable",
+    "extra_leads": "ignored: leads outside the twelve",
+    "repeated_leads": "first used: two leads of one name",
+    "reordered_leads": "reordered by name: leads in another order",
+    "lead_spelling": "matched by name: unusual spelling, e.g. lower case",
+    "limb_leads_disagree": "kept: limb leads contradict each other by more than 0.05 mV",
+    "short": "kept: shorter than 2.5 s",
+    "unknown_label": "ignored: a code the corpus' own table does not know",
+    "duplicate_id": "refused: an earlier recording has this id",
+    "duplicate_signal": "kept and marked, or dropped: an earlier recording has this signal",
+    "unexpected_error": "refused: something this program did not foresee; please report it",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One thing that was wrong with one recording, and what was done: a line of `problems.jsonl`.
 
     Attributes:
       record: the record id.
-      kind: a short fixed word, e.g. `truncated_signal` (the list is in `ecg_jax.prepare.KINDS`).
+      kind: one of `KINDS`.
       action: what was done: `refused`, `kept`, `corrected`, ...
       detail: a sentence with the numbers.
     """
@@ -46,6 +90,10 @@ class Problem:
     kind: str
     action: str
     detail: str
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind of problem {self.kind!r}")
 
 
 class BadRecording(UserError):

@@ -84,7 +84,6 @@ class Store:
       class_info: label set -> class name -> {"count": records, "description": text}.
       fold_source: where the folds come from.
       fingerprint: SHA-256 over record ids, checksums and preprocessing.
-      records: one row per record, a `pyarrow.Table`, in order of `offset`.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -104,7 +103,7 @@ class Store:
         self.fold_source: str = attributes["fold_source"]
         self.fingerprint: str = attributes["fingerprint"]
         self.attributes: dict = attributes
-        self.records = _read_table(self.path / "records.parquet")
+        self._records = None
         if self.records.num_rows != attributes["n_records"]:
             raise UserError(
                 f"The store {self.path} is damaged: records.parquet has {self.records.num_rows} rows instead "
@@ -119,7 +118,14 @@ class Store:
         self._check_chunk_files()
 
     def __len__(self) -> int:
-        return self.records.num_rows
+        return len(self._offsets)
+
+    @property
+    def records(self):
+        """One row per record in order of `offset`; read when first needed, not pickled along."""
+        if self._records is None:
+            self._records = _read_table(self.path / "records.parquet")
+        return self._records
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, {len(self)} records of {self.corpus}, {self.rate_hz:g} Hz)"
@@ -221,11 +227,13 @@ class Store:
             self._fds.clear()
 
     def __getstate__(self) -> dict:
-        # Descriptors and locks belong to one process.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_fds", "_lock")}
+        # Descriptors and locks belong to one process; a table of 11 million records is 3 GB no worker needs.
+        left_out = ("_fds", "_lock", "_records")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: Mapping) -> None:
         self.__dict__.update(state)
+        self._records = None
         self._fds = {}
         self._lock = threading.Lock()
 

@@ -178,6 +178,7 @@ def write_synthetic_store(
             "source": "",
             "fold_source": "SHA-256 of the patient id into 10 folds",
         },
+        label_sets=("synthetic", "rhythm"),
         classes={"synthetic": sorted(RHYTHMS + ST + AXES), "rhythm": list(RHYTHMS)},
         descriptions={},
         first_problems=[],

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +51,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into a sentence.
+    """Turns a full, read-only or missing disk into a sentence.
 
     Raises:
-      UserError: instead of the OSError of a full disk, an exceeded quota or a missing permission.
+      UserError: instead of an OSError. Readers turn their own into `BadRecording`, so this one is about writing.
     """
     try:
         yield
@@ -64,9 +64,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"The disk is full while writing the store {path}; free some space and run the same command "
                 "again: it goes on where it stopped."
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"Cannot write the store {path}: {error.strerror}.") from error
-        raise
+        raise UserError(f"Cannot write the store {path}: {error.strerror} ({error.filename}).") from error
 
 
 def sidecar_path(store: Path, unit: int) -> Path:
@@ -156,6 +154,7 @@ def finalise(
     n_units: int,
     preprocessing: Preprocessing,
     attributes: dict,
+    label_sets: Sequence[str],
     classes: dict[str, list[str]] | None,
     descriptions: dict[str, dict[str, str]],
     first_problems: Sequence[Problem],
@@ -168,7 +167,9 @@ def finalise(
       n_units: number of units.
       preprocessing: the contract the units were written under.
       attributes: what else goes into the group's attributes (corpus, source, settings, fold_source).
-      classes: label set -> class names in order; None takes the sorted codes that occur.
+      label_sets: names of the label sets a record may have.
+      classes: label set -> class names in order; None takes the sorted codes that occur and leaves out a set
+        without any.
       descriptions: label set -> class -> text, may be incomplete.
       first_problems: problems found before any recording was read.
       drop_duplicates: leave later records with an identical signal out of the table.
@@ -176,48 +177,52 @@ def finalise(
     Raises:
       UserError: no recording is left, or the disk is full.
     """
-    sidecars = [read_sidecar(store, unit) for unit in range(n_units)]
+    import pyarrow as pa
+
+    schema = record_schema(label_sets)
+    tables, samples = [], []
     problems = [vars(problem) for problem in first_problems]
-    longest = max(sidecar["samples"] for sidecar in sidecars)
-    chunk_samples = -(-longest // CHUNK_ROUNDING) * CHUNK_ROUNDING
-    rows = []
-    for unit, sidecar in enumerate(sidecars):
+    for unit in range(n_units):
+        sidecar = read_sidecar(store, unit)
+        samples.append(sidecar["samples"])
         problems += sidecar["problems"]
-        for row in sidecar["rows"]:
-            rows.append({**row, "offset": row["offset"] + unit * chunk_samples})
-    rows, duplicates = mark_duplicates(rows, drop_duplicates)
+        tables.append(_unit_table(sidecar["rows"], schema))
+    chunk_samples = -(-max(samples) // CHUNK_ROUNDING) * CHUNK_ROUNDING
+    first = np.repeat(np.arange(n_units) * chunk_samples, [len(table) for table in tables])
+    records = pa.concat_tables(tables)
+    records = _replace(records, "offset", first + records.column("offset").to_numpy())
+    records, duplicates = mark_duplicates(records, drop_duplicates)
     problems += duplicates
     lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
     write_atomic(store / "problems.jsonl", lines.encode())
-    if not rows:
+    if not len(records):
+        # Nothing to continue: leave the explanation only, so that another try may use the same folder.
+        shutil.rmtree(store / PARTIAL)
         kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(p["kind"] for p in problems).most_common())
         raise UserError(
             f"No recording could be read ({kinds}); each is explained in {store / 'problems.jsonl'}."
         )
 
-    label_sets = sorted({key for row in rows for key in row if key.startswith("labels_")})
+    counts = {name: _count(records.column(f"labels_{name}")) for name in label_sets}
     if classes is None:
-        classes = {
-            name.removeprefix("labels_"): sorted({c for row in rows for c in row.get(name) or ()})
-            for name in label_sets
-        }
-    counts = {
-        name: Counter(code for row in rows for code in row.get(f"labels_{name}") or ()) for name in classes
-    }
+        classes = {name: sorted(counts[name]) for name in label_sets if counts[name]}
+        records = records.drop_columns([f"labels_{name}" for name in label_sets if name not in classes])
     class_info = {
         name: {
-            code: {"count": counts[name][code], "description": descriptions.get(name, {}).get(code, "")}
+            code: {
+                "count": counts[name][code],
+                "description": descriptions[name][code] if code in descriptions.get(name, {}) else "",
+            }
             for code in codes
         }
         for name, codes in classes.items()
     }
-    for unit, sidecar in enumerate(sidecars):
-        if sidecar["samples"]:
+    for unit in range(n_units):
+        if samples[unit]:
             os.truncate(chunk_path(store, unit), chunk_samples * BYTES_PER_SAMPLE)
-    write_records(store / "records.parquet", rows, sorted(classes))
-    write_atomic(
-        store / "signal" / "zarr.json", _json(array_metadata(n_units * chunk_samples, chunk_samples))
-    )
+    _write_parquet(store / "records.parquet", records)
+    array = array_metadata(n_units * chunk_samples, chunk_samples)
+    write_atomic(store / "signal" / "zarr.json", _json(array))
     group = {
         "zarr_format": 3,
         "node_type": "group",
@@ -228,8 +233,8 @@ def finalise(
                 "leads": list(preprocessing.leads),
                 "rate_hz": preprocessing.rate_hz,
                 "unit": "uV",
-                "n_records": len(rows),
-                "fingerprint": fingerprint(rows, preprocessing),
+                "n_records": len(records),
+                "fingerprint": fingerprint(records, preprocessing),
                 "preprocessing": preprocessing.to_dict(),
                 "classes": classes,
                 "class_info": class_info,
@@ -240,43 +245,45 @@ def finalise(
     shutil.rmtree(store / PARTIAL)
 
 
-def mark_duplicates(rows: list[dict], drop: bool) -> tuple[list[dict], list[dict]]:
-    """Sets `duplicate_of` to the first record with an identical signal.
+def mark_duplicates(records, drop: bool):
+    """Sets `duplicate_of` to the id of the first record with an identical signal.
 
     Args:
-      rows: in order.
+      records: `pyarrow.Table` in order of the store.
       drop: leave the later ones out.
 
     Returns:
-      The rows to keep and one problem (as dict) per duplicate.
+      The table to keep and one problem (as dict) per duplicate.
     """
-    first: dict[tuple[str, int], dict] = {}
-    kept, problems = [], []
-    for row in rows:
-        original = first.setdefault((row["checksum"], row["length"]), row)
-        duplicate = original is not row
-        row = {**row, "duplicate_of": original["record_id"] if duplicate else None}
-        if duplicate:
-            detail = f"its signal is identical to that of {original['record_id']}"
-            if row["patient_id"] != original["patient_id"]:
-                detail += f", but the patients differ ({row['patient_id']} and {original['patient_id']})"
-            if row["fold"] != original["fold"]:
-                detail += (
-                    f"; the folds differ ({row['fold']} and {original['fold']}): one split leaks into another"
-                )
-            action = "dropped" if drop else "kept"
-            problems.append(vars(Problem(row["record_id"], "duplicate_signal", action, detail + ".")))
-            if drop:
-                continue
-        kept.append(row)
-    return kept, problems
+    import pyarrow as pa
+
+    codes = records.column("checksum").combine_chunks().dictionary_encode().indices.to_numpy()
+    _, first_of_code = np.unique(codes, return_index=True)
+    first = first_of_code[codes]
+    duplicate = first != np.arange(len(records))
+    ids = records.column("record_id").combine_chunks().take(pa.array(first, mask=~duplicate))
+    records = _replace(records, "duplicate_of", ids)
+    problems = []
+    for i in np.flatnonzero(duplicate):
+        row, original = records.slice(i, 1).to_pylist()[0], records.slice(first[i], 1).to_pylist()[0]
+        detail = f"its signal is identical to that of {original['record_id']}"
+        if row["patient_id"] != original["patient_id"]:
+            detail += f", but the patients differ ({row['patient_id']} and {original['patient_id']})"
+        if row["fold"] != original["fold"]:
+            detail += (
+                f"; the folds differ ({row['fold']} and {original['fold']}), so one leaks into the other"
+            )
+        action = "dropped" if drop else "kept"
+        problems.append(vars(Problem(row["record_id"], "duplicate_signal", action, detail + ".")))
+    return (records.filter(pa.array(~duplicate)) if drop else records), problems
 
 
-def fingerprint(rows: Iterable[dict], preprocessing: Preprocessing) -> str:
+def fingerprint(records, preprocessing: Preprocessing) -> str:
     """SHA-256 over the preprocessing contract and every record's id and checksum, in order."""
     digest = hashlib.sha256(json.dumps(preprocessing.to_dict(), sort_keys=True).encode())
-    for row in rows:
-        digest.update(f"\0{row['record_id']}\0{row['checksum']}".encode())
+    for batch in records.select(["record_id", "checksum"]).to_batches(max_chunksize=65536):
+        for record_id, total in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            digest.update(f"\0{record_id}\0{total}".encode())
     return digest.hexdigest()
 
 
@@ -296,13 +303,12 @@ def array_metadata(n_samples: int, chunk_samples: int) -> dict:
     }
 
 
-def write_records(path: Path, rows: list[dict], label_sets: Sequence[str]) -> None:
-    """Writes `records.parquet` with a fixed schema: the same rows give the same bytes."""
+def record_schema(label_sets: Sequence[str]):
+    """Columns of `records.parquet`, a `pyarrow.Schema`."""
     import pyarrow as pa
-    import pyarrow.parquet
 
     strings = pa.list_(pa.string())
-    schema = pa.schema(
+    return pa.schema(
         [
             ("record_id", pa.string()),
             ("patient_id", pa.string()),
@@ -322,12 +328,40 @@ def write_records(path: Path, rows: list[dict], label_sets: Sequence[str]) -> No
             *((f"labels_{name}", strings) for name in label_sets),
         ]
     )
-    columns = {field.name: [row.get(field.name) for row in rows] for field in schema}
-    for name in label_sets:
-        columns[f"labels_{name}"] = [codes or [] for codes in columns[f"labels_{name}"]]
+
+
+def _unit_table(rows: list[dict], schema):
+    """Rows of one unit as a table; a record without a label set has an empty list there."""
+    import pyarrow as pa
+
+    empty = {name: [] for name in schema.names if name.startswith("labels_")}
+    return pa.Table.from_pylist([{**empty, **row} for row in rows], schema=schema)
+
+
+def _replace(records, name: str, values):
+    import pyarrow as pa
+
+    index = records.schema.get_field_index(name)
+    field = records.schema.field(index)
+    return records.set_column(index, field, pa.array(values, field.type))
+
+
+def _count(column) -> Counter:
+    """How many records carry each code of a list<string> column."""
+    import pyarrow.compute
+
+    values = pyarrow.compute.value_counts(pyarrow.compute.list_flatten(column)).to_pylist()
+    return Counter({item["values"]: item["counts"] for item in values})
+
+
+def _write_parquet(path: Path, records) -> None:
+    """The same rows give the same bytes: one chunk per column, so row groups do not depend on the units."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
     sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(pa.table(columns, schema=schema), sink, compression="zstd")
-    write_atomic(path, sink.getvalue().to_pybytes())
+    pyarrow.parquet.write_table(records.combine_chunks(), sink, compression="zstd")
+    write_atomic(path, sink.getvalue())
 
 
 def _json(value: dict) -> bytes:

@@ -42,7 +42,7 @@ def list_records(source: Path, rate: int | None) -> Listing:
         if file.with_suffix("").as_posix() not in headers
     ]
     entries, repeated = drop_repeated(entries)
-    return Listing(entries, problems + repeated, None, {}, HASHED_FOLDS)
+    return Listing(entries, problems + repeated, ("dx",), None, {}, HASHED_FOLDS)
 
 
 def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ecg_jax.data.recording import Problem
+from ecg_jax.errors import UserError
 
 N_FOLDS = 10
 
@@ -42,6 +43,7 @@ class Listing:
     Attributes:
       entries: in the order of the store.
       problems: recordings refused before reading, e.g. repeated ids.
+      label_sets: names of the label sets a recording may have.
       classes: label set -> class names in order; None if only reading tells.
       descriptions: label set -> class -> text.
       fold_source: one phrase on where folds come from.
@@ -49,6 +51,7 @@ class Listing:
 
     entries: list[Entry]
     problems: list[Problem]
+    label_sets: tuple[str, ...]
     classes: dict[str, list[str]] | None
     descriptions: dict[str, dict[str, str]]
     fold_source: str
@@ -70,8 +73,23 @@ HASHED_FOLDS = "SHA-256 of the patient id, or of the record id where no patient 
 
 
 def find_files(source: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """All files below `source` with one of the suffixes, in sorted order, hidden folders left out."""
-    for folder, subfolders, names in os.walk(source):
+    """All files below `source` with one of the suffixes, in sorted order, hidden ones left out.
+
+    Raises:
+      UserError: a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"Cannot read the folder {error.filename}: {error.strerror}.") from error
+
+    seen = set()
+    for folder, subfolders, names in os.walk(source, onerror=fail, followlinks=True):
+        # Data often lies behind symbolic links; a folder reached twice (a link to its parent) is read once.
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(suffixes) and not name.startswith("."):

@@ -58,7 +58,7 @@ def list_records(source: Path, rate: int | None) -> Listing:
         raise UserError(f"{database} is not PTB-XL's table: {type(error).__name__}: {error}.") from error
     entries.sort(key=lambda entry: int(entry.record_id))
     entries, problems = drop_repeated(entries)
-    return Listing(entries, problems, classes, descriptions, "strat_fold of ptbxl_database.csv")
+    return Listing(entries, problems, LABEL_SETS, classes, descriptions, "strat_fold of ptbxl_database.csv")
 
 
 def read_statements(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:

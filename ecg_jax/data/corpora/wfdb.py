@@ -34,7 +34,7 @@ def list_records(source: Path, rate: int | None) -> Listing:
     if not entries:
         raise UserError(f"No WFDB records found in {source} (expected {EXPECTS}).")
     entries.sort(key=lambda entry: entry.record_id)
-    return Listing(entries, [], None, {}, HASHED_FOLDS)
+    return Listing(entries, [], ("dx",), None, {}, HASHED_FOLDS)
 
 
 def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
