@@ -8,28 +8,23 @@ number of processes.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections import Counter
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from ecg_jax.data.conversion import Job, convert, strict_sentence
 from ecg_jax.data.corpora import CORPORA
-from ecg_jax.data.corpora.listing import Entry, Listing, hash_fold
 from ecg_jax.data.preprocessing import Preprocessing
-from ecg_jax.data.recording import KINDS, BadRecording, Problem
+from ecg_jax.data.recording import KINDS
 from ecg_jax.data.store import PARTIAL, Store, read_attributes
-from ecg_jax.data.writer import UnitWriter, disk_errors, finalise, read_sidecar, unit_size, write_atomic
+from ecg_jax.data.writer import disk_errors, finalise, unit_size, write_atomic
 from ecg_jax.errors import UserError
 
 
@@ -133,7 +128,7 @@ def prepare(
         shutil.rmtree(store / PARTIAL, ignore_errors=True)
         return _summary(job, started, already_complete=True)
     with disk_errors(store), _partial_folder(store, job.settings):
-        _convert(job, workers, progress)
+        convert(job, workers, progress)
         finalise(
             store,
             n_units=len(job.units),
@@ -148,22 +143,7 @@ def prepare(
     return _summary(job, started, already_complete=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """One call of `prepare` after its arguments have been checked."""
-
-    corpus: str
-    source: Path
-    store: Path
-    strict: bool
-    assume_gain: float | None
-    preprocessing: Preprocessing
-    listing: Listing
-    settings: dict  # what makes a store this store; compared before continuing one
-    units: list[list[Entry]]
-
-
-def _job(corpus, source, store, rate, workers, strict, clip_mv, duplicates, assume_gain) -> _Job:
+def _job(corpus, source, store, rate, workers, strict, clip_mv, duplicates, assume_gain) -> Job:
     if corpus not in CORPORA:
         raise UserError(f"There is no corpus {corpus!r}; there are {', '.join(CORPORA)}.")
     if duplicates not in ("keep", "drop"):
@@ -197,11 +177,11 @@ def _job(corpus, source, store, rate, workers, strict, clip_mv, duplicates, assu
         "fold_source": listing.fold_source,
     }
     if strict and listing.problems:
-        raise UserError(_strict_sentence(vars(listing.problems[0])))
+        raise UserError(strict_sentence(vars(listing.problems[0])))
     n = unit_size(len(listing.entries))
     units = [listing.entries[i : i + n] for i in range(0, len(listing.entries), n)]
     preprocessing = Preprocessing(clip_mv=clip_mv)
-    return _Job(corpus, source, store, strict, assume_gain, preprocessing, listing, settings, units)
+    return Job(corpus, source, store, strict, assume_gain, preprocessing, listing, settings, units)
 
 
 def _check_same_job(store: Path, found: dict, settings: dict) -> None:
@@ -244,152 +224,11 @@ def _partial_folder(store: Path, settings: dict):
         yield
 
 
-def _convert(job: _Job, workers: int, progress: bool) -> None:
-    """Converts all units that are not done yet."""
-    from tqdm import tqdm
-
-    todo, done = [], 0
-    for unit, entries in enumerate(job.units):
-        sidecar = read_sidecar(job.store, unit)
-        if sidecar is None:
-            todo.append(unit)
-            continue
-        if job.strict and sidecar["problems"]:
-            raise UserError(_strict_sentence(sidecar["problems"][0]))
-        done += len(entries)
-    bar = tqdm(
-        total=len(job.listing.entries),
-        initial=done,
-        unit="rec",
-        desc=f"prepare {job.corpus}",
-        disable=not progress,
-    )
-    with bar:
-        if workers == 1 or len(todo) <= 1:
-            for unit in todo:
-                bar.update(
-                    _convert_unit(
-                        job.corpus,
-                        job.source,
-                        job.store,
-                        unit,
-                        job.units[unit],
-                        job.preprocessing,
-                        job.strict,
-                        job.assume_gain,
-                    )
-                )
-            return
-        _convert_in_processes(job, todo, min(workers, len(todo)), bar)
-
-
-def _convert_in_processes(job: _Job, todo: list[int], workers: int, bar) -> None:
-    # spawn, not fork: the parent may run threads (tqdm, pyarrow, a notebook's kernel).
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool:
-        futures = [
-            pool.submit(
-                _convert_unit,
-                job.corpus,
-                job.source,
-                job.store,
-                unit,
-                job.units[unit],
-                job.preprocessing,
-                job.strict,
-                job.assume_gain,
-            )
-            for unit in todo
-        ]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                bar.update(future.result())
-        except BrokenProcessPool:
-            raise UserError(
-                "A worker process died (killed, or out of memory?); run the same command again, it goes on "
-                "where it stopped, if need be with fewer --workers."
-            ) from None
-        finally:
-            # On success nothing is left to stop. On an error or Ctrl-C the workers leave their units
-            # unfinished.
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-_stop = threading.Event()
-
-
-def _start_worker(stop) -> None:
-    """Runs once in each worker process."""
-    global _stop
-    _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    parent = multiprocessing.parent_process()
-
-    def follow_parent() -> None:
-        # A parent killed with SIGKILL cannot stop its workers: they notice and leave.
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def _convert_unit(
-    corpus: str,
-    source: Path,
-    store: Path,
-    unit: int,
-    entries: list[Entry],
-    preprocessing: Preprocessing,
-    strict: bool,
-    assume_gain: float | None,
-) -> int:
-    """Reads, processes and writes one unit; returns the number of recordings dealt with."""
-    read = CORPORA[corpus].read
-    with disk_errors(store), UnitWriter(store, unit, corpus) as writer:
-        for entry in entries:
-            if _stop.is_set():
-                return 0
-            try:
-                recording = read(source, entry, assume_gain)
-                processed = preprocessing.apply(recording)
-            except BadRecording as error:
-                if strict:
-                    raise UserError(_strict_sentence(vars(error.problem))) from error
-                writer.problems.append(error.problem)
-                continue
-            except (UserError, MemoryError):
-                raise
-            except Exception as error:
-                # One strange file must not end the conversion of millions; it is told, with what went wrong.
-                detail = f"{entry.file}: {type(error).__name__}: {error}"
-                problem = Problem(entry.record_id, "unexpected_error", "refused", detail)
-                if strict:
-                    raise UserError(_strict_sentence(vars(problem))) from error
-                writer.problems.append(problem)
-                continue
-            if strict and processed.problems:
-                raise UserError(_strict_sentence(vars(processed.problems[0])))
-            if recording.fold is None:
-                recording.fold = hash_fold(recording.patient_id or recording.record_id)
-            writer.append(recording, processed, entry.file)
-        writer.finish()
-    return len(entries)
-
-
-def _strict_sentence(problem: dict) -> str:
-    return (
-        f"Recording {problem['record']} has a problem ({problem['kind']}, would be {problem['action']}): "
-        f"{problem['detail']} Without --strict it is noted in problems.jsonl and the rest goes on."
-    )
-
-
-def _summary(job: _Job, started: float, already_complete: bool) -> Summary:
+def _summary(job: Job, started: float, already_complete: bool) -> Summary:
     written = Store(job.store)
     problems = [json.loads(line) for line in (job.store / "problems.jsonl").read_text().splitlines()]
     if already_complete and job.strict and problems:
-        raise UserError(_strict_sentence(problems[0]))
+        raise UserError(strict_sentence(problems[0]))
     kinds = Counter(problem["kind"] for problem in problems)
     folds = Counter(written.column("fold").tolist())
     return Summary(

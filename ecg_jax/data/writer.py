@@ -54,7 +54,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turns a full, read-only or missing disk into a sentence.
 
     Raises:
-      UserError: instead of an OSError. Readers turn their own into `BadRecording`, so this one is about writing.
+      UserError: instead of an OSError. Readers turn theirs into `BadRecording`; this one is about writing.
     """
     try:
         yield
