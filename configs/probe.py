@@ -8,12 +8,12 @@ Arguments: mode=linear, task=ptbxl_super|ptbxl_sub|ptbxl_diag|ptbxl_form|ptbxl_r
 
 from ml_collections import ConfigDict
 
-from configs import common
+from ecg_jax.config_flags import parse_arg
 from ecg_jax.evaluation.tasks import TASKS
 
 
 def get_config(arg=""):
-    arg = common.parse_arg(arg, mode=("linear", "frozen", "finetune", "supervised"), task=tuple(TASKS))
+    arg = parse_arg(arg, mode=("linear", "frozen", "finetune", "supervised"), task=tuple(TASKS))
     config = ConfigDict()
     config.mode = arg.mode
     config.task = arg.task

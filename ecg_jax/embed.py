@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,8 +43,17 @@ class Embedded:
     """float32 [D]."""
 
 
+class LeftOut(NamedTuple):
+    """A recording that has no embedding, and why."""
+
+    record: str
+    kind: str
+    """A kind of problem of `ecg-jax prepare`, or "short" or "not_finite"."""
+    detail: str
+
+
 def windows(
-    recordings: Iterable[Recording | Problem], contract: Preprocessing, report: Callable[[Problem], None]
+    recordings: Iterable[Recording | Problem], contract: Preprocessing, report: Callable[[LeftOut], None]
 ) -> Iterator[tuple[Recording, np.ndarray]]:
     """Brings recordings under a contract and cuts them.
 
@@ -58,18 +68,18 @@ def windows(
     window = contract.window_samples
     for recording in recordings:
         if isinstance(recording, Problem):
-            report(recording)
+            report(LeftOut(recording.record, recording.kind, recording.detail))
             continue
         try:
             signal = contract.apply(recording).signal
         except BadRecording as error:
-            report(error.problem)
+            report(LeftOut(error.problem.record, error.problem.kind, error.problem.detail))
             continue
         starts, _ = non_overlapping_crops([len(signal)], [0], window)
         if not len(starts):
             seconds = f"{len(signal) / contract.rate_hz:.2f} s"
             detail = f"it lasts {seconds}, less than the window of {contract.window_s:g} s."
-            report(Problem(recording.record_id, "too_short", "left out", detail))
+            report(LeftOut(recording.record_id, "short", detail))
             continue
         yield recording, signal[: len(starts) * window].reshape(len(starts), window, signal.shape[1])
 
@@ -167,7 +177,7 @@ def embed(
     overwrite: bool = False,
     batch_size: int = 64,
     **reading,
-) -> tuple[int, list[Problem]]:
+) -> tuple[int, list[LeftOut]]:
     """Embeds every recording of a file or folder.
 
     Args:
@@ -197,9 +207,9 @@ def embed(
     if batch_size < 1:
         raise UserError(f"--batch-size={batch_size} must be at least 1.")
     encoder = restore_encoder(*parse_checkpoint(str(checkpoint)))
-    problems: list[Problem] = []
+    problems: list[LeftOut] = []
 
-    def report(problem: Problem) -> None:
+    def report(problem: LeftOut) -> None:
         problems.append(problem)
         tqdm.write(f"{problem.record}: {problem.kind}: {problem.detail}", file=sys.stderr)
 
@@ -210,7 +220,7 @@ def embed(
         if np.isfinite(row.embedding).all():
             rows.append(row)
         else:
-            report(Problem(row.record_id, "not_finite", "left out", "its embedding is not finite."))
+            report(LeftOut(row.record_id, "not_finite", "its embedding is not finite."))
     if not rows:
         raise UserError(
             f"None of the {len(problems)} recordings of {source} could be embedded; the lines above say why."
@@ -219,7 +229,7 @@ def embed(
         "checkpoint": {"run": str(encoder.run.resolve()), "step": encoder.step},
         "preprocessing": encoder.preprocessing.to_dict(),
         "source": str(source),
-        "not_embedded": [vars(problem) for problem in problems],
+        "not_embedded": [problem._asdict() for problem in problems],
     }
     write_embeddings(output, rows, metadata)
     return len(rows), problems

@@ -172,16 +172,15 @@ def score(examples: tasks.Examples, fitted: Fitted, random_init: Fitted, config)
 
 def _identity(config, encoder: RestoredEncoder, store: Store, test_store: Store | None) -> dict:
     """What makes two probes the same probe."""
+
+    def described(store: Store) -> dict[str, str]:
+        return {"path": str(store.path.resolve()), "corpus": store.corpus, "fingerprint": store.fingerprint}
+
     return {
         "config": config.to_dict(),
         "checkpoint": {"run": str(encoder.run.resolve()), "step": encoder.step},
-        "store": {"path": str(store.path), "corpus": store.corpus, "fingerprint": store.fingerprint},
-        "test_store": test_store
-        and {
-            "path": str(test_store.path),
-            "corpus": test_store.corpus,
-            "fingerprint": test_store.fingerprint,
-        },
+        "store": described(store),
+        "test_store": None if test_store is None else described(test_store),
     }
 
 
@@ -337,7 +336,7 @@ def draw_per_class(path: Path, results: dict, classes: list[str], picture: dict)
         picture["n_pos"],
         path,
         baseline=picture["twin"],
-        title=f"{results['task']}: {results['n_records']} test records{patients}",
+        title=f"{results['task']}: {results['n_records']} test records{patients} (n: positive records)",
         summary=("macro AUROC", *picture["macro"]),
         interval_note=f"{100 * results['bootstrap']['level']:g} % interval",
     )

@@ -1,14 +1,14 @@
 """Patient bootstrap: golden resamples, brute force, clusters, coverage."""
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_golden
 
 from ecg_jax.evaluation import bootstrap, metrics
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
+GOLDEN = load_golden("metrics")
 
 
 @pytest.fixture(scope="module")

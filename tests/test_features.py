@@ -1,13 +1,12 @@
 """Non-overlapping crops, padded batches, averages per record."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from conftest import load_golden
 
 from ecg_jax.evaluation import features
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
+GOLDEN = load_golden("metrics")
 
 
 def test_crops_are_consecutive_and_the_tail_is_dropped():

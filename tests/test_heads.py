@@ -1,13 +1,12 @@
 """The convex probe: gradient, agreement with scikit-learn, standardisation, choice of l2; golden heads."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from conftest import load_golden
 
 from ecg_jax.evaluation import heads, metrics
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "heads.npz")
+GOLDEN = load_golden("heads")
 LINEAR_HEADS = {  # group -> names of its projection after the mean over time
     "mean_linear": ("head.weight", "head.bias"),
     "mlp_pooled": ("head.proj.3.weight", "head.proj.3.bias"),

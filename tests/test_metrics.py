@@ -1,15 +1,14 @@
 """AUROC, average precision, MAE: parity with the golden arrays, scikit-learn and brute force."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from conftest import load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ecg_jax.evaluation import metrics
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
+GOLDEN = load_golden("metrics")
 GROUPS = ["", "nan/", "noagg/"]
 
 
