@@ -32,8 +32,17 @@ def flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Leaves of a tree as "a/b/c" -> shape; key arrays as their underlying words."""
     flat = {}
     for path, leaf in jax.tree.flatten_with_path(tree)[0]:
+        if _is_key(leaf):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
         flat["/".join(_key_name(key) for key in path)] = tuple(leaf.shape)
     return flat
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of random keys (leaves of stored metadata never are)."""
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jax.dtypes.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    )
 
 
 def _key_name(key: Any) -> str:
@@ -71,7 +80,7 @@ def _checksums(tree: Any) -> dict[str, int]:
     """CRC-32 of every leaf, by path. Leaves are replicated, so this process's copy stands for all."""
 
     def crc(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if _is_key(leaf):
             leaf = jax.random.key_data(leaf)
         return zlib.crc32(np.ascontiguousarray(leaf.addressable_data(0)))
 

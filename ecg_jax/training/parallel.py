@@ -23,7 +23,16 @@ def make_mesh() -> Mesh:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Places a copy of every leaf on each device. A state placed before its first step compiles that step once."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    sharding = NamedSharding(mesh, P())
+
+    def place(leaf):
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(leaf, sharding)
+        # device_put refuses typed keys on a mesh of several processes.
+        words = jax.device_put(jax.random.key_data(leaf), sharding)
+        return jax.jit(jax.random.wrap_key_data, out_shardings=sharding)(words)
+
+    return jax.tree.map(place, tree)
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,0 +1,318 @@
+"""The pretraining command end to end: logs, checkpoints, exact resume, faults, and what it refuses."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ecg_jax import cli
+from ecg_jax.config_flags import load_config, override
+from ecg_jax.errors import UserError
+from ecg_jax.pretrain import pretrain
+from ecg_jax.training.checkpoint import parse_checkpoint
+from ecg_jax.training.metric_writers import read_log
+
+TINY = {
+    "model.width": "16",
+    "model.state": "4",
+    "model.layers": "2",
+    "data.window_s": "0.5",
+    "objective.steps_ahead": "4",
+    "objective.negatives": "8",
+    "batch_size": "8",
+    "steps": "24",
+    "log_every": "1",
+    "checkpoint_every": "5",
+    "data.max_val_crops": "20",
+}
+
+
+def arguments(workdir, prepared, **changes):
+    fields = TINY | {"store": str(prepared)} | {name.replace("__", "."): str(value) for name, value in changes.items()}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["pretrain", "--config=configs/cpc.py", f"--workdir={workdir}", *overrides]
+
+
+def environment(devices=2):
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+
+
+def start(args, **kwargs):
+    command = [sys.executable, "-c", "from ecg_jax.cli import entry_point; entry_point()", *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(), **pipes, **kwargs)
+
+
+def finish(args):
+    process = start(args)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def trajectory(workdir):
+    """What must not depend on interruptions: every logged number but the clock's."""
+    clock = ("windows_per_s", "data_wait")
+    return [{k: v for k, v in entry.items() if k not in clock} for entry in read_log(Path(workdir))]
+
+
+def checksums(workdir, step):
+    """CRC-32 of every saved array of a checkpoint: equal means bit-identical."""
+    meta = json.loads((Path(workdir) / "checkpoints" / str(step) / "meta" / "metadata").read_text())
+    return meta["checksums"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, synthetic_store):
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    code, out, err = finish(arguments(workdir, synthetic_store))
+    assert code == 0, err
+    return workdir, out
+
+
+def test_run_writes_what_it_promises(finished):
+    workdir, out = finished
+    assert {p.name for p in workdir.iterdir()} == {
+        "checkpoints", "config.json", "log.jsonl", "preprocessing.json", "tensorboard",
+    }  # fmt: skip
+    log = read_log(workdir)
+    assert [entry["step"] for entry in log] == list(range(1, 25))
+    for entry in log:
+        assert np.isfinite([entry["loss"], entry["accuracy"], entry["grad_norm"]]).all()
+        assert ("val_loss" in entry) == (entry["step"] in (5, 10, 15, 20, 24))
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert "continu" not in out
+    kept = {int(p.name) for p in (workdir / "checkpoints").iterdir()}
+    best = min((entry for entry in log if "val_loss" in entry), key=lambda entry: entry["val_loss"])["step"]
+    assert kept == {20, 24, best}
+    contract = json.loads((workdir / "preprocessing.json").read_text())
+    assert contract["window_s"] == 0.5
+    assert contract["rate_hz"] == 240
+    assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 16
+
+
+def test_tensorboard_reads_the_events(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    workdir, _ = finished
+    events = EventAccumulator(str(workdir / "tensorboard"))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    expected = [(entry["step"], entry["loss"]) for entry in read_log(workdir)]
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+
+
+def kill_when(process, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, f"ended before it could be killed: {process.communicate()[1]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_at_any_moment_and_continued_is_bit_identical(tmp_path, finished, synthetic_store):
+    workdir = tmp_path / "killed"
+    args = arguments(workdir, synthetic_store)
+
+    def logged(step):
+        return lambda: (workdir / "log.jsonl").exists() and any(e["step"] >= step for e in read_log(workdir))
+
+    def saving():
+        folder = workdir / "checkpoints"
+        return folder.is_dir() and any("tmp" in path.name for path in folder.iterdir())
+
+    kill_when(start(args), logged(3))  # before the first checkpoint
+    kill_when(start(args), saving)
+    kill_when(start(args), logged(12))
+    code, out, err = finish(args)
+    assert code == 0, err
+    assert re.search(r"continuing at step (5|10) of 24", out)
+    assert trajectory(workdir) == trajectory(finished[0])
+    assert checksums(workdir, 24) == checksums(finished[0], 24)
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path, finished, synthetic_store):
+    workdir = tmp_path / "stopped"
+    args = arguments(workdir, synthetic_store)
+    process = start(args)
+    while not ((workdir / "log.jsonl").exists() and len(read_log(workdir)) >= 7):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    stopped_at = int(re.search(r"SIGTERM at step (\d+): saved", out).group(1))
+    assert parse_checkpoint(str(workdir))[0] == workdir
+    assert (workdir / "checkpoints" / str(stopped_at)).is_dir()
+    code, out, err = finish(args)
+    assert code == 0, err
+    assert f"continuing at step {stopped_at} of 24" in out
+    assert checksums(workdir, 24) == checksums(finished[0], 24)
+
+
+def damage_state(checkpoint):
+    """Cuts the largest data file of a checkpoint in half."""
+    files = [path for path in (checkpoint / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def test_damaged_latest_checkpoint_falls_back_and_says_so(tmp_path, finished, synthetic_store):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(finished[0], workdir)
+    damage_state(workdir / "checkpoints" / "24")
+    code, out, err = finish(arguments(workdir, synthetic_store))
+    assert code == 0, err
+    assert "checkpoint 24 is damaged" in err
+    assert "continuing at step 20 of 24" in out
+    assert (workdir / "damaged_checkpoints" / "24").is_dir()
+    assert checksums(workdir, 24) == checksums(finished[0], 24)
+    assert trajectory(workdir) == trajectory(finished[0])
+
+
+def test_flipped_bits_are_found_by_the_checksum(tmp_path, finished, synthetic_store, capsys):
+    """What the storage format does not notice, ours does: here the stored checksum stands for a changed array."""
+    workdir = tmp_path / "flipped"
+    shutil.copytree(finished[0], workdir)
+    meta = workdir / "checkpoints" / "24" / "meta" / "metadata"
+    content = json.loads(meta.read_text())
+    content["checksums"]["params/head/kernel"] ^= 1
+    meta.write_text(json.dumps(content))
+    code, _, err = finish(arguments(workdir, synthetic_store))
+    assert code == 0, err
+    assert "checkpoint 24 is damaged (the checksums of its arrays do not match)" in err
+
+
+def refusal(capsys, args):
+    """Runs a command that must refuse: exit code 2, one line on stderr."""
+    code = cli.main(args)
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert err.count("\n") == 1, err
+    return err
+
+
+def test_every_checkpoint_damaged(tmp_path, finished, synthetic_store, capsys):
+    workdir = tmp_path / "ruined"
+    shutil.copytree(finished[0], workdir)
+    for checkpoint in (workdir / "checkpoints").iterdir():
+        damage_state(checkpoint)
+    code = cli.main(arguments(workdir, synthetic_store))
+    err = capsys.readouterr().err
+    assert code == 2
+    assert "every checkpoint" in err.splitlines()[-1]
+    assert len(list((workdir / "damaged_checkpoints").iterdir())) >= 2, "nothing is deleted"
+
+
+def test_diverging_run_names_step_and_checkpoint(tmp_path, synthetic_store, capsys):
+    args = arguments(tmp_path / "run", synthetic_store, optimiser__learning_rate=1e30)
+    code = cli.main(args)
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2
+    assert re.search(r"(loss|grad_norm) is (nan|inf) at step \d+; no checkpoint was written yet", err)
+    assert not any(p.name.isdigit() for p in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_divergence_after_a_checkpoint_names_it(tmp_path, finished, synthetic_store, monkeypatch):
+    """A loss that turns NaN later stops the run and leaves the good checkpoint as the latest."""
+    from ecg_jax import pretrain as module
+
+    config = load_config("configs/cpc.py")
+    for name, value in (TINY | {"store": str(synthetic_store), "checkpoint_every": "3", "steps": "9"}).items():
+        override(config, name, value)
+    calls, real = [], jax.device_get
+
+    def poisoned(tree):
+        tree = real(tree)
+        if isinstance(tree, dict) and "grad_norm" in tree:
+            calls.append(1)
+            if len(calls) == 5:
+                return tree | {"loss": np.float32("nan")}
+        return tree
+
+    monkeypatch.setattr(module.jax, "device_get", poisoned)
+    with pytest.raises(UserError, match=r"loss is nan at step 5; the last good checkpoint is .*/checkpoints/3\."):
+        pretrain(config, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimiser__lr": 1}, "optimiser has no field 'lr'"),
+        ({"modle__width": 8}, "did you mean 'model'"),
+        ({"seed": 0.5}, "--config.seed='0.5' is not a value of type int"),
+        ({"precision": "float16"}, "config.precision='float16' is unknown; known: float32, bfloat16"),
+        ({"batch_size": 12}, "config.batch_size=12 does not divide over 8 devices"),
+        ({"store": "/nowhere"}, "There is no store at /nowhere"),
+        ({"data__window_s": 60}, "leaves no recording to train on"),
+        ({"data__rate_hz": 500}, "has 240 samples per second, config.data.rate_hz is 500"),
+        ({"model__backbone": "rnn"}, "config.model.backbone='rnn' is unknown; known: s4"),
+        ({"model__bidirectional": True}, "lets CPC see the token it predicts"),
+        ({"model__state": 5}, "config.model.state=5 must be even"),
+        ({"objective__steps_ahead": 60}, "must lie between 1 and 59"),
+        ({"batch_size": 0}, "config.batch_size=0 must be positive"),
+    ],
+)
+def test_bad_config_is_refused_in_one_sentence(tmp_path, synthetic_store, capsys, changes, message):
+    err = refusal(capsys, arguments(tmp_path / "run", synthetic_store, **changes))
+    assert message in err
+    assert not (tmp_path / "run").exists(), "nothing is half-written"
+
+
+def test_workdir_of_another_run_is_refused(finished, synthetic_store, capsys):
+    err = refusal(capsys, arguments(finished[0], synthetic_store, model__width=32))
+    assert "holds another run: it differs in model.width (16 there, 32 now)" in err
+
+
+def test_unwritable_workdir_is_refused(tmp_path, synthetic_store, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot write into --workdir" in refusal(capsys, arguments(tmp_path / "file" / "run", synthetic_store))
+
+
+def test_missing_store_is_refused(tmp_path, capsys):
+    err = refusal(capsys, ["pretrain", "--config=configs/cpc.py", f"--workdir={tmp_path}"])
+    assert "config.store is not set" in err
+
+
+def test_another_store_is_refused_on_resume(tmp_path, finished, capsys):
+    from ecg_jax.data.synthetic import write_synthetic_store
+
+    workdir, store = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(finished[0], workdir)
+    write_synthetic_store(store, n_records=40, seconds=6.0, seed=1)
+    config = json.loads((workdir / "config.json").read_text())
+    config["store"] = str(store)
+    (workdir / "config.json").write_text(json.dumps(config))
+    code = cli.main([*arguments(workdir, store, batch_size=8)])
+    assert code == 2
+    assert "was trained on another store" in capsys.readouterr().err
+
+
+def test_finished_run_is_a_no_op(finished, synthetic_store):
+    before = trajectory(finished[0])
+    code, out, err = finish(arguments(finished[0], synthetic_store))
+    assert code == 0, err
+    assert "continuing at step 24 of 24" in out
+    assert trajectory(finished[0]) == before
+
+
+def test_longer_run_continues_a_finished_one(tmp_path, finished, synthetic_store):
+    workdir = tmp_path / "longer"
+    shutil.copytree(finished[0], workdir)
+    code, out, err = finish(arguments(workdir, synthetic_store, steps=26))
+    assert code == 0, err
+    assert "continuing at step 24 of 26" in out
+    assert [entry["step"] for entry in read_log(workdir)] == list(range(1, 27))

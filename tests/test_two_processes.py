@@ -1,0 +1,60 @@
+"""Two real processes as one run, against one process with as many devices."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ecg_jax.training.metric_writers import read_log
+from test_pretrain import arguments, checksums, environment, finish
+
+LOCAL = Path(__file__).parents[1] / "launch" / "local.py"
+
+
+def launch_two(args):
+    """Starts the command as two processes of one device each."""
+    ecg_jax = [sys.executable, "-c", "from ecg_jax.cli import entry_point; entry_point()"]
+    command = [sys.executable, str(LOCAL), "--processes", "2", "--", *ecg_jax, *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(devices=1), **pipes)
+
+
+def test_two_processes_equal_one_and_hand_over(tmp_path, synthetic_store):
+    # SGD-like settings: a large epsilon keeps Adam from turning rounding noise into full-size steps.
+    changes = {"optimiser__eps": 1.0, "steps": 12}
+    one, two = tmp_path / "one", tmp_path / "two"
+    code, _, err = finish(arguments(one, synthetic_store, **changes))
+    assert code == 0, err
+    process = launch_two(arguments(two, synthetic_store, **changes))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    logs = [read_log(workdir) for workdir in (one, two)]
+    assert [entry["step"] for entry in logs[1]] == list(range(1, 13))
+    for name in ("loss", "accuracy", "grad_norm"):
+        values = [[entry[name] for entry in log] for log in logs]
+        np.testing.assert_allclose(values[1], values[0], rtol=1e-4, err_msg=name)
+    assert np.isclose(logs[1][-1]["val_loss"], logs[0][-1]["val_loss"], rtol=1e-4)
+
+    # The same run goes on in one process.
+    code, out, err = finish(arguments(two, synthetic_store, **(changes | {"steps": 14})))
+    assert code == 0, err
+    assert "continuing at step 12 of 14" in out
+
+
+def test_sigterm_stops_both_at_the_same_step(tmp_path, synthetic_store):
+    workdir = tmp_path / "run"
+    args = arguments(workdir, synthetic_store, steps=100_000)
+    process = launch_two(args)
+    while not ((workdir / "log.jsonl").exists() and len(read_log(workdir)) >= 4):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "preemption at step" in out
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    assert checksums(workdir, steps[-1])
+    assert read_log(workdir)[-1]["step"] == steps[-1]
