@@ -82,7 +82,7 @@ class LogisticProblem:
     """
 
     def __init__(self, features, targets, weights=None):
-        features, targets = np.asarray(features), np.asarray(targets, dtype=np.float64)
+        features, targets = np.asarray(features), np.asarray(targets)
         n = len(features)
         if targets.ndim != 2 or len(targets) != n:
             raise ValueError(f"features {features.shape} need targets [{n}, K], not {targets.shape}")
@@ -93,12 +93,18 @@ class LogisticProblem:
             features = features.astype(np.float64)
         self.features = features
         known = ~np.isnan(targets)
-        self._targets = np.where(known, targets, 0.0)
-        weights = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
-        self._weights = weights[:, None] * known
-        self._weights /= self._weights.sum(axis=0)
-        self.prevalence = (self._weights * self._targets).sum(axis=0)
-        self._standardise(weights / weights.sum())
+        # Kept small: at 1M crops of 71 classes every float64 [n, K] array would take 570 MB.
+        self._targets = np.where(known, targets, 0.0).astype(np.float32)
+        self._known = None if known.all() else known
+        self._weights = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
+        self._total = np.full(targets.shape[1], self._weights.sum()) if known.all() else self._weights @ known
+        self.prevalence = (self._weights @ self._targets) / self._total
+        self._standardise(self._weights / self._weights.sum())
+
+    def _class_weights(self, rows: slice) -> np.ndarray:
+        """v_ik / Σ_i v_ik of some rows: [len(rows), K]."""
+        weights = self._weights[rows, None] / self._total
+        return weights if self._known is None else weights * self._known[rows]
 
     def _standardise(self, weights):
         """Mean and scale of the features, and the eigenvectors of their correlation for the whitening."""
@@ -139,10 +145,10 @@ class LogisticProblem:
             x = self.features[rows].astype(np.float64, copy=False)
             z = x @ folded.weight + folded.bias
             decay = np.exp(-np.abs(z))  # in (0, 1]: neither the loss nor the sigmoid can overflow
-            loss = np.maximum(z, 0.0) + np.log1p(decay) - self._targets[rows] * z
-            value += float(np.sum(self._weights[rows] * loss))
+            y, class_weights = self._targets[rows], self._class_weights(rows)
+            value += float(np.sum(class_weights * (np.maximum(z, 0.0) + np.log1p(decay) - y * z)))
             sigmoid = np.where(z >= 0, 1.0, decay) / (1.0 + decay)
-            residual = self._weights[rows] * (sigmoid - self._targets[rows])
+            residual = class_weights * (sigmoid - y)
             weight_gradient += x.T @ residual
             bias_gradient += residual.sum(axis=0)
         weight_gradient = (weight_gradient - np.outer(self.mean, bias_gradient)) / self.scale[:, None]
