@@ -24,6 +24,7 @@ from ecg_jax.data.writer import write_atomic
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, heads, metrics, tasks
 from ecg_jax.evaluation.features import compute_features, mean_per_record
+from ecg_jax.evaluation.plots import FEW_POSITIVES, auroc_forest
 from ecg_jax.training.checkpoint import parse_checkpoint
 from ecg_jax.training.pretrained import RestoredEncoder, encode_fn, random_twin, restore_encoder
 
@@ -98,7 +99,7 @@ def score(examples: tasks.Examples, fitted: Fitted, random_init: Fitted, config)
     """Scores with intervals, on one set of resamples for all models.
 
     Returns:
-        (the part of results.json about scores, arrays for the picture).
+        (the part of results.json about scores, keyword arguments of `auroc_forest`).
 
     Raises:
         UserError: no class has both positives and negatives among the test records.
@@ -150,6 +151,9 @@ def score(examples: tasks.Examples, fitted: Fitted, random_init: Fitted, config)
         "difference_to_random_init": _interval(difference),
         "macro_average_precision": metrics.macro(precision, "exclude"),
         "micro_auroc": metrics.micro_auroc(targets, fitted.probabilities),
+        "classes_with_few_positives": [
+            name for name, n in zip(examples.classes, n_pos, strict=True) if 0 < n < FEW_POSITIVES
+        ],
         "classes_undefined_in_test": [
             name for name, auroc in zip(examples.classes, ours.per_class, strict=True) if np.isnan(auroc)
         ],
@@ -162,10 +166,12 @@ def score(examples: tasks.Examples, fitted: Fitted, random_init: Fitted, config)
         },
     }
     picture = {
-        "ours": tuple(np.array(intervals).T),
-        "twin": tuple(np.array(twin_intervals).T),
-        "macro": (ours.macro(undefined, level), twin.macro(undefined, level)),
         "n_pos": n_pos,
+        "models": {"pretrained": np.array(intervals), "random initialisation": np.array(twin_intervals)},
+        "macro": {
+            "pretrained": ours.macro(undefined, level),
+            "random initialisation": twin.macro(undefined, level),
+        },
     }
     return scores, picture
 
@@ -276,7 +282,14 @@ def probe(config, workdir, checkpoint: str, store, test_store=None) -> dict:
     )
     workdir.mkdir(parents=True, exist_ok=True)
     _write_predictions(workdir / "predictions.npz", examples, fitted, random_init)
-    draw_per_class(workdir / "per_class_auroc.png", results, examples.classes, picture)
+    patients = f", {results['n_patients']} patients" if results["n_patients"] else ""
+    auroc_forest(
+        examples.classes,
+        **picture,
+        path=workdir / "per_class_auroc.png",
+        title=f"{task.name}: {results['n_records']} test records{patients}",
+        level=config.bootstrap.level,
+    )
     # Last: a folder with results.json is complete.
     write_atomic(workdir / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return results
@@ -325,23 +338,6 @@ def _write_predictions(path: Path, examples: tasks.Examples, fitted: Fitted, ran
     write_atomic(path, buffer.getvalue())
 
 
-def draw_per_class(path: Path, results: dict, classes: list[str], picture: dict) -> None:
-    """The forest plot of one probe; `picture` from `score`."""
-    from ecg_jax.evaluation.plots import auroc_forest
-
-    patients = f", {results['n_patients']} patients" if results["n_patients"] else ""
-    auroc_forest(
-        classes,
-        *picture["ours"],
-        picture["n_pos"],
-        path,
-        baseline=picture["twin"],
-        title=f"{results['task']}: {results['n_records']} test records{patients} (n: positive records)",
-        summary=("macro AUROC", *picture["macro"]),
-        interval_note=f"{100 * results['bootstrap']['level']:g} % interval",
-    )
-
-
 def summary(results: dict) -> str:
     """A few lines for the console."""
 
@@ -360,10 +356,15 @@ def summary(results: dict) -> str:
         line("pretrained - random", results["difference_to_random_init"]),
         f"  l2 = {results['l2']:g}, chosen on {results['split']['n_val']} validation records",
     ]
-    if results["classes_dropped"]:
-        lines.append(f"  classes left out: {', '.join(results['classes_dropped'])}")
-    if results["classes_undefined_in_test"]:
-        lines.append(f"  classes undefined in test: {', '.join(results['classes_undefined_in_test'])}")
+    for key, what in (
+        ("classes_dropped", "left out, too rare"),
+        ("classes_undefined_in_test", "undefined in the test records"),
+        ("classes_with_few_positives", f"with fewer than {FEW_POSITIVES} positive test records"),
+    ):
+        names = list(results[key])
+        if names:
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            lines.append(f"  {len(names)} classes {what}: {shown}")
     if not results["solver"]["converged"]:
         lines.append("  WARNING: the solver did not reach its tolerance; raise --config.linear.max_steps")
     if results["split"]["patients_in_train_or_val_and_test"]:

@@ -78,27 +78,25 @@ def test_loss_curve_draws_what_was_logged(tmp_path):
     entries[3]["val_loss"] = 2.0
     log.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"step": 8, "lo')
     assert len(plots.read_log(log)) == 7
-    losses, accuracies = {"training": "loss", "validation": "val_loss"}, {"training": "accuracy"}
-    plots.loss_curve(log, tmp_path / "both.png", losses, accuracies)
-    plots.loss_curve(log, tmp_path / "loss.png", losses, {"training": "no_such_key"})
+    plots.loss_curve(log, tmp_path / "both.png")
+    plots.loss_curve(log, tmp_path / "loss.png", accuracies={"training": "no_such_key"})
     heights = [_size_mm(tmp_path / f"{name}.png", 130)[1] for name in ("both", "loss")]
     assert heights[0] - heights[1] == pytest.approx(2.6 * 25.4, abs=0.5)  # no empty panel
     with pytest.raises(ValueError, match="none of no_loss"):
-        plots.loss_curve(log, tmp_path / "x.png", {"training": "no_loss"}, {})
+        plots.loss_curve(log, tmp_path / "x.png", losses={"training": "no_loss"})
 
 
 def test_forest_plot_draws_undefined_classes_without_failing(tmp_path):
     values = np.array([0.9, np.nan, 0.7])
-    low, high = values - 0.1, values + 0.05
-    options = {"title": "task", "summary": ("macro", (0.8, 0.7, 0.9), (0.6, 0.5, 0.7))}
-    plots.auroc_forest("abc", values, low, high, [5, 0, 7], tmp_path / "one.png", **options)
-    baseline = (values - 0.2, low - 0.2, high - 0.2)
-    plots.auroc_forest(
-        "abc", values, low, high, [5, 0, 7], tmp_path / "two.png", baseline=baseline, **options
-    )
-    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
-    everything = [np.full(2, np.nan)] * 3
-    plots.auroc_forest("ab", *everything, [0, 0], tmp_path / "none.png")
+    ours, macro = np.column_stack([values, values - 0.1, values + 0.05]), {"ours": (0.8, 0.7, 0.9)}
+    plots.auroc_forest("abc", [50, 0, 70], {"ours": ours}, macro, tmp_path / "one.png")
+    two, macros = {"ours": ours, "theirs": ours - 0.2}, {**macro, "theirs": (0.6, 0.5, 0.7)}
+    plots.auroc_forest("abc", [50, 0, 70], two, macros, tmp_path / "two.png")
+    plots.auroc_forest("abc", [50, 0, 7], two, macros, tmp_path / "few.png")
+    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("one", "two", "few")]
+    assert len(set(pictures)) == 3
+    nothing = {"ours": np.full((2, 3), np.nan)}
+    plots.auroc_forest("ab", [0, 0], nothing, {"ours": (np.nan,) * 3}, tmp_path / "none.png")
     assert (tmp_path / "none.png").exists()
 
 

@@ -12,6 +12,13 @@ _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#6E6E6E"
 # Printed ECG paper: 1 mm and 5 mm lines.
 _PAPER, _THIN, _THICK, _TRACE = "#FFF6F4", "#F8D3CD", "#EFA79E", "#101010"
 _MM_PER_S, _MM_PER_MV, _MM_PER_INCH = 25.0, 10.0, 25.4
+
+# Label -> key of a line of log.jsonl.
+LOSSES = {"training": "loss", "validation": "val_loss"}
+ACCURACIES = {"training": "accuracy", "validation": "val_accuracy"}
+
+# A percentile interval from fewer positives than this is too narrow to be believed.
+FEW_POSITIVES = 10
 _LAYOUT = (("I", "aVR", "V1", "V4"), ("II", "aVL", "V2", "V5"), ("III", "aVF", "V3", "V6"))
 
 
@@ -125,16 +132,20 @@ def read_log(path: str | Path) -> list[dict]:
 
 
 def loss_curve(
-    log: str | Path, path: str | Path, series: dict[str, str], accuracy: dict[str, str], title: str = ""
-):
+    log: str | Path,
+    path: str | Path,
+    title: str = "",
+    losses: dict[str, str] = LOSSES,
+    accuracies: dict[str, str] = ACCURACIES,
+) -> None:
     """Training and validation loss over steps, and accuracy below it where it was logged.
 
     Args:
         log: a run's log.jsonl, one object with "step" per line.
         path: picture to write.
-        series: label -> key of the losses, the training loss first.
-        accuracy: label -> key of the accuracies; keys that no line has are left out.
         title: of the picture.
+        losses: label -> key of the losses.
+        accuracies: label -> key of the accuracies. Keys that no line has are left out.
 
     Raises:
         ValueError: no line of the log holds any of the losses.
@@ -146,13 +157,13 @@ def loss_curve(
         return np.array(pairs, dtype=np.float64).reshape(-1, 2)
 
     panels = [
-        ("loss", {label: points(key) for label, key in series.items()}),
-        ("accuracy", {label: points(key) for label, key in accuracy.items()}),
+        ("loss", {label: points(key) for label, key in losses.items()}),
+        ("accuracy", {label: points(key) for label, key in accuracies.items()}),
     ]
     panels = [(name, {k: p for k, p in lines.items() if len(p)}) for name, lines in panels]
     panels = [(name, lines) for name, lines in panels if lines]
     if not panels or panels[0][0] != "loss":
-        raise ValueError(f"{log} holds none of {', '.join(series.values())}")
+        raise ValueError(f"{log} holds none of {', '.join(losses.values())}")
     figure = _figure(7.0, 1.0 + 2.6 * len(panels))
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, lines) in zip(grid, panels, strict=True):
@@ -177,75 +188,70 @@ def loss_curve(
 
 def auroc_forest(
     classes: Sequence[str],
-    values: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
     n_pos: Sequence[int],
+    models: dict[str, np.ndarray],
+    macro: dict[str, Sequence[float]],
     path: str | Path,
-    baseline: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
-    labels: tuple[str, str] = ("pretrained", "random initialisation"),
     title: str = "",
-    summary: tuple[str, tuple[float, float, float], tuple[float, float, float] | None] | None = None,
-    interval_note: str = "95 % interval",
+    level: float = 0.95,
 ) -> None:
-    """AUROC of every class with its interval, best first, counts of positives beside the names.
+    """AUROC of every class with its interval, best first, and macro AUROC set apart below.
+
+    The names of classes with fewer than `FEW_POSITIVES` positives are grey: their intervals promise too much.
 
     Args:
         classes: K names.
-        values, low, high: float [K]; a class whose value is NaN is listed as undefined.
-        n_pos: K numbers of positive test records.
+        n_pos: K numbers of positive test records, written beside the names.
+        models: name -> float [K, 3] (AUROC, low, high), at most three; sorted by the first. A class whose
+            AUROC is NaN is listed as undefined.
+        macro: name -> (macro AUROC, low, high) of the same models.
         path: picture to write.
-        baseline: (values, low, high) of a second model, drawn lighter below each first one.
-        labels: what the two models are called.
         title: of the picture.
-        summary: (name, (value, low, high), the baseline's or None), a last row set apart (macro AUROC).
-        interval_note: what the whiskers are, for the axis label.
+        level: of the intervals.
     """
-    values, low, high = (np.asarray(a, dtype=np.float64) for a in (values, low, high))
-    order = np.argsort(np.where(np.isnan(values), -1.0, values), kind="stable")[::-1]
-    rows = [(f"{classes[k]}  (n={n_pos[k]})", (values[k], low[k], high[k]), k) for k in order]
-    positions = [float(-i) for i in range(len(rows))]
-    row_inch = 0.36 if len(rows) <= 30 else 0.26
-    figure = _figure(7.2, 1.3 + row_inch * (len(rows) + (1.4 if summary else 0)))
+    styles = dict(zip(models, ((_BLUE, "o", 5.5), (_ORANGE, "D", 4.5), (_GREY, "s", 4.5)), strict=False))
+    shifts = dict(zip(models, 0.3 * (np.arange(len(models))[::-1] - (len(models) - 1) / 2), strict=True))
+    first = next(iter(models.values()))[:, 0]
+    order = np.argsort(np.where(np.isnan(first), -1.0, first), kind="stable")[::-1]
+    positions = [*(float(-i) for i in range(len(order))), -len(order) - 0.4]
+    row_inch = 0.36 if len(order) <= 30 else 0.26
+    figure = _figure(7.2, 1.4 + row_inch * (len(order) + 1.4))
     axes = figure.subplots()
 
-    def draw(y, triple, color, marker, label, size):
-        value, lower, upper = triple
-        if np.isnan(value):
-            return
-        axes.plot([lower, upper], [y, y], color=color, linewidth=1.8, solid_capstyle="butt", zorder=2)
-        axes.plot([value], [y], marker, color=color, markersize=size, label=label, zorder=3, linestyle="none")
+    def draw(y, name, interval, larger=0.0):
+        value, low, high = interval
+        color, marker, size = styles[name]
+        style = {"color": color, "clip_on": False, "zorder": 3}  # a marker at 1.0 is drawn whole
+        axes.plot([low, high], [y + shifts[name]] * 2, linewidth=1.8, solid_capstyle="butt", **style)
+        axes.plot([value], [y + shifts[name]], marker, markersize=size + larger, linestyle="none", **style)
 
-    shift = 0.15 if baseline is not None else 0.0
-    for y, (_, triple, k) in zip(positions, rows, strict=True):
-        draw(y + shift, triple, _BLUE, "o", None, 5.5)
-        if baseline is not None:
-            draw(y - shift, tuple(b[k] for b in baseline), _ORANGE, "D", None, 4.5)
-        if np.isnan(triple[0]):
+    for y, k in zip(positions, order, strict=False):
+        if np.isnan(first[k]):
             axes.text(0.5, y, "  undefined in the test records", va="center", fontsize=8, color=_GREY)
-    names = [name for name, _, _ in rows]
-    if summary is not None:
-        y = positions[-1] - 1.4
-        draw(y + shift, summary[1], _BLUE, "o", None, 7)
-        if baseline is not None and summary[2] is not None:
-            draw(y - shift, summary[2], _ORANGE, "D", None, 6)
-        axes.axhline(y + 0.7, color="#BBBBBB", linewidth=0.8)
-        positions.append(y)
-        names.append(summary[0])
-    axes.plot([], [], "o", color=_BLUE, label=labels[0], linestyle="none")
-    if baseline is not None:
-        axes.plot([], [], "D", color=_ORANGE, label=labels[1], linestyle="none")
+            continue
+        for name, intervals in models.items():
+            draw(y, name, intervals[k])
+    for name, interval in macro.items():
+        draw(positions[-1], name, interval, larger=1.5)
+    axes.axhline(positions[-1] + 0.7, color="#BBBBBB", linewidth=0.8)
+    for name, (color, marker, size) in styles.items():
+        axes.plot([], [], marker, color=color, markersize=size, label=name, linestyle="none")
+
     axes.axvline(0.5, color=_GREY, linewidth=1, linestyle="--", zorder=1)
-    everything = np.concatenate([low, *(baseline[1:2] if baseline is not None else ())])
-    lowest = np.nanmin(everything) if np.isfinite(everything).any() else 0.5
+    lows = np.concatenate([intervals[:, 1] for intervals in models.values()])
+    lowest = np.nanmin(lows) if np.isfinite(lows).any() else 0.5
     axes.set_xlim(min(0.45, np.floor(lowest * 20) / 20 - 0.01), 1.005)
     axes.set_ylim(positions[-1] - 0.7, 0.7)
-    axes.set_yticks(positions, names)
+    axes.set_yticks(positions, [*(f"{classes[k]}  (n={n_pos[k]})" for k in order), "macro AUROC"])
     axes.tick_params(axis="y", length=0)
+    few = [n_pos[k] < FEW_POSITIVES for k in order]
+    for text, grey in zip(axes.get_yticklabels(), few, strict=False):
+        text.set_color(_GREY if grey else "black")
     axes.grid(axis="x", color="#E4E4E4", linewidth=0.6, zorder=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_xlabel(f"AUROC with {interval_note} (dashed: chance)")
+    note = f"\nn: positive test records; grey names: fewer than {FEW_POSITIVES}" if any(few) else ""
+    axes.set_xlabel(f"AUROC with {100 * level:g} % interval (dashed: chance){note}")
     axes.set_title(title, loc="left", fontsize=11)
-    figure.legend(loc="lower right", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="lower right", ncols=len(models), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     _save(figure, path, dpi=130)
