@@ -19,10 +19,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from ecg_jax.data.conversion import Job, convert, strict_sentence
+from ecg_jax.data.conversion import Job, convert
 from ecg_jax.data.corpora import CORPORA
 from ecg_jax.data.preprocessing import Preprocessing
-from ecg_jax.data.recording import KINDS
+from ecg_jax.data.recording import KINDS, Problem, strict_error
 from ecg_jax.data.store import PARTIAL, Store, read_attributes
 from ecg_jax.data.writer import disk_errors, finalise, unit_size, write_atomic
 from ecg_jax.errors import UserError
@@ -139,6 +139,7 @@ def prepare(
             descriptions=job.listing.descriptions,
             first_problems=job.listing.problems,
             drop_duplicates=duplicates == "drop",
+            strict=strict,
         )
     return _summary(job, started, already_complete=False)
 
@@ -177,7 +178,7 @@ def _job(corpus, source, store, rate, workers, strict, clip_mv, duplicates, assu
         "fold_source": listing.fold_source,
     }
     if strict and listing.problems:
-        raise UserError(strict_sentence(vars(listing.problems[0])))
+        raise strict_error(listing.problems[0])
     n = unit_size(len(listing.entries))
     units = [listing.entries[i : i + n] for i in range(0, len(listing.entries), n)]
     preprocessing = Preprocessing(clip_mv=clip_mv)
@@ -220,7 +221,7 @@ def _partial_folder(store: Path, settings: dict):
         if plan.exists():
             _check_same_job(store, json.loads(plan.read_text()), settings)
         else:
-            write_atomic(plan, json.dumps(settings, indent=1).encode())
+            write_atomic(store, plan, json.dumps(settings, indent=1).encode())
         yield
 
 
@@ -228,7 +229,7 @@ def _summary(job: Job, started: float, already_complete: bool) -> Summary:
     written = Store(job.store)
     problems = [json.loads(line) for line in (job.store / "problems.jsonl").read_text().splitlines()]
     if already_complete and job.strict and problems:
-        raise UserError(strict_sentence(problems[0]))
+        raise strict_error(Problem(**problems[0]))
     kinds = Counter(problem["kind"] for problem in problems)
     folds = Counter(written.column("fold").tolist())
     return Summary(

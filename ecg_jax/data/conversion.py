@@ -14,7 +14,7 @@ from pathlib import Path
 from ecg_jax.data.corpora import CORPORA
 from ecg_jax.data.corpora.listing import Entry, Listing, hash_fold
 from ecg_jax.data.preprocessing import Preprocessing
-from ecg_jax.data.recording import BadRecording, Problem
+from ecg_jax.data.recording import BadRecording, Problem, strict_error
 from ecg_jax.data.writer import UnitWriter, disk_errors, read_sidecar
 from ecg_jax.errors import UserError
 
@@ -76,7 +76,7 @@ def convert(job: Job, workers: int, progress: bool) -> None:
             todo.append(unit)
             continue
         if job.strict and sidecar["problems"]:
-            raise UserError(strict_sentence(sidecar["problems"][0]))
+            raise strict_error(Problem(**sidecar["problems"][0]))
         done += len(entries)
     bar = tqdm(
         total=len(job.listing.entries),
@@ -144,7 +144,7 @@ def _convert_unit(task: Task) -> int:
                 processed = task.preprocessing.apply(recording)
             except BadRecording as error:
                 if task.strict:
-                    raise UserError(strict_sentence(vars(error.problem))) from error
+                    raise strict_error(error.problem) from error
                 writer.problems.append(error.problem)
                 continue
             except (UserError, MemoryError):
@@ -154,20 +154,13 @@ def _convert_unit(task: Task) -> int:
                 detail = f"{entry.file}: {type(error).__name__}: {error}"
                 problem = Problem(entry.record_id, "unexpected_error", "refused", detail)
                 if task.strict:
-                    raise UserError(strict_sentence(vars(problem))) from error
+                    raise strict_error(problem) from error
                 writer.problems.append(problem)
                 continue
             if task.strict and processed.problems:
-                raise UserError(strict_sentence(vars(processed.problems[0])))
+                raise strict_error(processed.problems[0])
             if recording.fold is None:
                 recording.fold = hash_fold(recording.patient_id or recording.record_id)
             writer.append(recording, processed, entry.file)
         writer.finish()
     return len(task.entries)
-
-
-def strict_sentence(problem: dict) -> str:
-    return (
-        f"Recording {problem['record']} has a problem ({problem['kind']}, would be {problem['action']}): "
-        f"{problem['detail']} Without --strict it is noted in problems.jsonl and the rest goes on."
-    )

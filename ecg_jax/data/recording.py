@@ -107,6 +107,14 @@ class BadRecording(UserError):
         return BadRecording, (self.problem.record, self.problem.kind, self.problem.detail)
 
 
+def strict_error(problem: Problem) -> UserError:
+    """What `--strict` makes of a problem."""
+    return UserError(
+        f"Recording {problem.record} has a problem ({problem.kind}, would be {problem.action}): "
+        f"{problem.detail} Without --strict it is noted in problems.jsonl and the rest goes on."
+    )
+
+
 @dataclasses.dataclass
 class Recording:
     """One recording in physical units, before any preprocessing.
@@ -219,7 +227,8 @@ def limb_residual(signal: np.ndarray) -> np.ndarray:
 
 def robust_range(signal: np.ndarray) -> np.ndarray:
     """Distance between the 0.1 and 99.9 percentile of each lead: [T, C] -> [C], NaN-free input."""
-    k = max(0, round(0.001 * (len(signal) - 1)))
+    # At least one sample at each end is left out, else a single spike decides for a short recording.
+    k = min(max(1, round(0.001 * (len(signal) - 1))), (len(signal) - 1) // 2)
     order = np.partition(signal, (k, len(signal) - 1 - k), axis=0)
     return order[len(signal) - 1 - k] - order[k]
 

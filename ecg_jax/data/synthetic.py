@@ -183,5 +183,6 @@ def write_synthetic_store(
         descriptions={},
         first_problems=[],
         drop_duplicates=False,
+        strict=False,
     )
     return path

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ecg_jax.data.preprocessing import Preprocessing, Processed
-from ecg_jax.data.recording import Problem, Recording
+from ecg_jax.data.recording import Problem, Recording, strict_error
 from ecg_jax.data.store import BYTES_PER_SAMPLE, FORMAT_VERSION, PARTIAL, checksum
 from ecg_jax.errors import UserError
 
@@ -35,9 +35,12 @@ def unit_size(n_records: int) -> int:
     return min(max(-(-n_records // 64), 32), 4096)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there in full or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomic(store: Path, path: Path, data: bytes) -> None:
+    """Writes a file of a store so that it is there in full or not at all, also after a power cut.
+
+    What a killed process leaves lies in `.partial/` and goes with it.
+    """
+    temporary = store / PARTIAL / f"{path.name}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -132,7 +135,7 @@ class UnitWriter:
             "rows": self.rows,
             "problems": [vars(problem) for problem in self.problems],
         }
-        write_atomic(sidecar_path(self.store, self.unit), json.dumps(sidecar).encode())
+        write_atomic(self.store, sidecar_path(self.store, self.unit), json.dumps(sidecar).encode())
 
 
 def read_sidecar(store: Path, unit: int) -> dict | None:
@@ -159,6 +162,7 @@ def finalise(
     descriptions: dict[str, dict[str, str]],
     first_problems: Sequence[Problem],
     drop_duplicates: bool,
+    strict: bool,
 ) -> None:
     """Makes a store out of finished units.
 
@@ -173,9 +177,10 @@ def finalise(
       descriptions: label set -> class -> text, may be incomplete.
       first_problems: problems found before any recording was read.
       drop_duplicates: leave later records with an identical signal out of the table.
+      strict: an identical signal is an error.
 
     Raises:
-      UserError: no recording is left, or the disk is full.
+      UserError: a duplicate under `strict`, no recording is left, or the disk is full.
     """
     import pyarrow as pa
 
@@ -192,9 +197,11 @@ def finalise(
     records = pa.concat_tables(tables)
     records = _replace(records, "offset", first + records.column("offset").to_numpy())
     records, duplicates = mark_duplicates(records, drop_duplicates)
+    if strict and duplicates:
+        raise strict_error(Problem(**duplicates[0]))
     problems += duplicates
     lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-    write_atomic(store / "problems.jsonl", lines.encode())
+    write_atomic(store, store / "problems.jsonl", lines.encode())
     if not len(records):
         # Nothing to continue: leave the explanation only, so that another try may use the same folder.
         shutil.rmtree(store / PARTIAL)
@@ -220,9 +227,9 @@ def finalise(
     for unit in range(n_units):
         if samples[unit]:
             os.truncate(chunk_path(store, unit), chunk_samples * BYTES_PER_SAMPLE)
-    _write_parquet(store / "records.parquet", records)
+    _write_parquet(store, records)
     array = array_metadata(n_units * chunk_samples, chunk_samples)
-    write_atomic(store / "signal" / "zarr.json", _json(array))
+    write_atomic(store, store / "signal" / "zarr.json", _json(array))
     group = {
         "zarr_format": 3,
         "node_type": "group",
@@ -241,7 +248,7 @@ def finalise(
             }
         },
     }
-    write_atomic(store / "zarr.json", _json(group))
+    write_atomic(store, store / "zarr.json", _json(group))
     shutil.rmtree(store / PARTIAL)
 
 
@@ -354,14 +361,14 @@ def _count(column) -> Counter:
     return Counter({item["values"]: item["counts"] for item in values})
 
 
-def _write_parquet(path: Path, records) -> None:
+def _write_parquet(store: Path, records) -> None:
     """The same rows give the same bytes: one chunk per column, so row groups do not depend on the units."""
     import pyarrow as pa
     import pyarrow.parquet
 
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(records.combine_chunks(), sink, compression="zstd")
-    write_atomic(path, sink.getvalue())
+    write_atomic(store, store / "records.parquet", sink.getvalue())
 
 
 def _json(value: dict) -> bytes:

@@ -3,7 +3,8 @@
 The Challenge 2020 headers of May and June 2020 carry wrong gains; the .mat integers are microvolts in every
 Challenge file, and the later headers say so (1000/mV). Proof: PTB-XL HR records equal records500 of PTB-XL
 1.0.x integer by integer, PTB S0001 equals s0010_re to half a microvolt, Georgia files of 2021 hold the same
-integers, and the first INCART samples are k * 1000 / 306 rounded, 306 being INCART's own gain.
+integers, and the first INCART samples of the headers saying 306000 are k * 1000 / 306 rounded, 306 being INCART's
+own gain. (For 1041000, also INCART, the headers alone prove nothing; it is corrected by analogy.)
 """
 
 from __future__ import annotations
