@@ -140,7 +140,11 @@ def override(config: ConfigDict, path: str, text: str) -> None:
 
 
 def parse_command(
-    name: str, description: str, argv: list[str], extra: Callable[[argparse.ArgumentParser], None]
+    name: str,
+    description: str,
+    argv: list[str],
+    extra: Callable[[argparse.ArgumentParser], None],
+    default_config: str | None = None,
 ) -> tuple[ConfigDict, argparse.Namespace]:
     """Parses the arguments of a command that takes a config.
 
@@ -149,6 +153,7 @@ def parse_command(
         description: what --help says first.
         argv: arguments after the command's name.
         extra: adds the command's own options to the parser.
+        default_config: FILE[:ARGS] when --config is not given; None makes --config required.
 
     Returns:
         The locked config with overrides applied, and the command's own options.
@@ -164,7 +169,13 @@ def parse_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:ARGS]", help="config file of the run")
+    parser.add_argument(
+        "--config",
+        required=default_config is None,
+        default=default_config,
+        metavar="FILE[:ARGS]",
+        help="config file" + (f" (default: {default_config})" if default_config else ""),
+    )
     parser.add_argument("--print-config", action="store_true", help=argparse.SUPPRESS)
     extra(parser)
 

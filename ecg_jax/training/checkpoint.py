@@ -59,7 +59,7 @@ def describe_mismatch(
     """One sentence that lists missing, extra and differently shaped parameters; None when the two agree."""
 
     def listed(names):
-        names = sorted(names)
+        names = sorted(names, key=lambda name: (not name.startswith("params/"), name))
         more = f" and {len(names) - limit} more" if len(names) > limit else ""
         return ", ".join(names[:limit]) + more
 

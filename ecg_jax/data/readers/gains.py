@@ -3,8 +3,8 @@
 The Challenge 2020 headers of May and June 2020 carry wrong gains; the .mat integers are microvolts in every
 Challenge file, and the later headers say so (1000/mV). Proof: PTB-XL HR records equal records500 of PTB-XL
 1.0.x integer by integer, PTB S0001 equals s0010_re to half a microvolt, Georgia files of 2021 hold the same
-integers, and the first INCART samples of the headers saying 306000 are k * 1000 / 306 rounded, 306 being INCART's
-own gain. (For 1041000, also INCART, the headers alone prove nothing; it is corrected by analogy.)
+integers, and the first INCART samples of the headers saying 306000 are k * 1000 / 306 rounded, 306 being
+INCART's own gain. (For 1041000, also INCART, the headers alone prove nothing; it is corrected by analogy.)
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _integers_obey_limb_identities(signals: list[Signal], digital: np.ndarray, s
     limb = {}
     for c, signal in enumerate(signals):
         i = canonical_index(signal.lead)
-        if i < 6 and i not in limb and np.ptp(digital[:, c]) > 20:
+        if i < 6 and i not in limb and float(digital[:, c].max()) - float(digital[:, c].min()) > 20:
             limb[i] = c
     if not {0, 1} <= limb.keys() or len(limb) < 3:
         return False

@@ -71,14 +71,17 @@ def read_wfdb(
         raise BadRecording(record_id, "skewed_leads", "its leads are skewed in time, which is not supported.")
     digital, invalid, rail = read_digital(path, header, record_id)
     _check_sums(header, digital, columns, record_id, problems)
-    digital, invalid = digital[:, columns], invalid[:, columns]
+    if len(columns) < digital.shape[1]:
+        digital, invalid = digital[:, columns], invalid[:, columns]
     scale, zero = millivolts_per_count(header, columns, digital, assume_gain, problems, record_id)
-    signal = np.full((len(digital), len(header.signals)), np.nan)
-    signal[:, columns] = (digital - zero) * scale
+    millivolts = (digital - zero) * scale
     if invalid.any():
-        part = signal[:, columns]
-        part[invalid] = np.nan
-        signal[:, columns] = part
+        millivolts[invalid] = np.nan
+    signal = millivolts
+    if len(columns) < len(header.signals):
+        # Leads outside the twelve keep their place and name, so that they can be reported, but not their samples.
+        signal = np.full((len(digital), len(header.signals)), np.nan)
+        signal[:, columns] = millivolts
     comments = parse_comments(header.comments)
     return Recording(
         record_id=record_id,
@@ -88,7 +91,7 @@ def read_wfdb(
         labels={} if comments["dx"] is None else {"dx": comments["dx"]},
         age=comments["age"],
         sex=comments["sex"],
-        rail_samples=int(((np.abs(digital) >= rail) & ~invalid).sum()),
+        rail_samples=int((((digital >= rail) | (digital <= -rail)) & ~invalid).sum()),
         problems=problems,
     )
 
@@ -141,7 +144,7 @@ def read_digital(path: Path, header: Header, record_id: str) -> tuple[np.ndarray
     if any(len(block) != length for block in blocks):
         raise BadRecording(record_id, "truncated_signal", "its signal files have different lengths.")
     digital = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
-    return digital.astype(np.int32), digital == INVALID_16, RAIL_16
+    return digital, digital == INVALID_16, RAIL_16
 
 
 def _read_format_16(path: Path, group: list[Signal], n_samples: int | None, record_id: str) -> np.ndarray:
@@ -214,7 +217,7 @@ def _check_sums(
     refused.
     """
     given = [header.signals[c].checksum for c in columns]
-    sums = [int(digital[:, c].sum(dtype=np.int64)) for c in columns]
+    sums = digital.sum(axis=0, dtype=np.int64)[columns].tolist()
     wrong = [
         c
         for c, want, have in zip(columns, given, sums, strict=True)

@@ -1,0 +1,125 @@
+"""Config files and their overrides: every shipped file loads, shrinks and runs a step."""
+
+import jax
+import numpy as np
+import pytest
+
+from ecg_jax import cli
+from ecg_jax.config_flags import load_config, override, parse_arg, shipped_configs
+from ecg_jax.errors import UserError
+from ecg_jax.pretrain import check_config, pretrain
+from ecg_jax.training.metric_writers import read_log
+
+PRETRAINING = ["configs/cpc.py", "configs/cpc.py:data=11m,recipe=released", "configs/quickstart.py"]
+
+
+def test_every_shipped_config_is_known():
+    names = {path.name for path in (shipped_configs() / "configs").glob("*.py")} - {"__init__.py", "common.py"}
+    tested = {spec.partition(":")[0].removeprefix("configs/") for spec in PRETRAINING}
+    assert names == tested | {"probe.py"}
+    assert load_config("configs/probe.py").mode == "linear"
+
+
+@pytest.mark.parametrize("spec", PRETRAINING)
+def test_shipped_config_runs_a_step(spec, tmp_path, synthetic_store):
+    config = load_config(spec)
+    changes = {
+        "store": str(synthetic_store), "model.width": "16", "model.layers": "1", "batch_size": "8", "steps": "1",
+        "data.max_val_crops": "8",
+    }  # fmt: skip
+    for name, value in changes.items():
+        override(config, name, value)
+    state = pretrain(config, tmp_path / "run")
+    assert int(state.step) == 1
+    assert np.isfinite(read_log(tmp_path / "run")[-1]["val_loss"])
+
+
+def test_recipes_differ_in_the_learning_rate_groups():
+    described, released = (load_config(f"configs/cpc.py:recipe={name}") for name in ("described", "released"))
+    check_config(described)
+    assert described.optimiser.factors.to_dict() == {"head": 1.0, "backbone": 1.0, "stem": 1.0, "ssm": 0.1}
+    assert released.optimiser.factors.to_dict() == {"head": 1.0, "backbone": 0.1, "stem": 0.01, "ssm": 0.01}
+    assert load_config("configs/cpc.py:data=753k").data.max_records == 753_000
+
+
+def test_defaults_are_the_papers():
+    config = load_config("configs/cpc.py")
+    assert (config.batch_size, config.epochs, config.optimiser.learning_rate) == (64, 10, 3e-3)
+    assert (config.model.width, config.model.state, config.model.layers, config.model.dropout) == (512, 8, 4, 0.2)
+    assert (config.objective.steps_ahead, config.objective.negatives) == (14, 128)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("seed", "7", 7),
+        ("optimiser.learning_rate", "1", 1.0),
+        ("tensorboard", "false", False),
+        ("store", "/some/folder", "/some/folder"),
+        ("objective.temperature", "1e-1", 0.1),
+    ],
+)
+def test_override_keeps_the_declared_type(path, text, value):
+    config = load_config("configs/cpc.py")
+    override(config, path, text)
+    node = config
+    for name in path.split("."):
+        node = node[name]
+    assert node == value
+    assert type(node) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("configs/nothing.py", "there is no file configs/nothing.py"),
+        ("configs/cpc.py:data=1k", "data='1k' is unknown; did you mean"),
+        ("configs/cpc.py:dat=18k", "'dat' is unknown; did you mean 'data'"),
+        ("configs/cpc.py:18k", "'18k' is not of the form key=value"),
+    ],
+)
+def test_bad_config_file_is_refused(spec, message):
+    with pytest.raises(UserError, match=message):
+        load_config(spec)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("def get_config(arg:\n", "line 1 is not valid Python"), ("x = 1\n", "defines no get_config")],
+)
+def test_broken_config_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "mine.py"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_config(str(path))
+
+
+def test_parse_arg_takes_the_first_choice_as_default():
+    arg = parse_arg("b=y", a=("1", "2"), b=("x", "y"))
+    assert (arg.a, arg.b) == ("1", "y")
+
+
+def test_own_config_file_may_build_on_a_shipped_one(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from configs import cpc\n\ndef get_config(arg=''):\n    config = cpc.get_config(arg)\n"
+        "    config.batch_size = 8\n    return config\n"
+    )
+    assert load_config(f"{path}:data=45k").data.max_records == 45_000
+
+
+def test_group_of_fields_cannot_be_overridden():
+    with pytest.raises(UserError, match=r"config.model is a group of fields; set one of backbone, "):
+        override(load_config("configs/cpc.py"), "model", "s4")
+
+
+def test_print_config_shows_overrides(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["pretrain", "--config=configs/cpc.py", "--workdir=x", "--config.seed", "5", "--print-config"])
+    assert stop.value.code == 0
+    assert "seed: 5" in capsys.readouterr().out
+
+
+def test_every_device_is_used():
+    """The other tests rely on eight virtual devices."""
+    assert jax.device_count() == 8

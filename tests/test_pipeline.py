@@ -1,0 +1,202 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ecg_jax.data.pipeline import (
+    non_overlapping_crops,
+    select_records,
+    train_batches,
+    uniform_by_position,
+    val_batches,
+)
+from ecg_jax.data.store import Store
+from ecg_jax.errors import UserError
+
+WINDOW = 600
+
+
+@pytest.fixture(scope="module")
+def store(synthetic_store):
+    return Store(synthetic_store)
+
+
+@pytest.fixture(scope="module")
+def rows(store):
+    return select_records(store, window_samples=WINDOW, val_folds=1, max_records=10**9).train
+
+
+def take(n, store, rows, **kwargs):
+    batches = train_batches(store, rows, batch_size=8, window_samples=WINDOW, **kwargs)
+    try:
+        return list(itertools.islice(batches, n))
+    finally:
+        batches.close()
+
+
+def assert_equal_batches(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            np.testing.assert_array_equal(x[name], y[name])
+
+
+def test_batch_holds_crops_of_its_rows(store, rows):
+    for batch in take(3, store, rows, seed=0):
+        assert batch["signal"].shape == (8, WINDOW, 12)
+        assert batch["signal"].dtype == np.int16
+        np.testing.assert_array_equal(batch["record_index"], np.arange(8))
+        for crop, row in zip(batch["signal"], batch["row"], strict=True):
+            record = store.read(int(row))
+            windows = np.lib.stride_tricks.sliding_window_view(record[:, 0], WINDOW)
+            at = np.flatnonzero((windows == crop[:, 0]).all(axis=1))
+            assert any(np.array_equal(record[i : i + WINDOW], crop) for i in at)
+
+
+def test_an_epoch_visits_every_row_once_and_epochs_differ(store, rows):
+    n = len(rows)
+    seen = np.concatenate([batch["row"] for batch in take(2 * n // 8 + 1, store, rows, seed=1)])
+    first, second = seen[:n], seen[n : 2 * n]
+    np.testing.assert_array_equal(np.sort(first), rows)
+    np.testing.assert_array_equal(np.sort(second), rows)
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("threads", [0, 4])
+def test_resuming_at_any_step_gives_the_same_batches(store, rows, threads):
+    whole = take(30, store, rows, seed=2, threads=threads)
+    for step in (1, 10, 11, 29):  # 10 and 11 lie around the end of an epoch
+        assert_equal_batches(take(30 - step, store, rows, seed=2, start_step=step, threads=threads), whole[step:])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_global_batch_does_not_depend_on_the_number_of_processes(store, rows, processes):
+    whole = take(12, store, rows, seed=3)
+    parts = [take(12, store, rows, seed=3, process=p, processes=processes) for p in range(processes)]
+    for step, batch in enumerate(whole):
+        for name in batch:
+            joined = np.concatenate([part[step][name] for part in parts])
+            order = np.argsort(np.concatenate([part[step]["record_index"] for part in parts]))
+            np.testing.assert_array_equal(joined[order], batch[name])
+
+
+def test_seed_changes_order_and_crops(store, rows):
+    a, b = take(1, store, rows, seed=0)[0], take(1, store, rows, seed=1)[0]
+    assert not np.array_equal(a["row"], b["row"])
+
+
+def test_batch_that_does_not_divide_is_refused(store, rows):
+    with pytest.raises(ValueError, match="batch size 8 is not a multiple of 3 processes"):
+        take(1, store, rows, seed=0, processes=3)
+
+
+def test_uniform_by_position():
+    position = np.arange(200_000)
+    u = uniform_by_position(0, position)
+    assert u.min() >= 0
+    assert u.max() < 1
+    counts = np.histogram(u, 50, (0, 1))[0]
+    assert ((counts - 4000) ** 2 / 4000).sum() < 100  # chi-square with 49 degrees of freedom
+    for other in (u[1:], uniform_by_position(1, position)[:-1]):
+        assert abs(np.corrcoef(u[:-1], other)[0, 1]) < 0.01
+    # A pure function of (seed, position): the same value in any company.
+    assert uniform_by_position(0, [123_456])[0] == u[123_456]
+    # Fixed values keep the data order of old runs: a change here changes every run.
+    np.testing.assert_allclose(u[:2], [0.6524484863740322, 0.36818951565166946], rtol=1e-15)
+
+
+def test_selection_splits_by_fold_and_leaves_out_short_and_duplicate(store):
+    fold = store.column("fold")
+    selection = select_records(store, window_samples=WINDOW, val_folds=2, max_records=10**9)
+    largest = np.unique(fold)[-2:]
+    assert set(fold[selection.val]) <= set(largest)
+    assert not set(fold[selection.train]) & set(largest)
+    assert len(selection.train) + len(selection.val) == len(store)
+    none_held = select_records(store, window_samples=WINDOW, val_folds=0, max_records=10**9)
+    assert len(none_held.val) == 0
+    assert len(none_held.train) == len(store)
+    with pytest.raises(UserError, match="leaves no recording to train on"):
+        select_records(store, window_samples=10**6, val_folds=1, max_records=10)
+
+
+class FakeStore:
+    """A records table without signals."""
+
+    path = "fake"
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def column(self, name):
+        return self.columns[name]
+
+    def __len__(self):
+        return len(self.columns["fold"])
+
+
+def test_duplicates_and_short_records_are_left_out_and_counted():
+    fake = FakeStore(
+        length=np.array([600, 599, 600, 600]), fold=np.array([1, 1, 2, 3]), record_id=np.array(list("abcd")),
+        patient_id=np.array(list("pqrs"), object), duplicate_of=np.array([None, None, "a", None], object),
+    )  # fmt: skip
+    selection = select_records(fake, window_samples=600, val_folds=1, max_records=10)
+    np.testing.assert_array_equal(selection.train, [0])
+    np.testing.assert_array_equal(selection.val, [3])
+    assert (selection.too_short, selection.duplicates) == (1, 1)
+    assert "1 shorter than a window left out; 1 duplicate signals left out" in selection.describe()
+
+
+def test_smaller_rung_is_contained_in_larger_and_keeps_patients_whole():
+    n = 400
+    fake = FakeStore(
+        length=np.full(n, 900), fold=np.ones(n, int), record_id=np.array([str(i) for i in range(n)]),
+        patient_id=np.array([f"p{i // 4}" for i in range(n)], object), duplicate_of=np.full(n, None, object),
+    )  # fmt: skip
+    rungs = [
+        set(select_records(fake, window_samples=600, val_folds=0, max_records=m).train) for m in (40, 80, 400)
+    ]
+    assert [len(rung) for rung in rungs] == [40, 80, 400]
+    assert rungs[0] < rungs[1] < rungs[2]
+    assert all({row // 4 * 4 + i for i in range(4)} <= rungs[0] for row in rungs[0])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=20), st.integers(1, 1000))
+def test_non_overlapping_crops(lengths, window):
+    offsets = np.cumsum([0, *lengths])[:-1]
+    starts, owner = non_overlapping_crops(offsets, np.array(lengths), window)
+    expected = [
+        (offset + k * window, i)
+        for i, (offset, length) in enumerate(zip(offsets, lengths, strict=True))
+        for k in range(length // window)
+    ]
+    assert list(zip(starts, owner, strict=True)) == expected
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_validation_covers_every_crop_once(store, processes):
+    rows = select_records(store, window_samples=WINDOW, val_folds=3, max_records=10**9).val
+    parts = [
+        list(val_batches(store, rows, batch_size=16, window_samples=WINDOW, max_crops=10**6,
+                         process=p, processes=processes))
+        for p in range(processes)
+    ]  # fmt: skip
+    assert len({len(part) for part in parts}) == 1
+    batches = list(itertools.chain(*parts))
+    assert {batch["signal"].shape for batch in batches} == {(16 // processes, WINDOW, 12)}
+    starts, _ = non_overlapping_crops(store.column("offset")[rows], store.column("length")[rows], WINDOW)
+    real = np.concatenate([batch["record_index"][batch["weight"] > 0] for batch in batches])
+    np.testing.assert_array_equal(np.sort(real), np.arange(len(starts)))
+    for batch in batches:
+        for crop, number, weight in zip(batch["signal"], batch["record_index"], batch["weight"], strict=True):
+            if weight:
+                np.testing.assert_array_equal(crop, store.read_crops(starts[[number]], WINDOW)[0])
+
+
+def test_validation_is_cut_evenly(store):
+    rows = select_records(store, window_samples=WINDOW, val_folds=3, max_records=10**9).val
+    batches = list(val_batches(store, rows, batch_size=4, window_samples=WINDOW, max_crops=6))
+    assert sum(batch["weight"].sum() for batch in batches) == 6
+    assert len(batches) == 2
