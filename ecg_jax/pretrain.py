@@ -23,6 +23,7 @@ from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
+from ecg_jax.files import write_atomic
 from ecg_jax.models.encoder import build_encoder, tokens_of
 from ecg_jax.models.inputs import NORMALISATIONS
 from ecg_jax.objectives.cpc import CPC
@@ -300,17 +301,10 @@ def claim_workdir(workdir: Path, config: ConfigDict, preprocessing: Preprocessin
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            write_json(workdir / "preprocessing.json", preprocessing.to_dict())
-            write_json(path, wanted)
+            for file, value in ((workdir / "preprocessing.json", preprocessing.to_dict()), (path, wanted)):
+                write_atomic(file, (json.dumps(value, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write into --workdir={workdir}: {error.strerror}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file under a temporary name, then renames it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -111,7 +111,7 @@ def change_config(run, tmp_path, change):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("width", 32, r"shaped differently .*stem/conv0/kernel \(stored \(3, 12, 16\), expected \(3, 12, 32\)\)"),
+        ("width", 32, r"shaped differently params/encoder/backbone/layer0/C \(stored \(1, 16, 2, 2\), expected \(1, 32, 2, 2\)\)"),
         ("layers", 3, "missing .*backbone/layer2/"),
         ("layers", 1, "extra .*backbone/layer1/"),
         ("trainable_ssm", True, "missing params/encoder/backbone/layer0/B.*extra ssm/encoder"),

@@ -5,6 +5,8 @@ import os
 import time
 from pathlib import Path
 
+from ecg_jax.files import write_atomic
+
 LOG_NAME = "log.jsonl"
 
 
@@ -13,7 +15,7 @@ class JsonlWriter:
 
     def __init__(self, workdir: Path):
         self._path = workdir / LOG_NAME
-        self._file = open(self._path, "a", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Appends {"step": step, **scalars} as one line."""
@@ -82,14 +84,11 @@ def read_log(workdir: Path) -> list[dict]:
     path = workdir / LOG_NAME
     if not path.exists():
         return []
-    *whole, last = path.read_text(encoding="utf-8").split("\n")
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in whole]
 
 
 def rewind_log(workdir: Path, step: int) -> None:
     """Drops what was logged after `step`: those steps are about to be run, and logged, again."""
     kept = [entry for entry in read_log(workdir) if entry["step"] <= step]
-    path = workdir / LOG_NAME
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(workdir / LOG_NAME, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
