@@ -320,6 +320,13 @@ def test_units_and_gains_give_millivolts(tmp_path, gain, per_mv, expected):
     assert kinds(recording) == expected
 
 
+def test_latin_1_micro_sign(tmp_path):
+    signal = ecg()
+    path = write_record(tmp_path, "r", signal, gain="1/µV")
+    path.write_bytes(path.read_text().encode("latin-1"))
+    np.testing.assert_allclose(read_wfdb(path, "r").signal, signal, atol=6e-4)
+
+
 def test_baseline_is_subtracted(tmp_path):
     signal = ecg()
     digital = np.rint(signal * 1000 + 512).astype("<i2")

@@ -187,6 +187,8 @@ def test_pickle_carries_neither_descriptors_nor_table(made):
     again = pickle.loads(pickle.dumps(store))
     assert again._fds == {}
     assert again._records is None
+    assert again.column("record_id").tolist() == store.column("record_id").tolist()
+    assert again._records is None
     np.testing.assert_array_equal(again.read(5), made[1][5])
     assert again.records.equals(store.records)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import dataclasses
 import multiprocessing
 import os
@@ -84,6 +85,7 @@ def convert(job: Job, workers: int, progress: bool) -> None:
         unit="rec",
         desc=f"prepare {job.corpus}",
         disable=not progress,
+        mininterval=0.5,
     )
     with bar:
         if workers == 1 or len(todo) <= 1:
@@ -130,6 +132,20 @@ def _start_worker(stop) -> None:
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep freed arrays: a third of a worker's time went into page faults otherwise.
+
+    Does nothing where the C library has no `mallopt`.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # names of <malloc.h>
+    library.mallopt(trim_threshold, 256 << 20)
+    library.mallopt(mmap_threshold, 32 << 20)
 
 
 def _convert_unit(task: Task) -> int:

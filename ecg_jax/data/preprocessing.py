@@ -184,7 +184,8 @@ class Preprocessing:
         known = [c for c, name in enumerate(recording.leads) if canonical_index(name) is not None]
         names = tuple(recording.leads[c] for c in known)
         _report_names(recording, report)
-        filled, n_nan = fill_nan(np.asarray(recording.signal, np.float64)[:, known])
+        signal = np.asarray(recording.signal, np.float64)
+        filled, n_nan = fill_nan(signal if len(known) == signal.shape[1] else signal[:, known])
         if n_nan:
             report("nan_samples", "interpolated", f"{n_nan} samples are NaN, all leads together.")
         canonical = to_canonical(filled, names)

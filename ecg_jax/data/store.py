@@ -104,14 +104,14 @@ class Store:
         self.fingerprint: str = attributes["fingerprint"]
         self.attributes: dict = attributes
         self._records = None
-        if self.records.num_rows != attributes["n_records"]:
+        self._offsets = self.column("offset")
+        self._lengths = self.column("length")
+        if len(self) != attributes["n_records"]:
             raise UserError(
-                f"The store {self.path} is damaged: records.parquet has {self.records.num_rows} rows instead "
+                f"The store {self.path} is damaged: records.parquet has {len(self)} rows instead "
                 f"of {attributes['n_records']}; prepare it anew."
             )
         self._chunk_samples, self._n_chunks = _read_array_metadata(self.path / "signal" / "zarr.json")
-        self._offsets = self.column("offset")
-        self._lengths = self.column("length")
         self._occupied = frozenset(np.unique(self._offsets // max(self._chunk_samples, 1)).tolist())
         self._fds: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -136,12 +136,14 @@ class Store:
         Raises:
           UserError: there is no such column.
         """
-        if name not in self.records.column_names:
-            names = ", ".join(self.records.column_names)
-            raise UserError(f"The store {self.path} has no column {name!r}; it has {names}.")
-        column = self.records.column(name)
         import pyarrow.types as types
 
+        # Of 11 million records one column is read in seconds, the whole table is gigabytes.
+        table = _read_table(self.path / "records.parquet", name) if self._records is None else self._records
+        if name not in table.column_names:
+            names = ", ".join(self.records.column_names)
+            raise UserError(f"The store {self.path} has no column {name!r}; it has {names}.")
+        column = table.column(name)
         if types.is_integer(column.type) and column.null_count == 0:
             return column.to_numpy()
         if types.is_floating(column.type):
@@ -298,12 +300,13 @@ class Store:
             done += n
 
 
-def _read_table(path: Path):
+def _read_table(path: Path, column: str | None = None):
+    """The whole table, or the part of it that is one column (no column if there is none of that name)."""
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path)
+        return pyarrow.parquet.read_table(path, columns=None if column is None else [column])
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"Cannot read {path}: the file is missing or damaged; prepare the store anew."

@@ -2,7 +2,7 @@
 
     pytest tests/benchmarks/test_store_benchmark.py --benchmark-only
 
-Random 2.5 s crops (600 samples x 12 leads of int16), batches of 256, one process, one thread, page cache warm.
+Random 2.5 s crops (600 samples x 12 leads of int16), batches of 256, one process and thread, page cache warm.
 Each reader fills the same kind of batch. The rate through Grain is measured where Grain is.
 """
 

@@ -79,7 +79,7 @@ def read_wfdb(
         millivolts[invalid] = np.nan
     signal = millivolts
     if len(columns) < len(header.signals):
-        # Leads outside the twelve keep their place and name, so that they can be reported, but not their samples.
+        # Leads outside the twelve keep their place and name, to be reported, but not their samples.
         signal = np.full((len(digital), len(header.signals)), np.nan)
         signal[:, columns] = millivolts
     comments = parse_comments(header.comments)
@@ -103,11 +103,15 @@ def load_header(path: Path, record_id: str, repair: bool) -> Header:
       BadRecording: `missing_header` or `header_refused`.
     """
     try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        data = path.read_bytes()
     except OSError as error:
         raise BadRecording(
             record_id, "missing_header", f"cannot read {path.name}: {error.strerror}."
         ) from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")  # an old file's micro sign
     try:
         return parse_header(text, repair)
     except HeaderError as error:
