@@ -306,7 +306,10 @@ def _read_table(path: Path, column: str | None = None):
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path, columns=None if column is None else [column])
+        if column is None:
+            return pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return file.read([column] if column in file.schema_arrow.names else [])
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"Cannot read {path}: the file is missing or damaged; prepare the store anew."
