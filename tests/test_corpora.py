@@ -158,6 +158,12 @@ def test_wfdb_ids_are_paths_and_patients_come_from_folders(tmp_path):
     assert wfdb_corpus.read(tmp_path, entries[1], None).patient_id == "patient007"
 
 
+def test_wfdb_finds_patients_of_mimic_iv_ecg(tmp_path):
+    write_record(tmp_path / "files" / "p1000" / "p10000032" / "s40689238", "40689238", ecg(3.0))
+    (entry,) = wfdb_corpus.list_records(tmp_path, None).entries
+    assert entry.patient_id == "p10000032"
+
+
 @pytest.mark.parametrize("corpus", ["challenge", "wfdb"])
 def test_nothing_found(tmp_path, corpus):
     with pytest.raises(UserError, match="found"):

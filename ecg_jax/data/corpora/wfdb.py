@@ -12,14 +12,14 @@ from ecg_jax.errors import UserError
 
 EXPECTS = "any folder of WFDB records (.hea with .dat or .mat), at any depth"
 
-# PTB Diagnostic ECG Database and others keep a patient's records in one folder of that name.
-_PATIENT = re.compile(r"patient\d+", re.IGNORECASE)
+# Folders of one patient's records: patient001 in the PTB Diagnostic ECG Database, p10000032 in MIMIC-IV-ECG.
+_PATIENT = re.compile(r"patient\d+|p\d{8}", re.IGNORECASE)
 
 
 def list_records(source: Path, rate: int | None) -> Listing:
     """Lists every .hea below `source`; the record id is its path without the suffix, so ids cannot repeat.
 
-    A folder named `patient<number>` gives the patient id.
+    A folder named `patient<number>` or `p<eight digits>` gives the patient id.
 
     Raises:
       UserError: `rate` is given, or there is no .hea.
