@@ -380,6 +380,13 @@ def test_early_gains_are_corrected_in_any_challenge_mat(tmp_path, gain):
     assert kinds(recording) == {"gain_corrected"}
 
 
+def test_assumed_gain_keeps_the_baseline(tmp_path):
+    signal = ecg()
+    digital = np.rint(signal * 200 + 1024).astype("<i2")
+    path = write_record(tmp_path, "u", digital, gain="200(1024)/mV", mat=True)
+    np.testing.assert_allclose(read_wfdb(path, "r", assume_gain=200).signal, signal, atol=3e-3)
+
+
 @pytest.mark.parametrize("gain", [200, 4880])
 def test_the_same_gains_are_right_outside_the_challenge(tmp_path, gain):
     signal = ecg()

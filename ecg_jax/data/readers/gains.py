@@ -52,7 +52,9 @@ def millivolts_per_count(
     """
     signals = [header.signals[c] for c in columns]
 
-    def assumed(kind: str, reason: str) -> tuple[np.ndarray, np.ndarray]:
+    zero = np.array([s.baseline for s in signals], float)
+
+    def assumed(kind: str, reason: str, zero: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if assume_gain is None:
             raise BadRecording(
                 record,
@@ -60,7 +62,7 @@ def millivolts_per_count(
                 f"{reason}; if you know the true gain, give it with --assume-gain (integers per mV).",
             )
         problems.append(Problem(record, "gain_assumed", f"{assume_gain:g}/mV as asked", f"{reason}."))
-        return np.full(len(signals), 1.0 / assume_gain), np.zeros(len(signals))
+        return np.full(len(signals), 1.0 / assume_gain), zero
 
     unknown = sorted({s.unit for s in signals if s.unit is not None and s.unit.lower() not in MILLIVOLTS})
     if unknown:
@@ -69,12 +71,12 @@ def millivolts_per_count(
         )
     uncalibrated = [s.lead for s in signals if s.gain is None]
     if uncalibrated:
-        return assumed("uncalibrated", f"the header gives no gain for {', '.join(uncalibrated)}")
+        return assumed("uncalibrated", f"the header gives no gain for {', '.join(uncalibrated)}", zero)
 
     if all(s.file.lower().endswith(".mat") for s in signals):
         corpus, doubt = _early_challenge_gain(header, signals)
         if doubt:
-            return assumed("ambiguous_gain", doubt)
+            return assumed("ambiguous_gain", doubt, zero)
         if corpus:
             problems.append(
                 Problem(
@@ -85,20 +87,20 @@ def millivolts_per_count(
                     f"headers of {corpus}.",
                 )
             )
-            return np.full(len(signals), 1.0 / CHALLENGE_GAIN), np.array([s.baseline for s in signals], float)
+            return np.full(len(signals), 1.0 / CHALLENGE_GAIN), zero
 
     if any(s.unit is None for s in signals):
         problems.append(
             Problem(record, "unit_assumed", "mV used", "the header gives no unit; WFDB defines that as mV.")
         )
     scale = np.array([(1.0 if s.unit is None else MILLIVOLTS[s.unit.lower()]) / s.gain for s in signals])
-    zero = np.array([s.baseline for s in signals], float)
     if _integers_obey_limb_identities(signals, digital, scale):
         gains = ", ".join(f"{1 / k:.6g}" for k in scale[:6])
         return assumed(
             "inconsistent_gains",
             f"the gains differ between limb leads ({gains} per mV) although the plain integers already "
             "satisfy II = I + III, so they normalise each lead instead of giving its amplitude",
+            np.zeros(len(signals)),  # the baselines belong to the same normalisation
         )
     return scale, zero
 
