@@ -1,1 +1,1 @@
-"""Recordings, their preprocessing, the on-disk store and the input pipeline. Imports nothing from the rest of the package but `errors`."""
+"""Recordings, preprocessing, the on-disk store, the input pipeline. Of ecg_jax it imports only `errors`."""
