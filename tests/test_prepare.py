@@ -15,7 +15,7 @@ import pytest
 from ecg_files import DATA, SHARED, ecg, write_digital_zero, write_record
 
 import ecg_jax
-from ecg_jax.data import writer
+from ecg_jax.data import conversion, writer
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import Store
@@ -365,6 +365,24 @@ def group_is_alive(group: int) -> bool:
         if int(fields[2]) == group and fields[0] != "Z":
             return True
     return False
+
+
+def test_a_stopped_worker_abandons_its_unit(source, reference, tmp_path, monkeypatch):
+    class StopAfterTen:
+        asked = 0
+
+        def is_set(self):
+            self.asked += 1
+            return self.asked > 10
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "_stop", StopAfterTen())
+        patch.setattr("ecg_jax.prepare.finalise", lambda *_, **__: None)
+        with pytest.raises(UserError, match="incomplete"):
+            prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
+    assert not list((tmp_path / "s" / ".partial").glob("unit-*"))
+    prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
+    assert files_of(tmp_path / "s") == reference[0]
 
 
 def test_unit_without_chunk_file_is_done_again(source, reference, tmp_path):
