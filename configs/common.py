@@ -1,4 +1,6 @@
-"""Every field of a pretraining run, declared once, with its unit. Sources: arXiv 2605.12241 and its released configuration."""
+"""Every field of a pretraining run, declared once, with its unit. Sources: arXiv 2605.12241 and its released
+configuration.
+"""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder

@@ -1,4 +1,5 @@
-"""CPC: predict the token 117 ms ahead among 128 negatives of the same recording (arXiv 2605.12241; spec §5.3).
+"""CPC: predict the token 117 ms ahead among 128 negatives of the same recording (arXiv 2605.12241; spec
+§5.3).
 
     ecg-jax pretrain --config=configs/cpc.py:data=18k --workdir=runs/cpc --config.store=stores/ptbxl
 

@@ -2,7 +2,8 @@
 
     ecg-jax quickstart
 
-Two CPU cores need about two minutes. The sample (304 recordings) shows that everything works; it is far too small to pretrain on.
+Two CPU cores need about two minutes. The sample (304 recordings) shows that everything works; it is far too
+small to pretrain on.
 """
 
 from configs import cpc

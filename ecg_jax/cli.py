@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
         argv: arguments after the program's name.
 
     Returns:
-        The exit code: 0 on success, 2 for a mistake of the user's (one sentence on stderr), 130 when interrupted.
+        The exit code: 0 on success, 2 for a mistake of the user's (one sentence on stderr), 130 when
+            interrupted.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")

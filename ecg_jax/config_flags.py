@@ -1,7 +1,8 @@
-"""Config files on the command line: `--config=FILE[:args] --config.a.b=value`, with errors a person can act on.
+"""Config files on the command line: `--config=FILE[:args] --config.a.b=value`, with errors a person can act
+on.
 
-A config file is Python with `get_config(arg="")` that returns an `ml_collections.ConfigDict`. Every field of a run is declared there;
-the command line can only change declared fields, to values of the declared type.
+A config file is Python with `get_config(arg="")` that returns an `ml_collections.ConfigDict`. Every field of
+a run is declared there; the command line can only change declared fields, to values of the declared type.
 """
 
 import argparse
@@ -21,14 +22,16 @@ from ecg_jax.errors import UserError
 
 CONFIG_HELP = """\
 config:
-  --config=FILE[:ARGS]    a config file; ARGS go to its get_config, e.g. configs/cpc.py:data=18k,recipe=released
-  --config.a.b=VALUE      changes one declared field, e.g. --config.optimiser.learning_rate=1e-3
-  --print-config          prints the resulting config and exits
+  --config=FILE[:ARGS]    a config file; ARGS go to its get_config, e.g.
+  configs/cpc.py:data=18k,recipe=released --config.a.b=VALUE      changes one declared field, e.g.
+  --config.optimiser.learning_rate=1e-3 --print-config          prints the resulting config and exits
 """
 
 
 def shipped_configs() -> Path:
-    """Folder that holds the package `configs`: the repository's top level, or the copy inside an installed wheel."""
+    """Folder that holds the package `configs`: the repository's top level, or the copy inside an installed
+    wheel.
+    """
     package = Path(__file__).parent
     in_wheel = package / "shipped"
     return in_wheel if in_wheel.is_dir() else package.parent
@@ -67,7 +70,8 @@ def parse_arg(arg: str, **choices: tuple[str, ...]) -> SimpleNamespace:
 def load_config(spec: str) -> ConfigDict:
     """The config of `FILE[:ARGS]`.
 
-    FILE is looked for as given and, when it starts with `configs/`, among the configs that ship with the package.
+    FILE is looked for as given and, when it starts with `configs/`, among the configs that ship with the
+    package.
 
     Raises:
         UserError: no such file, no get_config in it, or it refuses its argument.

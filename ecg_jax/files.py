@@ -10,7 +10,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name beside it, then renames it.
 
     Raises:
-        UserError: the disk is full, or the folder is missing or not writable; a file that was there before is untouched.
+        UserError: the disk is full, or the folder is missing or not writable; a file that was there before is
+            untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

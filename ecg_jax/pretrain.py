@@ -4,48 +4,54 @@ import argparse
 import collections
 import contextlib
 import functools
-import json
 import math
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ecg_jax.config_flags import parse_command
 from ecg_jax.data.pipeline import Selection, select_records, train_batches, val_batches
-from ecg_jax.data.preprocessing import Preprocessing
-from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
-from ecg_jax.files import write_atomic
-from ecg_jax.models.encoder import build_encoder, tokens_of
-from ecg_jax.models.inputs import NORMALISATIONS
-from ecg_jax.objectives.cpc import CPC
-from ecg_jax.training import distributed, optim, parallel
+from ecg_jax.run_setup import (
+    build_objective,
+    build_optimiser,
+    check_config,
+    claim_workdir,
+    initial_state,
+    open_store,
+)
+from ecg_jax.training import distributed, parallel
 from ecg_jax.training.checkpoint import Checkpoints
-from ecg_jax.training.metric_writers import JsonlWriter, MultiWriter, TensorBoardWriter, rewind_log
-from ecg_jax.training.train_state import TrainState, create_train_state, eval_step, mean_of_sums, train_step
+from ecg_jax.training.metric_writers import (
+    JsonlWriter,
+    MultiWriter,
+    RateMeter,
+    TensorBoardWriter,
+    rewind_log,
+)
+from ecg_jax.training.train_state import TrainState, eval_step, mean_of_sums, train_step
 
-OBJECTIVES = {"cpc": CPC}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DESCRIPTION = """\
+Pretrains an encoder on a prepared store. Run the same command again to continue an interrupted run, exactly.
 
-# What may differ when a run is continued; everything else makes it another run.
-_FREE_FIELDS = {"log_every", "keep_latest", "keep_best", "tensorboard", "data.read_threads", "data.prefetch"}
-# The length of a run shapes its learning rates unless the schedule is constant.
-_LENGTH_FIELDS = {"steps", "epochs"}
+  ecg-jax pretrain --config=configs/cpc.py:data=18k --workdir=runs/cpc --config.store=stores/ptbxl
+
+Writes into the workdir: config.json, preprocessing.json, log.jsonl, tensorboard/, checkpoints/STEP/.
+SIGTERM or Ctrl-C saves and exits; a loss that is not finite stops the run and names the last good checkpoint.
+"""
 
 
 def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Runs or continues pretraining until the configured step.
 
-    Writes `config.json`, `preprocessing.json`, `log.jsonl`, `tensorboard/` and `checkpoints/STEP/` into the workdir. A run that was
-    stopped at any moment continues exactly: the same losses and parameters as without the stop, on the same devices.
+    Writes `config.json`, `preprocessing.json`, `log.jsonl`, `tensorboard/` and `checkpoints/STEP/` into the
+    workdir. A run that was stopped at any moment continues exactly: the same losses and parameters as
+    without the stop, on the same devices.
 
     Args:
         config: see `configs/common.py`.
@@ -55,8 +61,8 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
         The last state.
 
     Raises:
-        UserError: the config, the store, the workdir and the devices do not fit together; or a loss or gradient norm was not
-            finite (no checkpoint of that step is written).
+        UserError: the config, the store, the workdir and the devices do not fit together; or a loss or
+            gradient norm was not finite (no checkpoint of that step is written).
     """
     workdir = Path(workdir)
     check_config(config)
@@ -115,7 +121,7 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
         _announce(config, store, selection, state, steps)
     writer = _open_writer(workdir, start, config.tensorboard) if primary else MultiWriter()
     progress = tqdm(total=steps, initial=start, unit="step", desc="pretrain", disable=not primary)
-    meter = _Meter(config.batch_size)
+    meter = RateMeter(config.batch_size)
     unread: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
     saved = start if start else None
 
@@ -127,8 +133,9 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
         for resource in (checkpoints, writer, batches, progress):
             stack.callback(resource.close)
 
-        # The order of this loop: log the previous step, save if due, check preemption, next batch, step. A checkpoint at step s has
-        # consumed exactly s batches, and a step is logged while the next one runs, so that the loop never waits for the device.
+        # The order of this loop: log the previous step, save if due, check preemption, next batch, step. A
+        # checkpoint at step s has consumed exactly s batches, and a step is logged while the next one runs,
+        # so that the loop never waits for the device.
         for step in range(start, steps + 1):
             stopping = stop.received is not None or checkpoints.reached_preemption(step)
             last = stopping or step == steps
@@ -164,156 +171,6 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
     return state
 
 
-def build_objective(config: ConfigDict, axis_name: str | None):
-    """The objective's Flax module as the config describes it."""
-    dtype = DTYPES[config.precision]
-    encoder = build_encoder(**config.model.to_dict(), dtype=dtype, axis_name=axis_name)
-    fields = config.objective.to_dict()
-    return OBJECTIVES[fields.pop("name")](encoder=encoder, width=config.model.width, dtype=dtype, **fields)
-
-
-def build_optimiser(config: ConfigDict, steps: int) -> tuple[Callable, Any]:
-    """Learning-rate schedule and optimiser of a run of `steps` steps."""
-    fields = config.optimiser.to_dict()
-    schedule = optim.learning_rate(
-        base=fields.pop("learning_rate"),
-        schedule=fields.pop("schedule"),
-        warmup_steps=fields.pop("warmup_steps"),
-        steps=steps,
-    )
-    return schedule, optim.build_optimiser(schedule, **fields)
-
-
-def initial_state(config: ConfigDict, tx, preprocessing: Preprocessing) -> TrainState:
-    """The state at step 0."""
-    return create_train_state(
-        build_objective(config, axis_name=None),
-        tx,
-        seed=config.seed,
-        window_samples=preprocessing.window_samples,
-        leads=len(preprocessing.leads),
-        tokens=tokens_of(preprocessing.window_samples),
-        l_max=config.model.l_max,
-    )
-
-
-def open_store(config: ConfigDict) -> tuple[Store, Preprocessing]:
-    """The store and the contract of the run: the store's own, with the run's window and normalisation.
-
-    Raises:
-        UserError: no store given, or it has other leads or another rate than the config.
-    """
-    if config.store is None:
-        raise UserError("config.store is not set; give the folder of a prepared store: --config.store=STORE")
-    store = Store(config.store)
-    if store.leads != CANONICAL_LEADS:
-        raise UserError(
-            f"the store {store.path} has the leads {', '.join(store.leads)}; a run needs {', '.join(CANONICAL_LEADS)}"
-        )
-    if store.rate_hz != config.data.rate_hz:
-        raise UserError(
-            f"the store {store.path} has {store.rate_hz:g} samples per second, config.data.rate_hz is "
-            f"{config.data.rate_hz:g}; prepare the recordings again or change the field"
-        )
-    contract = store.preprocessing.to_dict() | {
-        "window_s": config.data.window_s,
-        "normalisation": config.data.normalisation,
-    }
-    return store, Preprocessing.from_dict(contract)
-
-
-def check_config(config: ConfigDict) -> None:
-    """Refuses values that would fail, or mislead, later.
-
-    Raises:
-        UserError: names the field and what it may be.
-    """
-    choices = {
-        "objective.name": OBJECTIVES,
-        "model.backbone": ("s4",),
-        "precision": DTYPES,
-        "data.normalisation": NORMALISATIONS,
-        "optimiser.schedule": ("constant", "cosine"),
-    }
-    fields = _flatten(config.to_dict())
-    for name, allowed in choices.items():
-        if fields[name] not in allowed:
-            raise UserError(f"config.{name}={fields[name]!r} is unknown; known: {', '.join(allowed)}")
-    positive = ("batch_size", "epochs", "data.window_s", "data.rate_hz", "data.max_records", "model.width", "model.layers",
-                "model.l_max", "log_every", "checkpoint_every", "keep_latest", "optimiser.learning_rate")  # fmt: skip
-    for name in positive:
-        if not fields[name] > 0:
-            raise UserError(f"config.{name}={fields[name]!r} must be positive")
-    for name in (
-        "steps",
-        "keep_best",
-        "seed",
-        "data.val_folds",
-        "optimiser.warmup_steps",
-        "optimiser.clip_norm",
-    ):
-        if fields[name] < 0:
-            raise UserError(f"config.{name}={fields[name]!r} must not be negative")
-    if config.model.state < 2 or config.model.state % 2:
-        raise UserError(f"config.model.state={config.model.state} must be even and at least 2")
-    if not 0.0 <= config.model.dropout < 1.0:
-        raise UserError(f"config.model.dropout={config.model.dropout} must be at least 0 and below 1")
-    if config.objective.name == "cpc":
-        tokens = tokens_of(round(config.data.window_s * config.data.rate_hz))
-        if not 0 < config.objective.steps_ahead < tokens:
-            raise UserError(
-                f"config.objective.steps_ahead={config.objective.steps_ahead} must lie between 1 and {tokens - 1}, one less than the "
-                f"tokens in a window of {config.data.window_s} s"
-            )
-        if config.model.bidirectional:
-            raise UserError(
-                "config.model.bidirectional=True lets CPC see the token it predicts; set it to False"
-            )
-    devices = jax.device_count()
-    if config.batch_size % devices:
-        raise UserError(
-            f"config.batch_size={config.batch_size} does not divide over {devices} devices; use a multiple of {devices}"
-        )
-
-
-def claim_workdir(workdir: Path, config: ConfigDict, preprocessing: Preprocessing) -> None:
-    """Writes config.json and preprocessing.json, or checks that the workdir holds this very run.
-
-    Raises:
-        UserError: the workdir belongs to another run (the differing fields are named) or is no folder.
-    """
-    path = workdir / "config.json"
-    wanted = json.loads(json.dumps(config.to_dict()))
-    if path.exists():
-        there, wanted = _flatten(json.loads(path.read_text())), _flatten(wanted)
-        free = _FREE_FIELDS | (_LENGTH_FIELDS if config.optimiser.schedule == "constant" else set())
-        names = sorted(there.keys() | wanted.keys())
-        differ = [name for name in names if name not in free and there.get(name) != wanted.get(name)]
-        if differ:
-            shown = ", ".join(
-                f"{name} ({there.get(name)!r} there, {wanted.get(name)!r} now)" for name in differ[:5]
-            )
-            more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-            raise UserError(
-                f"{workdir} holds another run: it differs in {shown}{more}; choose another --workdir"
-            )
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            for file, value in ((workdir / "preprocessing.json", preprocessing.to_dict()), (path, wanted)):
-                write_atomic(file, (json.dumps(value, indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"cannot write into --workdir={workdir}: {error.strerror}") from error
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 def _device_part(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: batch[name] for name in ("signal", "record_index")}
 
@@ -323,13 +180,10 @@ def _finite(metrics: dict[str, Any], step: int, workdir: Path, saved: int | None
     scalars = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(scalars[name]):
-            last = (
-                f"the last good checkpoint is {workdir / 'checkpoints' / str(saved)}"
-                if saved
-                else "no checkpoint was written yet"
-            )
+            good = f"the last good checkpoint is {workdir / 'checkpoints' / str(saved)}"
             raise UserError(
-                f"{name} is {scalars[name]} at step {step}; {last}. A lower optimiser.learning_rate or clip_norm may help"
+                f"{name} is {scalars[name]} at step {step}; {good if saved else 'no checkpoint was written yet'}. "
+                "A lower optimiser.learning_rate, or optimiser.clip_norm, may help"
             )
     return scalars
 
@@ -348,54 +202,20 @@ def _summary(scalars: dict[str, float]) -> str:
 
 
 def _announce(config: ConfigDict, store: Store, selection: Selection, state: TrainState, steps: int) -> None:
+    start, devices = int(state.step), jax.devices()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    devices = jax.devices()
-    print(f"store {store.path}: {selection.describe()}")
+    lines = [f"store {store.path}: {selection.describe()}"]
     if selection.available < config.data.max_records:
-        print(
-            f"data.size={config.data.size} allows {config.data.max_records} recordings; the store has {selection.available} to train on"
-        )
-    print(f"{config.objective.name} on {config.model.backbone}: {parameters:,} trainable parameters, {config.precision}, "
-          f"{len(devices)} x {devices[0].device_kind}")  # fmt: skip
-    start = int(state.step)
-    print(
+        asked = f"data.size={config.data.size} allows {config.data.max_records}"
+        lines.append(f"{asked} recordings; the store has {selection.available} to train on")
+    lines.append(
+        f"{config.objective.name} on {config.model.backbone}: {parameters:,} trainable parameters, "
+        f"{config.precision}, {len(devices)} x {devices[0].device_kind}"
+    )
+    lines.append(
         f"continuing at step {start} of {steps}" if start else f"{steps} steps of {config.batch_size} windows"
     )
-
-
-class _Meter:
-    """Windows per second, and the share of time the loop waited for data, since the last reading.
-
-    The first step compiles and is left out.
-    """
-
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self._step: int | None = None
-
-    def restart(self, step: int) -> None:
-        """Begins anew at the end of `step`."""
-        self._step, self._since, self._waited = step, time.perf_counter(), 0.0
-
-    @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time inside as waiting."""
-        begin = time.perf_counter()
-        yield
-        if self._step is not None:
-            self._waited += time.perf_counter() - begin
-
-    def read(self, step: int) -> dict[str, float]:
-        """Rates since the last restart or reading, at the end of `step`; {} when no step was timed."""
-        if self._step is None or step <= self._step:
-            return {}
-        elapsed = time.perf_counter() - self._since
-        rates = {
-            "windows_per_s": (step - self._step) * self._batch_size / elapsed,
-            "data_wait": self._waited / elapsed,
-        }
-        self.restart(step)
-        return rates
+    print("\n".join(lines))
 
 
 def main(argv: list[str]) -> int:
@@ -417,14 +237,15 @@ def main(argv: list[str]) -> int:
 
     config, args = parse_command(
         "pretrain",
-        "Pretrains an encoder on a prepared store. Run the same command again to continue an interrupted run, exactly.\n\n"
-        "  ecg-jax pretrain --config=configs/cpc.py:data=18k --workdir=runs/cpc --config.store=stores/ptbxl",
+        DESCRIPTION,
         argv,
         options,
     )
     distributed.initialise(args.coordinator, args.num_processes, args.process_id)
     pretrain(config, args.workdir)
     if jax.process_index() == 0:
-        print(f"done; next: ecg-jax probe --config=configs/probe.py:mode=linear,task=ptbxl_super --checkpoint={args.workdir} "
-              f"--store={config.store} --workdir={args.workdir}-probe")  # fmt: skip
+        print(
+            "done; next: ecg-jax probe --config=configs/probe.py:mode=linear,task=ptbxl_super "
+            f"--checkpoint={args.workdir} --store={config.store} --workdir={args.workdir}-probe"
+        )
     return 0

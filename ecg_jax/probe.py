@@ -23,8 +23,8 @@ from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, heads, metrics, tasks
 from ecg_jax.evaluation.features import compute_features, mean_per_record
-from ecg_jax.files import write_atomic
 from ecg_jax.evaluation.plots import FEW_POSITIVES, auroc_forest
+from ecg_jax.files import write_atomic
 from ecg_jax.training.checkpoint import parse_checkpoint
 from ecg_jax.training.pretrained import RestoredEncoder, encode_fn, random_twin, restore_encoder
 

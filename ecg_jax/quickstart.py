@@ -15,8 +15,8 @@ TASK = "ptbxl_super"
 
 DESCRIPTION = """\
 The whole way once, on 304 real recordings of PTB-XL that ship with the package: raw files -> store -> CPC
-pretraining of a small S4 encoder -> linear probe of the five diagnostic superclasses, beside the same probe on a
-randomly initialised encoder and the majority guess. A few minutes on two cores. Run it again after an
+pretraining of a small S4 encoder -> linear probe of the five diagnostic superclasses, beside the same probe
+on a randomly initialised encoder and the majority guess. A few minutes on two cores. Run it again after an
 interruption: it continues where it was.
 """
 
@@ -67,7 +67,10 @@ def main(argv: list[str]) -> int:
 
     def options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "--workdir", default="runs/quickstart", metavar="DIR", help="folder for all results (default: %(default)s)"
+            "--workdir",
+            default="runs/quickstart",
+            metavar="DIR",
+            help="folder for all results (default: %(default)s)",
         )
 
     config, args = parse_command(

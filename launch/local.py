@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
 """Runs one command as N processes of one run on this host, over the loopback interface.
 
-    python launch/local.py --processes 2 -- ecg-jax pretrain --config=configs/cpc.py --workdir=runs/cpc --config.store=STORE
+    python launch/local.py --processes 2 -- ecg-jax pretrain --config=configs/cpc.py --workdir=runs/cpc
+    --config.store=STORE
 
-Each process gets `--coordinator`, `--num-processes` and `--process-id`. On a host with several GPUs one process for each GPU is rarely
-needed: a single process already uses all of them. SIGTERM and SIGINT are handed on, so that all processes save and stop together; when
-one process fails the others are ended. The exit code is the first failure's, or 0.
+Each process gets `--coordinator`, `--num-processes` and `--process-id`. On a host with several GPUs one
+process for each GPU is rarely
+needed: a single process already uses all of them. SIGTERM and SIGINT are handed on, so that all processes
+save and stop together; when one process fails the others are ended. The exit code is the first failure's, or
+0.
 """
 
 import argparse

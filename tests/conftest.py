@@ -1,7 +1,7 @@
 """What several test files share.
 
-Eight virtual CPU devices are set up before JAX starts, so that every test sees the mesh that multi-device code meets; a test that means
-one device says so with `Mesh(jax.devices()[:1], ...)`.
+Eight virtual CPU devices are set up before JAX starts, so that every test sees the mesh that multi-device
+code meets; a test that means one device says so with `Mesh(jax.devices()[:1], ...)`.
 """
 
 import os

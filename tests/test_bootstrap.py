@@ -4,8 +4,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import load_golden
 
+from conftest import load_golden
 from ecg_jax.evaluation import bootstrap, metrics
 
 GOLDEN = load_golden("metrics")

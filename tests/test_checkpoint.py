@@ -10,7 +10,8 @@ import pytest
 
 from ecg_jax.config_flags import load_config, override
 from ecg_jax.errors import UserError
-from ecg_jax.pretrain import build_objective, pretrain
+from ecg_jax.pretrain import pretrain
+from ecg_jax.run_setup import build_objective
 from ecg_jax.training.checkpoint import describe_mismatch, flat_shapes, parse_checkpoint
 from ecg_jax.training.pretrained import encode_fn, random_twin, restore_encoder
 
@@ -111,7 +112,11 @@ def change_config(run, tmp_path, change):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("width", 32, r"shaped differently params/encoder/backbone/layer0/C \(stored \(1, 16, 2, 2\), expected \(1, 32, 2, 2\)\)"),
+        (
+            "width",
+            32,
+            r"shaped differently params/encoder/backbone/layer0/C \(stored \(1, 16, 2, 2\), expected \(1, 32, 2, 2\)\)",
+        ),
         ("layers", 3, "missing .*backbone/layer2/"),
         ("layers", 1, "extra .*backbone/layer1/"),
         ("trainable_ssm", True, "missing params/encoder/backbone/layer0/B.*extra ssm/encoder"),

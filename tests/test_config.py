@@ -7,14 +7,18 @@ import pytest
 from ecg_jax import cli
 from ecg_jax.config_flags import load_config, override, parse_arg, shipped_configs
 from ecg_jax.errors import UserError
-from ecg_jax.pretrain import check_config, pretrain
+from ecg_jax.pretrain import pretrain
+from ecg_jax.run_setup import check_config
 from ecg_jax.training.metric_writers import read_log
 
 PRETRAINING = ["configs/cpc.py", "configs/cpc.py:data=11m,recipe=released", "configs/quickstart.py"]
 
 
 def test_every_shipped_config_is_known():
-    names = {path.name for path in (shipped_configs() / "configs").glob("*.py")} - {"__init__.py", "common.py"}
+    names = {path.name for path in (shipped_configs() / "configs").glob("*.py")} - {
+        "__init__.py",
+        "common.py",
+    }
     tested = {spec.partition(":")[0].removeprefix("configs/") for spec in PRETRAINING}
     assert names == tested | {"probe.py"}
     assert load_config("configs/probe.py").mode == "linear"
@@ -45,7 +49,12 @@ def test_recipes_differ_in_the_learning_rate_groups():
 def test_defaults_are_the_papers():
     config = load_config("configs/cpc.py")
     assert (config.batch_size, config.epochs, config.optimiser.learning_rate) == (64, 10, 3e-3)
-    assert (config.model.width, config.model.state, config.model.layers, config.model.dropout) == (512, 8, 4, 0.2)
+    assert (config.model.width, config.model.state, config.model.layers, config.model.dropout) == (
+        512,
+        8,
+        4,
+        0.2,
+    )
     assert (config.objective.steps_ahead, config.objective.negatives) == (14, 128)
 
 
@@ -115,7 +124,9 @@ def test_group_of_fields_cannot_be_overridden():
 
 def test_print_config_shows_overrides(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["pretrain", "--config=configs/cpc.py", "--workdir=x", "--config.seed", "5", "--print-config"])
+        cli.main(
+            ["pretrain", "--config=configs/cpc.py", "--workdir=x", "--config.seed", "5", "--print-config"]
+        )
     assert stop.value.code == 0
     assert "seed: 5" in capsys.readouterr().out
 

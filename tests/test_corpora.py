@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ecg_files import DATA, ecg, write_record
 
 import ecg_jax
+from ecg_files import DATA, ecg, write_record
 from ecg_jax.data.corpora import CORPORA, challenge, ptbxl
 from ecg_jax.data.corpora import wfdb as wfdb_corpus
 from ecg_jax.data.corpora.listing import hash_fold

@@ -36,9 +36,7 @@ def test_loss_parity(case):
 
 def test_negatives_are_uniform_and_never_the_positive():
     L, k, M = 12, 3, 64
-    idx = np.asarray(
-        draw_negatives(jax.random.key(0), jnp.arange(200), tokens=L, steps_ahead=k, negatives=M)
-    )
+    idx = np.asarray(draw_negatives(jax.random.key(0), jnp.arange(200), tokens=L, steps_ahead=k, negatives=M))
     assert idx.shape == (200, L - k, M)
     assert idx.min() == 0
     assert idx.max() == L - 1
@@ -75,9 +73,9 @@ def test_memory_does_not_grow_with_width_times_negatives(mode):
     records = idx if mode == "cross" else None
 
     def objective(s, p):
-        return cpc_loss(
-            s, p, idx, steps_ahead=k, temperature=1.0, normalise=False, negative_records=records
-        )[0].sum()
+        return cpc_loss(s, p, idx, steps_ahead=k, temperature=1.0, normalise=False, negative_records=records)[
+            0
+        ].sum()
 
     shape = jax.ShapeDtypeStruct((B, L, D), jnp.float32)
     compiled = jax.jit(jax.grad(objective, (0, 1))).lower(shape, shape).compile()

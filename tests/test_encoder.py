@@ -31,7 +31,9 @@ def test_stem_parity():
         y, updates = stem.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
         return (y[..., channels] * cotangent).sum(), (y, updates)
 
-    (_, (y, updates)), (grads, grad_x) = jax.value_and_grad(objective, (0, 1), has_aux=True)(variables["params"], x)
+    (_, (y, updates)), (grads, grad_x) = jax.value_and_grad(objective, (0, 1), has_aux=True)(
+        variables["params"], x
+    )
     assert_close(y[..., channels], golden["out/train"], 1e-5, "train")
     assert_close(jnp.swapaxes(grad_x, 1, 2), golden["grad_train/x"], 1e-5, "grad x")
     for i in range(4):
@@ -74,7 +76,12 @@ def test_encoder_parity(direction):
 
     # Tiny amplitudes show the epsilon of the norms; fewer tokens than l_max truncate the kernel.
     backbone = S4Backbone(
-        width=width, state=2 * half, layers=layers, l_max=l_max, bidirectional=channels == 2, trainable_ssm=False
+        width=width,
+        state=2 * half,
+        layers=layers,
+        l_max=l_max,
+        bidirectional=channels == 2,
+        trainable_ssm=False,
     )
     collections = {"params": variables["params"]["backbone"]} | {
         name: tree["backbone"] for name, tree in fixed.items()

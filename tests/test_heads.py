@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import load_golden
 
+from conftest import load_golden
 from ecg_jax.evaluation import heads, metrics
 
 GOLDEN = load_golden("heads")

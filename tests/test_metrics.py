@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from conftest import load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import load_golden
 from ecg_jax.evaluation import metrics
 
 GOLDEN = load_golden("metrics")

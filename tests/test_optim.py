@@ -47,7 +47,13 @@ def test_state_matrices_have_their_own_group_without_decay():
     assert groups == {"C": "backbone", "D": "backbone"} | dict.fromkeys(("Lambda", "P", "B", "log_dt"), "ssm")
 
     tx = optim.build_optimiser(
-        optax.constant_schedule(0.1), factors=FACTORS, weight_decay=0.5, b1=0.9, b2=0.999, eps=1e-8, clip_norm=0.0
+        optax.constant_schedule(0.1),
+        factors=FACTORS,
+        weight_decay=0.5,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        clip_norm=0.0,
     )
     grads = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(grads, tx.init(params), params)
@@ -59,7 +65,13 @@ def test_state_matrices_have_their_own_group_without_decay():
 
 def test_clipping_bounds_the_global_norm():
     tx = optim.build_optimiser(
-        optax.constant_schedule(1.0), factors=FACTORS, weight_decay=0.0, b1=0.0, b2=0.0, eps=1.0, clip_norm=1e-3
+        optax.constant_schedule(1.0),
+        factors=FACTORS,
+        weight_decay=0.0,
+        b1=0.0,
+        b2=0.0,
+        eps=1.0,
+        clip_norm=1e-3,
     )
     params = {"head": {"kernel": jnp.zeros(4)}}
     updates, _ = tx.update({"head": {"kernel": jnp.full(4, 1e3)}}, tx.init(params), params)

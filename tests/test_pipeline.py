@@ -68,7 +68,9 @@ def test_an_epoch_visits_every_row_once_and_epochs_differ(store, rows):
 def test_resuming_at_any_step_gives_the_same_batches(store, rows, threads):
     whole = take(30, store, rows, seed=2, threads=threads)
     for step in (1, 10, 11, 29):  # 10 and 11 lie around the end of an epoch
-        assert_equal_batches(take(30 - step, store, rows, seed=2, start_step=step, threads=threads), whole[step:])
+        assert_equal_batches(
+            take(30 - step, store, rows, seed=2, start_step=step, threads=threads), whole[step:]
+        )
 
 
 @pytest.mark.parametrize("processes", [2, 4])

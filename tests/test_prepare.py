@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ecg_files import DATA, SHARED, ecg, write_digital_zero, write_record
 
 import ecg_jax
+from ecg_files import DATA, SHARED, ecg, write_digital_zero, write_record
 from ecg_jax.data import conversion, writer
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import CANONICAL_LEADS

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from ecg_files import ecg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ecg_files import ecg
 from ecg_jax.data.preprocessing import Preprocessing, fill_nan, longest_still_run, resample
 from ecg_jax.data.recording import CANONICAL_LEADS, BadRecording, Recording
 from ecg_jax.errors import UserError

@@ -37,7 +37,11 @@ TINY = {
 
 
 def arguments(workdir, prepared, **changes):
-    fields = TINY | {"store": str(prepared)} | {name.replace("__", "."): str(value) for name, value in changes.items()}
+    fields = (
+        TINY
+        | {"store": str(prepared)}
+        | {name.replace("__", "."): str(value) for name, value in changes.items()}
+    )
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     return ["pretrain", "--config=configs/cpc.py", f"--workdir={workdir}", *overrides]
 
@@ -183,7 +187,9 @@ def test_damaged_latest_checkpoint_falls_back_and_says_so(tmp_path, finished, sy
 
 
 def test_flipped_bits_are_found_by_the_checksum(tmp_path, finished, synthetic_store, capsys):
-    """What the storage format does not notice, ours does: here the stored checksum stands for a changed array."""
+    """What the storage format does not notice, ours does: here the stored checksum stands for a changed
+    array.
+    """
     workdir = tmp_path / "flipped"
     shutil.copytree(finished[0], workdir)
     meta = workdir / "checkpoints" / "24" / "meta" / "metadata"
@@ -230,7 +236,9 @@ def test_divergence_after_a_checkpoint_names_it(tmp_path, finished, synthetic_st
     from ecg_jax import pretrain as module
 
     config = load_config("configs/cpc.py")
-    for name, value in (TINY | {"store": str(synthetic_store), "checkpoint_every": "3", "steps": "9"}).items():
+    for name, value in (
+        TINY | {"store": str(synthetic_store), "checkpoint_every": "3", "steps": "9"}
+    ).items():
         override(config, name, value)
     calls, real = [], jax.device_get
 
@@ -243,7 +251,9 @@ def test_divergence_after_a_checkpoint_names_it(tmp_path, finished, synthetic_st
         return tree
 
     monkeypatch.setattr(module.jax, "device_get", poisoned)
-    with pytest.raises(UserError, match=r"loss is nan at step 5; the last good checkpoint is .*/checkpoints/3\."):
+    with pytest.raises(
+        UserError, match=r"loss is nan at step 5; the last good checkpoint is .*/checkpoints/3\."
+    ):
         pretrain(config, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
 
@@ -279,7 +289,9 @@ def test_workdir_of_another_run_is_refused(finished, synthetic_store, capsys):
 
 def test_unwritable_workdir_is_refused(tmp_path, synthetic_store, capsys):
     (tmp_path / "file").write_text("")
-    assert "cannot write into --workdir" in refusal(capsys, arguments(tmp_path / "file" / "run", synthetic_store))
+    assert "cannot write into --workdir" in refusal(
+        capsys, arguments(tmp_path / "file" / "run", synthetic_store)
+    )
 
 
 def test_missing_store_is_refused(tmp_path, capsys):

@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 import wfdb
-from ecg_files import DATA, SHARED, ecg, write_digital_zero, write_record
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ecg_files import DATA, SHARED, ecg, write_digital_zero, write_record
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.readers import iter_recordings
 from ecg_jax.data.readers.header import HeaderError, parse_comments, parse_header

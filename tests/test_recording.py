@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-from ecg_files import ecg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ecg_files import ecg
 from ecg_jax.data.recording import (
     CANONICAL_LEADS,
     KINDS,

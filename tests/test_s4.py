@@ -21,7 +21,9 @@ def layer_runs():
 
 
 def build_layer(sd, u, l_max):
-    """An S4Layer with the reference's parameters, and its variables with the basis for inputs like u [B, L, H]."""
+    """An S4Layer with the reference's parameters, and its variables with the basis for inputs like u [B, L,
+    H].
+    """
     variables = convert_s4_layer(sd)
     channels, H, half, _ = variables["params"]["C"].shape
     layer = S4Layer(width=H, state=2 * half, l_max=l_max, bidirectional=channels == 2, dropout=0.0)
@@ -59,9 +61,7 @@ def check_layer(golden, run, sd, l_max, form, gradients):
     else:
         matrices = [as_complex(variables["ssm"][key]) for key in ("Lambda", "P", "B")]
         C = as_complex(variables["params"]["C"])
-        K = jitted_dplr(
-            C, *matrices, variables["ssm"]["log_dt"], l_max=l_max, length=u.shape[1]
-        )
+        K = jitted_dplr(C, *matrices, variables["ssm"]["log_dt"], l_max=l_max, length=u.shape[1])
     assert_close(K, exact_or_reference(golden, run, "K"), 2e-5, "K")
 
     @jax.jit
@@ -183,10 +183,10 @@ def test_trainable_gradients_match_finite_differences():
         by_ad = jax.grad(objective, (0, 1))(log_dt, imag)
         step = 1e-6
         for argument, gradient in enumerate(by_ad):
-            direction = jnp.ones_like(gradient)
-            at = [log_dt, imag]
-            up, down = (at[:argument] + [at[argument] + s * direction] + at[argument + 1 :] for s in (step, -step))
-            numeric = (objective(*up) - objective(*down)) / (2 * step)
+            moved = [
+                [at + (i == argument) * s * step for i, at in enumerate((log_dt, imag))] for s in (1, -1)
+            ]
+            numeric = (objective(*moved[0]) - objective(*moved[1])) / (2 * step)
             np.testing.assert_allclose(gradient.sum(), numeric, rtol=1e-6)
 
 

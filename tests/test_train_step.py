@@ -54,7 +54,9 @@ def test_two_steps_of_the_reference(monkeypatch):
         batch = {"signal": 1e3 * np.swapaxes(x[step], 1, 2), "record_index": np.arange(x.shape[1])}
         state, metrics = step_fn(state, batch)
         assert_close(metrics["loss"], golden[f"out/step{step}/total"], 2e-6, f"loss {step}")
-        assert_close(metrics["accuracy"], golden[f"out/step{step}/metric_acc_tsenc"], 1e-6, f"accuracy {step}")
+        assert_close(
+            metrics["accuracy"], golden[f"out/step{step}/metric_acc_tsenc"], 1e-6, f"accuracy {step}"
+        )
     sd_after = group(golden, "sd/") | group(golden, "after/")
     after = convert_cpc(sd_after)
     for collection in ("params", "batch_stats"):
@@ -110,10 +112,13 @@ def assert_same_run(run, reference):
         ours = jax.tree.leaves_with_path(getattr(state, collection))
         theirs = jax.tree.leaves(getattr(reference_state, collection))
         for (path, leaf), expected in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=2e-6, err_msg=jax.tree_util.keystr(path))
+            np.testing.assert_allclose(
+                leaf, expected, rtol=1e-4, atol=2e-6, err_msg=jax.tree_util.keystr(path)
+            )
 
 
-# SGD: Adam turns gradients that are zero up to rounding into full-size steps, so that two correct runs would differ.
+# SGD: Adam turns gradients that are zero up to rounding into full-size steps, so that two correct runs would
+# differ.
 SGD = optax.sgd(1e-4)
 
 
@@ -237,7 +242,10 @@ def test_eval_step_weights_out_the_filling_rows():
     batch = next(batches(1)) | {"weight": np.r_[np.ones(11), np.zeros(5)].astype(np.float32)}
     spoiled = batch | {"signal": batch["signal"].copy()}
     spoiled["signal"][11:] = 30_000
-    results = [mean_of_sums([jax.device_get(eval_fn(state, parallel.shard_batch(b, mesh)))]) for b in (batch, spoiled)]
+    results = [
+        mean_of_sums([jax.device_get(eval_fn(state, parallel.shard_batch(b, mesh)))])
+        for b in (batch, spoiled)
+    ]
     assert results[0] == results[1]
     assert np.isfinite(results[0]["loss"])
     assert mean_of_sums([]) == {}

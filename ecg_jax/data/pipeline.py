@@ -2,12 +2,13 @@
 
 Three indices, kept apart:
 
-    position       of a crop in the endless global order, 0, 1, 2, ... ; step s holds positions s*B .. (s+1)*B - 1
-    record_index   position within the global batch, 0 .. B-1; every random choice on the device derives from it
-    row            of the store's records table
+    position       of a crop in the endless global order, 0, 1, 2, ... ; step s holds positions s*B .. (s+1)*B
+    - 1 record_index   position within the global batch, 0 .. B-1; every random choice on the device derives
+    from it row            of the store's records table
 
-The order is a function of (seed, position), and so is the offset of each crop: the global batch of a step is the same for any number of
-processes, and the step number is the whole state of the pipeline. Process p of P reads positions p, p+P, p+2P, ...
+The order is a function of (seed, position), and so is the offset of each crop: the global batch of a step is
+the same for any number of processes, and the step number is the whole state of the pipeline. Process p of P
+reads positions p, p+P, p+2P, ...
 """
 
 import dataclasses
@@ -52,9 +53,10 @@ class Selection:
 def select_records(store: Store, *, window_samples: int, val_folds: int, max_records: int) -> Selection:
     """Chooses the recordings of a run.
 
-    The `val_folds` largest fold numbers are held out. Records shorter than a window and records whose signal an earlier record has
-    (they may lie in other folds) are left out of both. If more than `max_records` remain to train on, whole patients are taken in an
-    order given by a hash of their id, so that a smaller selection is contained in a larger one.
+    The `val_folds` largest fold numbers are held out. Records shorter than a window and records whose signal
+    an earlier record has (they may lie in other folds) are left out of both. If more than `max_records`
+    remain to train on, whole patients are taken in an order given by a hash of their id, so that a smaller
+    selection is contained in a larger one.
 
     Raises:
         UserError: nothing is left to train on.
@@ -67,8 +69,9 @@ def select_records(store: Store, *, window_samples: int, val_folds: int, max_rec
     train = np.flatnonzero(usable & ~held_out)
     if not len(train):
         raise UserError(
-            f"The store {store.path} leaves no recording to train on: {len(store)} records, {int(long_enough.sum())} at least "
-            f"{window_samples} samples long, {int((usable & ~held_out).sum())} of them outside the held-out folds."
+            f"The store {store.path} leaves no recording to train on: of {len(store)} records "
+            f"{int(long_enough.sum())} are at least {window_samples} samples long, and none of them is both "
+            "outside the held-out folds and no duplicate."
         )
     available = len(train)
     if available > max_records:
@@ -89,7 +92,8 @@ def select_records(store: Store, *, window_samples: int, val_folds: int, max_rec
 
 
 def uniform_by_position(seed: int, position: np.ndarray) -> np.ndarray:
-    """Uniform numbers in [0, 1), a pure function of (seed, position): SplitMix64 (Steele, Lea & Flood 2014) as a counter hash.
+    """Uniform numbers in [0, 1), a pure function of (seed, position): SplitMix64 (Steele, Lea & Flood 2014)
+    as a counter hash.
 
     Args:
         seed: of the run.
@@ -123,8 +127,8 @@ def train_batches(
 ):
     """Endless training batches of this process, from step `start_step` on.
 
-    Each epoch visits every row once in a new order, with a new uniform crop; epochs follow each other without a gap, so a batch may
-    hold the end of one and the beginning of the next.
+    Each epoch visits every row once in a new order, with a new uniform crop; epochs follow each other without
+    a gap, so a batch may hold the end of one and the beginning of the next.
 
     Args:
         store: to read from.
@@ -137,7 +141,8 @@ def train_batches(
         threads, prefetch: threads that read, and batches held ready.
 
     Returns:
-        An iterator (close it with `.close()`) of {"signal": int16 [B/P, T, C], "record_index": int32 [B/P], "row": int64 [B/P]}.
+        An iterator (close it with `.close()`) of {"signal": int16 [B/P, T, C], "record_index": int32 [B/P],
+        "row": int64 [B/P]}.
 
     Raises:
         ValueError: B is not a multiple of P.
@@ -184,7 +189,8 @@ def non_overlapping_crops(
         window_samples: T.
 
     Returns:
-        starts int64 [n], absolute first sample of each crop, and owner int64 [n], which of the R records it is from.
+        starts int64 [n], absolute first sample of each crop, and owner int64 [n], which of the R records it
+        is from.
     """
     counts = np.asarray(lengths) // window_samples
     owner = np.repeat(np.arange(len(counts)), counts)
@@ -204,11 +210,12 @@ def val_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The validation crops in fixed order, the same number of batches on every process.
 
-    Non-overlapping crops of every row; if there are more than `max_crops`, that many at even distances. The last batch is filled up
-    with rows of weight 0.
+    Non-overlapping crops of every row; if there are more than `max_crops`, that many at even distances. The
+    last batch is filled up with rows of weight 0.
 
     Yields:
-        {"signal": int16 [B/P, T, C], "record_index": int32 [B/P] number of the crop, "weight": float32 [B/P]}.
+        {"signal": int16 [B/P, T, C], "record_index": int32 [B/P] number of the crop, "weight": float32
+        [B/P]}.
     """
     starts, _ = non_overlapping_crops(
         store.column("offset")[rows], store.column("length")[rows], window_samples

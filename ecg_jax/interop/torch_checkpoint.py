@@ -1,4 +1,6 @@
-"""Parameters of the reference implementation (PyTorch names and layouts) as ours (spec §2, §3.3, §11.4). Needs no torch."""
+"""Parameters of the reference implementation (PyTorch names and layouts) as ours (spec §2, §3.3, §11.4).
+Needs no torch.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +26,8 @@ def convert_stem(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 def convert_s4_layer(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Parameters and buffers of one S4 layer -> {"params": ..., "ssm": ...} of `models.s4.S4Layer`.
 
-    C is taken as stored: it is already length-corrected. Q = conj(P) is implied; the FFT nodes are recomputed.
+    C is taken as stored: it is already length-corrected. Q = conj(P) is implied; the FFT nodes are
+    recomputed.
     """
     kernel = {name: sd[f"kernel.kernel.{name}"] for name in ("C", "log_dt", "B", "P", "w")}
     H = kernel["log_dt"].shape[0]
@@ -54,7 +57,9 @@ def convert_s4_backbone(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any
 
 
 def convert_encoder(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """A reference state dict with full names -> variables of `models.encoder.Encoder`; other entries are left aside."""
+    """A reference state dict with full names -> variables of `models.encoder.Encoder`; other entries are left
+    aside.
+    """
     stem, backbone = convert_stem(_under(sd, STEM)), convert_s4_backbone(_under(sd, BACKBONE))
     return {
         "params": {"stem": stem["params"], "backbone": backbone["params"]},

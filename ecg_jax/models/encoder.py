@@ -83,7 +83,8 @@ def tokens_of(samples: int) -> int:
 
 
 def constants(variables: dict[str, Any], *, length: int, l_max: int) -> dict[str, Any]:
-    """What `apply` needs beside params and batch_stats: the `ssm` collection and the kernel `basis` derived from it.
+    """What `apply` needs beside params and batch_stats: the `ssm` collection and the kernel `basis` derived
+    from it.
 
     Args:
         variables: from `init` or a checkpoint; `ssm` is absent when the state matrices are trained.

@@ -1,9 +1,10 @@
 """HiPPO-LegS state matrices and the S4 kernel basis, in numpy float64.
 
-Everything here runs once, on the host, when a model is built or restored: JAX on accelerators has neither complex128 nor a
-reliable complex eigen-decomposition, and float32 loses two digits.
+Everything here runs once, on the host, when a model is built or restored: JAX on accelerators has neither
+complex128 nor a reliable complex eigen-decomposition, and float32 loses two digits.
 
-Symbols follow Gu, Goel & Ré, "Efficiently Modeling Long Sequences with Structured State Spaces" (arXiv 2111.00396):
+Symbols follow Gu, Goel & Ré, "Efficiently Modeling Long Sequences with Structured State Spaces" (arXiv
+2111.00396):
 
     Lambda [N/2]  eigenvalues of the normal part of A, one of each conjugate pair
     P, B   [N/2]  low-rank term and input vector in the eigenbasis
@@ -27,14 +28,15 @@ def hippo_legs(N: int) -> tuple[np.ndarray, np.ndarray]:
 def dplr_hippo(N: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """HiPPO-LegS in diagonal-plus-low-rank form.
 
-    A + P P^T is normal (-1/2 I plus a skew-symmetric matrix), so it has a unitary eigenbasis V, and A = V (diag(Lambda) - P P*) V*
-    (arXiv 2111.00396, section 3.2 and appendix C).
+    A + P P^T is normal (-1/2 I plus a skew-symmetric matrix), so it has a unitary eigenbasis V, and A = V
+    (diag(Lambda) - P P*) V* (arXiv 2111.00396, section 3.2 and appendix C).
 
     Args:
         N: state size, even.
 
     Returns:
-        Lambda, P, B: complex128 [N/2] each, the member with positive imaginary part of every conjugate pair, by descending
+        Lambda, P, B: complex128 [N/2] each, the member with positive imaginary part of every conjugate pair,
+            by descending
         imaginary part. Eigenvectors have an arbitrary phase: only |P|, |B| and B conj(P) are determined.
 
     Raises:
@@ -61,8 +63,8 @@ def discretise(
         dt: step sizes [H].
 
     Returns:
-        Ab complex128 [H, N, N] = (I - dt/2 A)^-1 (I + dt/2 A) and Bb complex128 [H, N] = dt (I - dt/2 A)^-1 B, where
-        states N/2..N-1 are the conjugates of states 0..N/2-1.
+        Ab complex128 [H, N, N] = (I - dt/2 A)^-1 (I + dt/2 A) and Bb complex128 [H, N] = dt (I - dt/2 A)^-1
+        B, where states N/2..N-1 are the conjugates of states 0..N/2-1.
     """
     Lambda, P, B = (np.concatenate([v, v.conj()], axis=-1) for v in (Lambda, P, B))
     N = Lambda.shape[-1]
@@ -79,11 +81,13 @@ def kernel_basis(
 ) -> np.ndarray:
     """Real basis Phi in which the S4 kernel is linear in the length-corrected C, for any window length.
 
-    With A, B, P, dt fixed, K[t] = C Ab^t Bb is linear in C. For C stored length-corrected for `l_max`, Ct = (I - Ab^l_max)^T C,
+    With A, B, P, dt fixed, K[t] = C Ab^t Bb is linear in C. For C stored length-corrected for `l_max`, Ct =
+    (I - Ab^l_max)^T C,
 
         K[t] = Ct^T (I - Ab^l_max)^-1 Ab^t Bb = sum_n Re(Ct_n) Phi[n, t] + Im(Ct_n) Phi[N/2 + n, t]
 
-    because the states come in conjugate pairs. Exact for every `length`, shorter, equal to or longer than `l_max`, odd or even.
+    because the states come in conjugate pairs. Exact for every `length`, shorter, equal to or longer than
+    `l_max`, odd or even.
 
     Args:
         Lambda, P, B: complex [H, N/2].

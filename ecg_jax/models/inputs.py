@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Mean and standard deviation of PTB-XL per lead in mV, as published with the reference (spec §1.4), by lead name.
+# Mean and standard deviation of PTB-XL per lead in mV, as published with the reference (spec §1.4), by lead
+# name.
 _PTBXL_MEAN = {
     "I": -0.00184586, "II": -0.00130277, "V1": 0.00017031, "V2": -0.00091313, "V3": -0.00148835, "V4": -0.00174687,
     "V5": -0.00077071, "V6": -0.00207407, "III": 0.00054329, "aVR": 0.00155546, "aVL": -0.00114379, "aVF": -0.00035649,
@@ -16,7 +17,8 @@ _PTBXL_STD = {
 _CANONICAL = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 
 #: Name of an input normalisation -> (mean, standard deviation), float32 [12] in mV, leads in canonical order.
-#: `ptbxl_misordered` divides each canonical lead by the statistics of another one, as the released code does (spec §1.4).
+#: `ptbxl_misordered` divides each canonical lead by the statistics of another one, as the released code does
+# (spec §1.4).
 NORMALISATIONS = {
     "none": (np.zeros(12, np.float32), np.ones(12, np.float32)),
     "ptbxl_canonical": (
@@ -38,7 +40,8 @@ def to_model_input(signal: jax.Array, normalisation: str) -> jax.Array:
         normalisation: a key of `NORMALISATIONS`.
 
     Returns:
-        float32 [B, T, C]: millivolts, standardised as (x - mean) / (std + 1e-8) unless the normalisation is "none".
+        float32 [B, T, C]: millivolts, standardised as (x - mean) / (std + 1e-8) unless the normalisation is
+            "none".
     """
     x = signal.astype(jnp.float32) * 1e-3
     if normalisation == "none":

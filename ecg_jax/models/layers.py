@@ -1,10 +1,13 @@
-"""Small pieces that stem, backbones and heads share: initialisers, synchronised BatchNorm, dropout keyed by record."""
+"""Small pieces that stem, backbones and heads share: initialisers, synchronised BatchNorm, dropout keyed by
+record.
+"""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-#: U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of torch's Linear and Conv weights, used by the reference (spec §11.2).
+#: U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of torch's Linear and Conv weights, used by the reference
+# (spec §11.2).
 uniform_fan_in = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 #: Every LayerNorm and BatchNorm of the reference uses this epsilon (spec §11.2).
@@ -29,8 +32,8 @@ def layer_norm(name: str) -> nn.LayerNorm:
 class BatchNorm(nn.Module):
     """Batch normalisation over batch and time, with the reference's running statistics.
 
-    Differs from `flax.linen.BatchNorm` in one thing: the running variance is the *unbiased* estimate, while the biased one
-    normalises (spec §2). Statistics are computed in float32 over all devices of `axis_name`.
+    Differs from `flax.linen.BatchNorm` in one thing: the running variance is the *unbiased* estimate, while
+    the biased one normalises (spec §2). Statistics are computed in float32 over all devices of `axis_name`.
 
     Attributes:
         axis_name: mapped axis over which statistics are averaged; None for a single device.
@@ -71,8 +74,8 @@ class BatchNorm(nn.Module):
 class Dropout(nn.Module):
     """Dropout whose mask belongs to the record, not to the device that happens to hold it.
 
-    The key of record b is the layer's "dropout" key folded with `record_index[b]`, so a step drops the same units for any number
-    of devices and processes, and in any order of the records within the global batch.
+    The key of record b is the layer's "dropout" key folded with `record_index[b]`, so a step drops the same
+    units for any number of devices and processes, and in any order of the records within the global batch.
 
     Attributes:
         rate: probability of dropping a unit.
@@ -84,7 +87,9 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, record_index: jax.Array | None, *, train: bool) -> jax.Array:
-        """Drops units of x [B, L, D]; `record_index` [B] numbers the records within the global batch (None: 0..B-1)."""
+        """Drops units of x [B, L, D]; `record_index` [B] numbers the records within the global batch (None:
+        0..B-1).
+        """
         if not train or self.rate == 0.0:
             return x
         if record_index is None:

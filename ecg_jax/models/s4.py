@@ -1,8 +1,9 @@
 """S4: kernel, convolution, layer and backbone (spec §3; Gu, Goel & Ré, arXiv 2111.00396).
 
-Complex parameters are stored as real pairs in a trailing axis of length 2. The state matrices live in the `ssm` collection, which
-no optimiser touches, unless `trainable_ssm=True` makes them parameters. While they are fixed a kernel is linear in C, so the
-`basis` collection, derived once on the host by `kernel_bases`, replaces the Cauchy sums of every step.
+Complex parameters are stored as real pairs in a trailing axis of length 2. The state matrices live in the
+`ssm` collection, which no optimiser touches, unless `trainable_ssm=True` makes them parameters. While they
+are fixed a kernel is linear in C, so the `basis` collection, derived once on the host by `kernel_bases`,
+replaces the Cauchy sums of every step.
 """
 
 from collections.abc import Mapping
@@ -68,10 +69,12 @@ def _power(M: jax.Array, exponent: int) -> jax.Array:
 def kernel_dplr(
     C: jax.Array, Lambda: jax.Array, P: jax.Array, B: jax.Array, log_dt: jax.Array, *, l_max: int, length: int
 ) -> jax.Array:
-    """S4 kernels by the truncated generating function at the roots of unity (arXiv 2111.00396, algorithm 1; spec §3.2).
+    """S4 kernels by the truncated generating function at the roots of unity (arXiv 2111.00396, algorithm 1;
+    spec §3.2).
 
-    Differentiable in every argument. The generating function of length l_max is evaluated through Cauchy sums and the Woodbury
-    identity with Q = conj(P); at the Nyquist node its limit is used. Longer windows double the internal length, exactly.
+    Differentiable in every argument. The generating function of length l_max is evaluated through Cauchy sums
+    and the Woodbury identity with Q = conj(P); at the Nyquist node its limit is used. Longer windows double
+    the internal length, exactly.
 
     Args:
         C: complex [c, H, N/2], length-corrected for `l_max`.
@@ -138,7 +141,8 @@ def kernel_bases(ssm: Mapping[str, Any], *, length: int, l_max: int) -> dict[str
     """The `basis` collection that belongs to an `ssm` collection.
 
     Args:
-        ssm: nested dict; a dict with the key "log_dt" holds one layer's `Lambda, P, B` [H, N/2, 2] and `log_dt` [H].
+        ssm: nested dict; a dict with the key "log_dt" holds one layer's `Lambda, P, B` [H, N/2, 2] and
+            `log_dt` [H].
         length: tokens of the windows that will be fed.
         l_max: the length for which C was corrected when the model was built.
 
@@ -156,7 +160,8 @@ def kernel_bases(ssm: Mapping[str, Any], *, length: int, l_max: int) -> dict[str
 class S4Layer(nn.Module):
     """One S4 layer: convolution, skip, exact GELU, dropout, GLU (spec §3.2).
 
-    Trainable: C [c, H, N/2, 2], D [H] and the output linear; A, B, P, dt are fixed (collection `ssm`) unless `trainable_ssm`.
+    Trainable: C [c, H, N/2, 2], D [H] and the output linear; A, B, P, dt are fixed (collection `ssm`) unless
+    `trainable_ssm`.
 
     Attributes:
         width: H, one state space model per channel.
@@ -254,7 +259,8 @@ class S4Backbone(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Maps tokens x [B, L, D] to tokens [B, L, D] and a dict of intermediates.
 
-        The intermediates are `layer{i}`, the output of S4 layer i before residual and norm, and `block{i}`, after both.
+        The intermediates are `layer{i}`, the output of S4 layer i before residual and norm, and `block{i}`,
+        after both.
         """
         out = {}
         for i in range(self.layers):

@@ -12,7 +12,8 @@ from ecg_jax.models.layers import BatchNorm, uniform_fan_in
 class Stem(nn.Module):
     """Four bias-free convolutions, each with BatchNorm and ReLU: one token for every second sample.
 
-    The first convolution has kernel 3 and stride 2, the others kernel 1 (spec §2). 808 960 trainable parameters at width 512.
+    The first convolution has kernel 3 and stride 2, the others kernel 1 (spec §2). 808 960 trainable
+    parameters at width 512.
 
     Attributes:
         width: D, channels of every convolution.

@@ -1,6 +1,7 @@
 """Contrastive predictive coding of one future token (spec §5.3; van den Oord et al., arXiv 1807.03748).
 
-The backbone reads the stem's tokens up to i and predicts token i + steps_ahead among negatives drawn from the same record.
+The backbone reads the stem's tokens up to i and predicts token i + steps_ahead among negatives drawn from the
+same record.
 """
 
 from typing import Any
@@ -16,7 +17,8 @@ from ecg_jax.models.layers import uniform_fan_in
 def draw_negatives(
     key: jax.Array, record_index: jax.Array, *, tokens: int, steps_ahead: int, negatives: int
 ) -> jax.Array:
-    """Time indices of the negatives, uniform over all tokens of the record but the positive, with replacement.
+    """Time indices of the negatives, uniform over all tokens of the record but the positive, with
+    replacement.
 
     Args:
         key: key of the step; the draw of a record depends on it and on the record's number only.
@@ -50,8 +52,8 @@ def cpc_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """InfoNCE over one positive and M negatives for every position (spec §5.3).
 
-    Every token is scored against every prediction of its record once, [B, L-k, L], and the scores of the negatives are gathered:
-    no vector is copied for a negative.
+    Every token is scored against every prediction of its record once, [B, L-k, L], and the scores of the
+    negatives are gathered: no vector is copied for a negative.
 
     Args:
         encoded: stem tokens s [B, L, D]; gradients flow into them.
@@ -60,11 +62,13 @@ def cpc_loss(
         steps_ahead: k.
         temperature: scores are divided by it.
         normalise: scores are cosines instead of dot products.
-        negative_records: [B, L-k, M] batch index of the record that each negative comes from; None: its own record.
+        negative_records: [B, L-k, M] batch index of the record that each negative comes from; None: its own
+            record.
 
     Returns:
-        loss float32 [B], summed over the L-k positions of each record, and accuracy float32 [B], the share of positions whose
-        positive scores at least as high as every negative. The objective is the mean of `loss` over the batch.
+        loss float32 [B], summed over the L-k positions of each record, and accuracy float32 [B], the share of
+        positions whose positive scores at least as high as every negative. The objective is the mean of
+        `loss` over the batch.
     """
     _, L, D = encoded.shape
     if normalise:
@@ -86,7 +90,8 @@ def cpc_loss(
         positive = positive / temperature
         flat = encoded.reshape(-1, D)
 
-        # One record at a time and recomputed in the backward pass: the score matrix is [L-k, B L], never [B, L-k, B L].
+        # One record at a time and recomputed in the backward pass: the score matrix is [L-k, B L], never [B,
+        # L-k, B L].
         @jax.checkpoint
         def one_record(args):
             p, idx = args
@@ -123,12 +128,13 @@ class CPC(nn.Module):
     def __call__(self, x: jax.Array, record_index: jax.Array, *, train: bool):
         """Losses and metrics of model input x [B, T, C].
 
-        Needs the rng stream "objective", in training also "dropout". `record_index` [B] numbers the records within the global
-        batch.
+        Needs the rng stream "objective", in training also "dropout". `record_index` [B] numbers the records
+        within the global batch.
 
         Returns:
-            losses {"contrastive_loss": (values [B], weights [B])} and metrics {"accuracy": (values [B], weights [B])}. A term is the weighted
-            mean over the global batch; the objective is the sum of all losses.
+            losses {"contrastive_loss": (values [B], weights [B])} and metrics {"accuracy": (values [B],
+            weights [B])}. A term is the weighted mean over the global batch; the objective is the sum of all
+            losses.
         """
         tokens, out = self.encoder(x, record_index, train=train)
         encoded = out["stem"]

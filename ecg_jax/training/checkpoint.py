@@ -1,8 +1,10 @@
-"""Checkpoints of a run: writing, exact resume, and restoring only the encoder. The one file that imports Orbax.
+"""Checkpoints of a run: writing, exact resume, and restoring only the encoder. The one file that imports
+Orbax.
 
-A checkpoint `RUN/checkpoints/STEP` holds two items. `state` is the tree of arrays (params, batch_stats, ssm, optimiser moments, step,
-key). `meta` is JSON: the run's config, its preprocessing contract, the fingerprint of its store, versions, and a CRC-32 of each array,
-so that a damaged file is found even where the storage format would not notice.
+A checkpoint `RUN/checkpoints/STEP` holds two items. `state` is the tree of arrays (params, batch_stats, ssm,
+optimiser moments, step, key). `meta` is JSON: the run's config, its preprocessing contract, the fingerprint
+of its store, versions, and a CRC-32 of each array, so that a damaged file is found even where the storage
+format would not notice.
 """
 
 import dataclasses
@@ -101,7 +103,8 @@ class Checkpoints:
 
         Args:
             workdir: the run's folder.
-            keep_latest, keep_best: how many of the newest, and of those with the lowest validation loss, to keep.
+            keep_latest, keep_best: how many of the newest, and of those with the lowest validation loss, to
+                keep.
             meta: JSON-able: `config`, `preprocessing`, `store_fingerprint`; stored with every checkpoint.
         """
         self._workdir = workdir
@@ -130,7 +133,9 @@ class Checkpoints:
         )
 
     def save(self, state, *, val_loss: float | None) -> None:
-        """Starts writing `state`; returns once the arrays are copied. Errors of an earlier save are raised here."""
+        """Starts writing `state`; returns once the arrays are copied. Errors of an earlier save are raised
+        here.
+        """
         tree = _saved(state)
         self._manager.check_for_errors()
         self._manager.save(
@@ -154,7 +159,8 @@ class Checkpoints:
     def restore_latest(self, state, sharding) -> Any | None:
         """The newest readable state, or None when the run has no checkpoint yet.
 
-        A damaged checkpoint is moved to `workdir/damaged_checkpoints`, said on stderr, and the one before is used.
+        A damaged checkpoint is moved to `workdir/damaged_checkpoints`, said on stderr, and the one before is
+        used.
 
         Args:
             state: a freshly made state; gives tree, shapes and `basis`.
@@ -172,13 +178,12 @@ class Checkpoints:
                 return state.replace(**self._restore(step, abstract))
             except UserError:
                 raise
-            except (
-                Exception
-            ) as error:  # damage surfaces as many types: tensorstore, JSON, OS, our own checksum
+            # Damage surfaces as many types: tensorstore's, JSON's, the system's, our own checksum's.
+            except Exception as error:
                 if jax.process_count() > 1:
                     raise UserError(
-                        f"checkpoint {self._path(step)} cannot be read ({_first_line(error)}); move it away to resume from "
-                        "the one before"
+                        f"checkpoint {self._path(step)} cannot be read ({_first_line(error)}); move it away to "
+                        "resume from the one before"
                     ) from error
                 aside = self._set_aside(step)
                 print(
@@ -220,8 +225,8 @@ class Checkpoints:
         )
         if restored["meta"]["store_fingerprint"] != self._meta["store_fingerprint"]:
             raise UserError(
-                f"{self._workdir} was trained on another store (its content differs from {self._meta['config']['store']}); give the "
-                "store it began with, or choose another --workdir"
+                f"{self._workdir} was trained on another store (its content differs from "
+                f"{self._meta['config']['store']}); give the store it began with, or choose another --workdir"
             )
         if _checksums(restored["state"]) != restored["meta"]["checksums"]:
             raise OSError("the checksums of its arrays do not match")
@@ -292,7 +297,8 @@ def read_encoder(run: Path, step: int | None, abstract_encoder) -> StoredEncoder
     Args:
         run: folder of the run.
         step: None for the latest.
-        abstract_encoder: (config, contract) -> variables of the encoder (`params`, `batch_stats`, maybe `ssm`) as shapes.
+        abstract_encoder: (config, contract) -> variables of the encoder (`params`, `batch_stats`, maybe
+            `ssm`) as shapes.
 
     Raises:
         UserError: missing, extra or differently shaped parameters, or a damaged checkpoint.

@@ -12,8 +12,8 @@ from ecg_jax.errors import UserError
 def initialise(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Joins this process to its run; call it before any device is used.
 
-    Either all three arguments are given (as `launch/local.py` does), or none: then a run under `srun` with more than one task joins
-    through the SLURM variables, and anything else is a run of one process.
+    Either all three arguments are given (as `launch/local.py` does), or none: then a run under `srun` with
+    more than one task joins through the SLURM variables, and anything else is a run of one process.
 
     Args:
         coordinator: "host:port" of process 0.
@@ -37,10 +37,11 @@ def initialise(coordinator: str | None, num_processes: int | None, process_id: i
 
 
 class StopSignal:
-    """Remembers a SIGTERM or SIGINT instead of dying of it, so that the loop can save first. A second one kills.
+    """Remembers a SIGTERM or SIGINT instead of dying of it, so that the loop can save first. A second one
+    kills.
 
-    Use as a context manager; read `received` between steps. Inactive, it changes nothing: in a run of several processes JAX itself
-    watches for SIGTERM, so that all of them stop at the same step.
+    Use as a context manager; read `received` between steps. Inactive, it changes nothing: in a run of several
+    processes JAX itself watches for SIGTERM, so that all of them stop at the same step.
     """
 
     def __init__(self, *, active: bool):

@@ -1,8 +1,12 @@
-"""Where a run's numbers go: log.jsonl and TensorBoard, with clu's method names and without TensorFlow."""
+"""Where a run's numbers go: log.jsonl and TensorBoard, with clu's method names and without TensorFlow; and
+how fast it is.
+"""
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ecg_jax.files import write_atomic
@@ -92,3 +96,38 @@ def rewind_log(workdir: Path, step: int) -> None:
     """Drops what was logged after `step`: those steps are about to be run, and logged, again."""
     kept = [entry for entry in read_log(workdir) if entry["step"] <= step]
     write_atomic(workdir / LOG_NAME, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+
+
+class RateMeter:
+    """Windows per second, and the share of time the loop waited for data, since the last reading.
+
+    The first step compiles and is left out.
+    """
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._step: int | None = None
+
+    def restart(self, step: int) -> None:
+        """Begins anew at the end of `step`."""
+        self._step, self._since, self._waited = step, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time inside as waiting."""
+        begin = time.perf_counter()
+        yield
+        if self._step is not None:
+            self._waited += time.perf_counter() - begin
+
+    def read(self, step: int) -> dict[str, float]:
+        """Rates since the last restart or reading, at the end of `step`; {} when no step was timed."""
+        if self._step is None or step <= self._step:
+            return {}
+        elapsed = time.perf_counter() - self._since
+        rates = {
+            "windows_per_s": (step - self._step) * self._batch_size / elapsed,
+            "data_wait": self._waited / elapsed,
+        }
+        self.restart(step)
+        return rates

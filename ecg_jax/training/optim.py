@@ -29,7 +29,8 @@ def learning_rate(*, base: float, schedule: str, warmup_steps: int, steps: int) 
 
     Args:
         base: the plateau or peak.
-        schedule: "constant" (after a linear warm-up of `warmup_steps`) or "cosine" (warm-up, then to zero at `steps`).
+        schedule: "constant" (after a linear warm-up of `warmup_steps`) or "cosine" (warm-up, then to zero at
+            `steps`).
         warmup_steps: 0 for none.
         steps: length of the run.
 

@@ -1,4 +1,6 @@
-"""A pretrained encoder as a function: checkpoint -> embeddings. What every probe and `ecg-jax embed` build on."""
+"""A pretrained encoder as a function: checkpoint -> embeddings. What every probe and `ecg-jax embed` build
+on.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -38,7 +40,9 @@ class RestoredEncoder:
 def _init_encoder(
     config: dict[str, Any], preprocessing: Preprocessing, seed: int
 ) -> Callable[[], dict[str, Any]]:
-    """Function without arguments that initialises the encoder of a config; run it, jit it, or ask for its shapes."""
+    """Function without arguments that initialises the encoder of a config; run it, jit it, or ask for its
+    shapes.
+    """
     encoder = build_encoder(**config["model"])
     # No parameter's shape depends on the window, so a short one will do.
     x = jnp.zeros((2, 16, len(preprocessing.leads)))
@@ -88,8 +92,8 @@ def encode_fn(encoder: RestoredEncoder) -> Callable[[np.ndarray], np.ndarray]:
     """The encoder as a function of stored samples.
 
     Returns:
-        int16 [B, T, C] in microvolts -> float32 [B, D], the mean over tokens of the backbone's output in evaluation mode. Compiled
-        once for each shape. T must be the window of the contract.
+        int16 [B, T, C] in microvolts -> float32 [B, D], the mean over tokens of the backbone's output in
+        evaluation mode. Compiled once for each shape. T must be the window of the contract.
     """
     module = build_encoder(**encoder.config["model"])
     normalisation = encoder.preprocessing.normalisation

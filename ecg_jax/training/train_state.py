@@ -96,8 +96,9 @@ def train_step(
 
     Args:
         state: replicated.
-        batch: this device's rows: `signal` int16 [B, T, C] in microvolts, `record_index` int32 [B], the number of each row within
-            the global batch. Masks, negatives and dropout derive from it, so they do not depend on the number of devices.
+        batch: this device's rows: `signal` int16 [B, T, C] in microvolts, `record_index` int32 [B], the
+            number of each row within the global batch. Masks, negatives and dropout derive from it, so they
+            do not depend on the number of devices.
         model: the objective, built with the same axis name.
         tx: optimiser.
         normalisation: see `models.inputs`.
@@ -122,8 +123,8 @@ def train_step(
         metrics = {name: _mean_over(term, axis_name) for name, term in metrics.items()}
         return sum(losses.values()), (losses | metrics, updates["batch_stats"])
 
-    # pmean of the loss inside (in _mean_over) and of the gradients outside: the one idiom that is right under shard_map with
-    # and without check_vma and under pmap.
+    # pmean of the loss inside (in _mean_over) and of the gradients outside: the one idiom that is right under
+    # shard_map with and without check_vma and under pmap.
     (total, (metrics, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     if axis_name:
         grads = jax.lax.pmean(grads, axis_name)
@@ -149,11 +150,13 @@ def eval_step(
 
     Args:
         state, model, normalisation, axis_name: as in `train_step`.
-        batch: as in `train_step`, with `record_index` the number of each crop in the validation set (so that negatives are the same
-            at every evaluation) and `weight` float32 [B], 0 for rows that only fill the last batch.
+        batch: as in `train_step`, with `record_index` the number of each crop in the validation set (so that
+            negatives are the same at every evaluation) and `weight` float32 [B], 0 for rows that only fill
+            the last batch.
 
     Returns:
-        {"losses": ..., "metrics": ...}, each name -> (sum of weighted values, sum of weights) over the global batch.
+        {"losses": ..., "metrics": ...}, each name -> (sum of weighted values, sum of weights) over the global
+        batch.
     """
     x = to_model_input(batch["signal"], normalisation)
     losses, metrics = model.apply(
@@ -173,11 +176,14 @@ def eval_step(
 
 
 def mean_of_sums(batches: list[dict]) -> dict[str, float]:
-    """Means over all batches from what `eval_step` returned for each; `loss` is the sum of the loss terms. {} for no batch."""
+    """Means over all batches from what `eval_step` returned for each; `loss` is the sum of the loss terms. {}
+    for no batch.
+    """
     if not batches:
         return {}
     total = jax.tree.map(lambda *parts: float(sum(parts)), *batches)
     losses, metrics = (
-        {name: value / weight for name, (value, weight) in total[kind].items()} for kind in ("losses", "metrics")
+        {name: value / weight for name, (value, weight) in total[kind].items()}
+        for kind in ("losses", "metrics")
     )
     return {"loss": sum(losses.values()), **losses, **metrics}

@@ -9,8 +9,8 @@ import itertools
 import os
 
 import pytest
-from ecg_files import write_record
 
+from ecg_files import write_record
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.readers.wfdb import read_wfdb
 from ecg_jax.data.synthetic import synthetic_recording
