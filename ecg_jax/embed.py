@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.readers import iter_recordings
 from ecg_jax.data.recording import BadRecording, Problem, Recording
 from ecg_jax.errors import UserError
-from ecg_jax.evaluation.features import encode_padded, non_overlapping_crops
+from ecg_jax.evaluation.features import encode_padded
 from ecg_jax.training.checkpoint import parse_checkpoint
 from ecg_jax.training.pretrained import encode_fn, restore_encoder
 

@@ -24,7 +24,7 @@ from ecg_jax.data.corpora import CORPORA
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import KINDS, Problem, strict_error
 from ecg_jax.data.store import PARTIAL, Store, read_attributes
-from ecg_jax.data.writer import disk_errors, finalise, unit_size, write_atomic
+from ecg_jax.data.writer import disk_errors, finalise, unit_size, write_in_store
 from ecg_jax.errors import UserError
 
 
@@ -221,7 +221,7 @@ def _partial_folder(store: Path, settings: dict):
         if plan.exists():
             _check_same_job(store, json.loads(plan.read_text()), settings)
         else:
-            write_atomic(store, plan, json.dumps(settings, indent=1).encode())
+            write_in_store(store, plan, json.dumps(settings, indent=1).encode())
         yield
 
 

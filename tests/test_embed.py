@@ -127,8 +127,9 @@ def test_lead_order_and_unit_do_not_matter(run, recordings, tmp_path):
 
 
 def test_equals_the_features_of_the_prepared_store(run, tmp_path):
+    from ecg_jax.data.crops import non_overlapping_crops
     from ecg_jax.data.store import Store
-    from ecg_jax.evaluation.features import compute_features, mean_per_record, non_overlapping_crops
+    from ecg_jax.evaluation.features import compute_features, mean_per_record
     from ecg_jax.prepare import prepare
     from ecg_jax.training.pretrained import encode_fn, restore_encoder
 

@@ -9,19 +9,6 @@ from ecg_jax.evaluation import features
 GOLDEN = load_golden("metrics")
 
 
-def test_crops_are_consecutive_and_the_tail_is_dropped():
-    starts, record = features.non_overlapping_crops([2400, 599, 600, 1900], [0, 5000, 6000, 7000], 600)
-    assert starts.tolist() == [0, 600, 1200, 1800, 6000, 7000, 7600, 8200]
-    assert record.tolist() == [0, 0, 0, 0, 2, 3, 3, 3]
-
-
-def test_no_record_long_enough_gives_no_crop():
-    starts, record = features.non_overlapping_crops([10, 20], [0, 10], 600)
-    assert len(starts) == len(record) == 0
-    with pytest.raises(ValueError, match="at least 1"):
-        features.non_overlapping_crops([10], [0], 0)
-
-
 def test_features_of_every_crop_in_batches_of_one_shape():
     signal = np.arange(10_000, dtype=np.int16)[:, None] + np.zeros(12, np.int16)
     shapes = []

@@ -2,11 +2,9 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.pipeline import (
-    non_overlapping_crops,
     select_records,
     train_batches,
     uniform_by_position,
@@ -164,19 +162,6 @@ def test_smaller_rung_is_contained_in_larger_and_keeps_patients_whole():
     assert all({row // 4 * 4 + i for i in range(4)} <= rungs[0] for row in rungs[0])
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 5000), min_size=1, max_size=20), st.integers(1, 1000))
-def test_non_overlapping_crops(lengths, window):
-    offsets = np.cumsum([0, *lengths])[:-1]
-    starts, owner = non_overlapping_crops(offsets, np.array(lengths), window)
-    expected = [
-        (offset + k * window, i)
-        for i, (offset, length) in enumerate(zip(offsets, lengths, strict=True))
-        for k in range(length // window)
-    ]
-    assert list(zip(starts, owner, strict=True)) == expected
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_validation_covers_every_crop_once(store, processes):
     rows = select_records(store, window_samples=WINDOW, val_folds=3, max_records=10**9).val
@@ -188,7 +173,7 @@ def test_validation_covers_every_crop_once(store, processes):
     assert len({len(part) for part in parts}) == 1
     batches = list(itertools.chain(*parts))
     assert {batch["signal"].shape for batch in batches} == {(16 // processes, WINDOW, 12)}
-    starts, _ = non_overlapping_crops(store.column("offset")[rows], store.column("length")[rows], WINDOW)
+    starts, _ = non_overlapping_crops(store.column("length")[rows], store.column("offset")[rows], WINDOW)
     real = np.concatenate([batch["record_index"][batch["weight"] > 0] for batch in batches])
     np.testing.assert_array_equal(np.sort(real), np.arange(len(starts)))
     for batch in batches:

@@ -6,7 +6,15 @@ import pytest
 from conftest import assert_close, group, load_golden
 from ecg_jax.interop.torch_checkpoint import convert_s4_layer
 from ecg_jax.models import hippo
-from ecg_jax.models.s4 import S4Layer, as_complex, fft_convolve, kernel_bases, kernel_dplr, kernel_from_basis
+from ecg_jax.models.s4 import (
+    S4Layer,
+    _discretised_A,
+    as_complex,
+    fft_convolve,
+    kernel_bases,
+    kernel_dplr,
+    kernel_from_basis,
+)
 
 jitted_dplr = jax.jit(kernel_dplr, static_argnames=("l_max", "length"))
 
@@ -188,6 +196,24 @@ def test_trainable_gradients_match_finite_differences():
             ]
             numeric = (objective(*moved[0]) - objective(*moved[1])) / (2 * step)
             np.testing.assert_allclose(gradient.sum(), numeric, rtol=1e-6)
+
+
+def test_discretisation_equals_the_linear_solve():
+    rng = np.random.default_rng(0)
+    _, Lambda, P, B, log_dt = random_system(rng, H=64)
+    expected, _ = hippo.discretise(Lambda, P, B, np.exp(log_dt))
+    assert_close(_discretised_A(*map(jnp.asarray, (Lambda, P, np.exp(log_dt)))), expected, 1e-6)
+    with jax.enable_x64(True):
+        assert_close(_discretised_A(*map(jnp.asarray, (Lambda, P, np.exp(log_dt)))), expected, 1e-12)
+
+
+def test_initialisation_calls_no_linear_solver():
+    """Batched LAPACK calls of several layers in one program deadlocked on two threads."""
+    layer = S4Layer(width=8, l_max=20)
+    compiled = jax.jit(lambda key: layer.init(key, jnp.zeros((1, 20, 8)), train=False)).lower(
+        jax.random.key(0)
+    )
+    assert "lapack" not in compiled.compile().as_text().lower()
 
 
 def test_basis_shorter_than_input_is_refused():

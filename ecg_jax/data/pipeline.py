@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 
@@ -179,25 +180,6 @@ def train_batches(
     return iter(dataset[start_step:].to_iter_dataset(read))
 
 
-def non_overlapping_crops(
-    offsets: np.ndarray, lengths: np.ndarray, window_samples: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Consecutive windows of each record from its first sample on; an incomplete tail is dropped (spec §7.3).
-
-    Args:
-        offsets, lengths: int64 [R], first sample and samples of each record.
-        window_samples: T.
-
-    Returns:
-        starts int64 [n], absolute first sample of each crop, and owner int64 [n], which of the R records it
-        is from.
-    """
-    counts = np.asarray(lengths) // window_samples
-    owner = np.repeat(np.arange(len(counts)), counts)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.asarray(offsets)[owner] + number * window_samples, owner
-
-
 def val_batches(
     store: Store,
     rows: np.ndarray,
@@ -217,9 +199,8 @@ def val_batches(
         {"signal": int16 [B/P, T, C], "record_index": int32 [B/P] number of the crop, "weight": float32
         [B/P]}.
     """
-    starts, _ = non_overlapping_crops(
-        store.column("offset")[rows], store.column("length")[rows], window_samples
-    )
+    lengths, offsets = store.column("length")[rows], store.column("offset")[rows]
+    starts, _ = non_overlapping_crops(lengths, offsets, window_samples)
     if len(starts) > max_crops:
         starts = starts[np.linspace(0, len(starts) - 1, max_crops).round().astype(np.int64)]
     for first in range(0, len(starts), batch_size):

@@ -24,6 +24,7 @@ from ecg_jax.data.preprocessing import Preprocessing, Processed
 from ecg_jax.data.recording import Problem, Recording, strict_error
 from ecg_jax.data.store import BYTES_PER_SAMPLE, FORMAT_VERSION, PARTIAL, checksum
 from ecg_jax.errors import UserError
+from ecg_jax.files import replace_file
 
 # Chunk lengths are rounded up to this many samples (a second at 240 Hz), so that small changes keep the
 # array shape.
@@ -35,21 +36,9 @@ def unit_size(n_records: int) -> int:
     return min(max(-(-n_records // 64), 32), 4096)
 
 
-def write_atomic(store: Path, path: Path, data: bytes) -> None:
-    """Writes a file of a store so that it is there in full or not at all, also after a power cut.
-
-    What a killed process leaves lies in `.partial/` and goes with it.
-    """
-    temporary = store / PARTIAL / f"{path.name}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def write_in_store(store: Path, path: Path, data: bytes) -> None:
+    """Writes a file of a store; what a killed process leaves lies in `.partial/` and goes with it."""
+    replace_file(path, data, store / PARTIAL / f"{path.name}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
@@ -135,7 +124,7 @@ class UnitWriter:
             "rows": self.rows,
             "problems": [vars(problem) for problem in self.problems],
         }
-        write_atomic(self.store, sidecar_path(self.store, self.unit), json.dumps(sidecar).encode())
+        write_in_store(self.store, sidecar_path(self.store, self.unit), json.dumps(sidecar).encode())
 
 
 def read_sidecar(store: Path, unit: int) -> dict | None:
@@ -201,7 +190,7 @@ def finalise(
         raise strict_error(Problem(**duplicates[0]))
     problems += duplicates
     lines = "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
-    write_atomic(store, store / "problems.jsonl", lines.encode())
+    write_in_store(store, store / "problems.jsonl", lines.encode())
     if not len(records):
         # Nothing to continue: leave the explanation only, so that another try may use the same folder.
         shutil.rmtree(store / PARTIAL)
@@ -229,7 +218,7 @@ def finalise(
             os.truncate(chunk_path(store, unit), chunk_samples * BYTES_PER_SAMPLE)
     _write_parquet(store, records)
     array = array_metadata(n_units * chunk_samples, chunk_samples)
-    write_atomic(store, store / "signal" / "zarr.json", _json(array))
+    write_in_store(store, store / "signal" / "zarr.json", _json(array))
     group = {
         "zarr_format": 3,
         "node_type": "group",
@@ -248,7 +237,7 @@ def finalise(
             }
         },
     }
-    write_atomic(store, store / "zarr.json", _json(group))
+    write_in_store(store, store / "zarr.json", _json(group))
     shutil.rmtree(store / PARTIAL)
 
 
@@ -368,7 +357,7 @@ def _write_parquet(store: Path, records) -> None:
 
     sink = pa.BufferOutputStream()
     pyarrow.parquet.write_table(records.combine_chunks(), sink, compression="zstd")
-    write_atomic(store, store / "records.parquet", sink.getvalue())
+    write_in_store(store, store / "records.parquet", sink.getvalue())
 
 
 def _json(value: dict) -> bytes:

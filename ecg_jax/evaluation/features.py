@@ -10,30 +10,6 @@ from collections.abc import Callable
 import numpy as np
 
 
-def non_overlapping_crops(lengths, offsets, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the crops of some records start.
-
-    Args:
-        lengths: int [n], samples of each record.
-        offsets: int [n], first sample of each record in the store (zeros for starts within the record).
-        window: samples of a crop.
-
-    Returns:
-        (starts, record): int64 [n_crops] each; starts are offsets + 0, window, 2 window, ...; record is the
-        index into `lengths`. Records shorter than a window do not occur.
-
-    Raises:
-        ValueError: window below 1.
-    """
-    if window < 1:
-        raise ValueError(f"window is {window} samples, it must be at least 1")
-    lengths = np.asarray(lengths, dtype=np.int64)
-    n_crops = lengths // window
-    record = np.repeat(np.arange(len(lengths)), n_crops)
-    within = np.arange(n_crops.sum()) - np.repeat(np.cumsum(n_crops) - n_crops, n_crops)
-    return np.asarray(offsets, dtype=np.int64)[record] + within * window, record
-
-
 def encode_padded(
     encode: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, batch_size: int
 ) -> np.ndarray:
@@ -65,7 +41,7 @@ def compute_features(
     Args:
         encode: int16 [B, T, C] microvolts -> float32 [B, D].
         read_crops: (starts int64 [b], window) -> int16 [b, T, C], as `Store.read_crops`.
-        starts: int64 [n_crops] from `non_overlapping_crops`.
+        starts: int64 [n_crops] from `data.crops.non_overlapping_crops`.
         window: samples of a crop, T.
         batch_size: B; the last batch is padded to it.
         progress: label of a progress bar, None for none.

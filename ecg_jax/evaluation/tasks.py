@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
-from ecg_jax.evaluation.features import non_overlapping_crops
 from ecg_jax.evaluation.metrics import has_both_kinds
 
 

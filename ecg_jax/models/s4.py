@@ -46,11 +46,18 @@ def kernel_from_basis(C: jax.Array, basis: jax.Array) -> jax.Array:
 
 
 def _discretised_A(Lambda: jax.Array, P: jax.Array, dt: jax.Array) -> jax.Array:
-    """Ab [H, N, N] of the conjugate-completed states, see `hippo.discretise`."""
+    """Ab [H, N, N] of the conjugate-completed states, see `hippo.discretise`.
+
+    Ab = (I - g A)^-1 (I + g A) = 2 (I - g A)^-1 - I with g = dt / 2, and I - g A is diagonal plus rank one, so
+    that Sherman-Morrison inverts it (arXiv 2111.00396, appendix C.2). No linear solver is called: several
+    batched ones inside one program can block each other for ever on a CPU with few threads.
+    """
     Lambda, P = (jnp.concatenate([v, v.conj()], axis=-1) for v in (Lambda, P))
-    eye = jnp.eye(Lambda.shape[-1])
-    half = 0.5 * dt[:, None, None] * (Lambda[:, :, None] * eye - P[:, :, None] * P[:, None, :].conj())
-    return jnp.linalg.solve(eye - half, eye + half)
+    eye, g = jnp.eye(Lambda.shape[-1]), 0.5 * dt[:, None]
+    D = 1.0 / (1.0 - g * Lambda)
+    scale = g / (1.0 + g * jnp.sum(P.conj() * D * P, axis=-1, keepdims=True))
+    inverse = D[:, :, None] * eye - (scale * D * P)[:, :, None] * (D * P.conj())[:, None, :]
+    return 2.0 * inverse - eye
 
 
 def _apply_transposed(M: jax.Array, C: jax.Array) -> jax.Array:

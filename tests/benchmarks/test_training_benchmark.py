@@ -86,7 +86,7 @@ def test_parts_of_a_step(benchmark, setup, part):
         def run():
             return compute(state.params)
 
-    benchmark.pedantic(lambda: jax.block_until_ready(run()), rounds=10, warmup_rounds=2)
+    benchmark.pedantic(lambda: jax.block_until_ready(run()), rounds=5, warmup_rounds=1)
     if part == "data":
         batches.close()
     benchmark.extra_info["windows_per_s"] = BATCH / benchmark.stats["median"]

@@ -1,0 +1,184 @@
+"""What the config of a run means: what it refuses, and the objective, optimiser and first state it describes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ecg_jax.data.preprocessing import Preprocessing
+from ecg_jax.data.recording import CANONICAL_LEADS
+from ecg_jax.data.store import Store
+from ecg_jax.errors import UserError
+from ecg_jax.files import write_atomic
+from ecg_jax.models.encoder import build_encoder, tokens_of
+from ecg_jax.models.inputs import NORMALISATIONS
+from ecg_jax.objectives.cpc import CPC
+from ecg_jax.training import optim
+from ecg_jax.training.train_state import TrainState, create_train_state
+
+OBJECTIVES = {"cpc": CPC}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+_POSITIVE = (
+    "batch_size", "epochs", "log_every", "checkpoint_every", "keep_latest", "optimiser.learning_rate",
+    "data.window_s", "data.rate_hz", "data.max_records", "data.max_val_crops", "data.prefetch",
+    "model.width", "model.layers", "model.l_max",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "steps", "keep_best", "seed", "data.val_folds", "data.read_threads", "optimiser.warmup_steps",
+    "optimiser.clip_norm", "optimiser.weight_decay",
+)  # fmt: skip
+
+# What may differ when a run is continued; everything else makes it another run.
+_FREE_FIELDS = {"log_every", "keep_latest", "keep_best", "tensorboard", "data.read_threads", "data.prefetch"}
+# The length of a run shapes its learning rates unless the schedule is constant.
+_LENGTH_FIELDS = {"steps", "epochs"}
+
+
+def build_objective(config: ConfigDict, axis_name: str | None):
+    """The objective's Flax module as the config describes it."""
+    dtype = DTYPES[config.precision]
+    encoder = build_encoder(**config.model.to_dict(), dtype=dtype, axis_name=axis_name)
+    fields = config.objective.to_dict()
+    return OBJECTIVES[fields.pop("name")](encoder=encoder, width=config.model.width, dtype=dtype, **fields)
+
+
+def build_optimiser(config: ConfigDict, steps: int) -> tuple[Callable, Any]:
+    """Learning-rate schedule and optimiser of a run of `steps` steps."""
+    fields = config.optimiser.to_dict()
+    schedule = optim.learning_rate(
+        base=fields.pop("learning_rate"),
+        schedule=fields.pop("schedule"),
+        warmup_steps=fields.pop("warmup_steps"),
+        steps=steps,
+    )
+    return schedule, optim.build_optimiser(schedule, **fields)
+
+
+def initial_state(config: ConfigDict, tx, preprocessing: Preprocessing) -> TrainState:
+    """The state at step 0."""
+    return create_train_state(
+        build_objective(config, axis_name=None),
+        tx,
+        seed=config.seed,
+        window_samples=preprocessing.window_samples,
+        leads=len(preprocessing.leads),
+        tokens=tokens_of(preprocessing.window_samples),
+        l_max=config.model.l_max,
+    )
+
+
+def open_store(config: ConfigDict) -> tuple[Store, Preprocessing]:
+    """The store and the contract of the run: the store's own, with the run's window and normalisation.
+
+    Raises:
+        UserError: no store given, or it has other leads or another rate than the config.
+    """
+    if config.store is None:
+        raise UserError("config.store is not set; give the folder of a prepared store: --config.store=STORE")
+    store = Store(config.store)
+    if store.leads != CANONICAL_LEADS:
+        raise UserError(
+            f"the store {store.path} has the leads {', '.join(store.leads)}; a run needs "
+            f"{', '.join(CANONICAL_LEADS)}"
+        )
+    if store.rate_hz != config.data.rate_hz:
+        raise UserError(
+            f"the store {store.path} has {store.rate_hz:g} samples per second, config.data.rate_hz is "
+            f"{config.data.rate_hz:g}; prepare the recordings again or change the field"
+        )
+    contract = store.preprocessing.to_dict() | {
+        "window_s": config.data.window_s,
+        "normalisation": config.data.normalisation,
+    }
+    return store, Preprocessing.from_dict(contract)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses values that would fail, or mislead, later.
+
+    Raises:
+        UserError: names the field and what it may be.
+    """
+    choices = {
+        "objective.name": OBJECTIVES,
+        "model.backbone": ("s4",),
+        "precision": DTYPES,
+        "data.normalisation": NORMALISATIONS,
+        "optimiser.schedule": ("constant", "cosine"),
+    }
+    fields = _flatten(config.to_dict())
+    for name, allowed in choices.items():
+        if fields[name] not in allowed:
+            raise UserError(f"config.{name}={fields[name]!r} is unknown; known: {', '.join(allowed)}")
+    for name in _POSITIVE:
+        if not fields[name] > 0:
+            raise UserError(f"config.{name}={fields[name]!r} must be positive")
+    for name in _NOT_NEGATIVE:
+        if fields[name] < 0:
+            raise UserError(f"config.{name}={fields[name]!r} must not be negative")
+    if config.model.state < 2 or config.model.state % 2:
+        raise UserError(f"config.model.state={config.model.state} must be even and at least 2")
+    if not 0.0 <= config.model.dropout < 1.0:
+        raise UserError(f"config.model.dropout={config.model.dropout} must be at least 0 and below 1")
+    if config.objective.name == "cpc":
+        for name in ("objective.negatives", "objective.temperature"):
+            if not fields[name] > 0:
+                raise UserError(f"config.{name}={fields[name]!r} must be positive")
+        tokens = tokens_of(round(config.data.window_s * config.data.rate_hz))
+        if not 0 < config.objective.steps_ahead < tokens:
+            raise UserError(
+                f"config.objective.steps_ahead={config.objective.steps_ahead} must lie between 1 and {tokens - 1}, "
+                f"one less than the tokens in a window of {config.data.window_s} s"
+            )
+        if config.model.bidirectional:
+            raise UserError(
+                "config.model.bidirectional=True lets CPC see the token it predicts; set it to False"
+            )
+    devices = jax.device_count()
+    if config.batch_size % devices:
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not divide over {devices} devices; use a multiple of {devices}"
+        )
+
+
+def claim_workdir(workdir: Path, config: ConfigDict, preprocessing: Preprocessing) -> None:
+    """Writes config.json and preprocessing.json, or checks that the workdir holds this very run.
+
+    Raises:
+        UserError: the workdir belongs to another run (the differing fields are named) or is no folder.
+    """
+    path = workdir / "config.json"
+    wanted = json.loads(json.dumps(config.to_dict()))
+    if path.exists():
+        there, wanted = _flatten(json.loads(path.read_text())), _flatten(wanted)
+        free = _FREE_FIELDS | (_LENGTH_FIELDS if config.optimiser.schedule == "constant" else set())
+        names = sorted(there.keys() | wanted.keys())
+        differ = [name for name in names if name not in free and there.get(name) != wanted.get(name)]
+        if differ:
+            shown = ", ".join(
+                f"{name} ({there.get(name)!r} there, {wanted.get(name)!r} now)" for name in differ[:5]
+            )
+            more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+            raise UserError(
+                f"{workdir} holds another run: it differs in {shown}{more}; choose another --workdir"
+            )
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            for file, value in ((workdir / "preprocessing.json", preprocessing.to_dict()), (path, wanted)):
+                write_atomic(file, (json.dumps(value, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"cannot write into --workdir={workdir}: {error.strerror}") from error
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
