@@ -2,10 +2,13 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.pipeline import (
     select_records,
+    shuffled_by_position,
     train_batches,
     uniform_by_position,
     val_batches,
@@ -14,6 +17,8 @@ from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 
 WINDOW = 600
+FROZEN_ORDER = [1, 0, 3, 7, 2, 5, 6, 4]
+FROZEN_UNIFORM = [0.3340669750011167, 0.17447351166314107]
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +108,37 @@ def test_uniform_by_position():
         assert abs(np.corrcoef(u[:-1], other)[0, 1]) < 0.01
     # A pure function of (seed, position): the same value in any company.
     assert uniform_by_position(0, [123_456])[0] == u[123_456]
-    # Fixed values keep the data order of old runs: a change here changes every run.
-    np.testing.assert_allclose(u[:2], [0.6524484863740322, 0.36818951565166946], rtol=1e-15)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 300), st.integers(0, 5))
+def test_every_epoch_is_a_permutation(seed, n, epoch):
+    order = shuffled_by_position(seed, np.arange(epoch * n, (epoch + 1) * n), n)
+    np.testing.assert_array_equal(np.sort(order), np.arange(n))
+
+
+def test_shuffle_is_uniform_and_independent_of_company():
+    n = 12
+    orders = np.array([shuffled_by_position(seed, np.arange(3 * n), n) for seed in range(2000)])
+    for position in range(3 * n):
+        counts = np.bincount(orders[:, position], minlength=n)
+        assert ((counts - 2000 / n) ** 2 / (2000 / n)).sum() < 45, (
+            position
+        )  # chi-square, 11 degrees of freedom
+    first, second = orders[:, :n], orders[:, n : 2 * n]
+    assert abs((first == second).mean() - 1 / n) < 0.01, "epochs are independent"
+    neighbours = np.bincount((first[:, 1:] - first[:, :-1]).ravel() + n, minlength=2 * n)
+    assert neighbours[n] == 0
+    assert abs(neighbours[n + 1] / neighbours[n - 1] - 1) < 0.1
+    large = shuffled_by_position(0, [5, 11_000_000, 10**12], 11_000_000)
+    np.testing.assert_array_equal(large[[1]], shuffled_by_position(0, [11_000_000], 11_000_000))
+    assert large.max() < 11_000_000
+
+
+def test_order_of_the_data_is_frozen():
+    """A change here changes what every run sees; a resumed run would no longer continue itself."""
+    np.testing.assert_array_equal(shuffled_by_position(7, np.arange(8), 8), FROZEN_ORDER)
+    np.testing.assert_allclose(uniform_by_position(7, np.arange(2)), FROZEN_UNIFORM, rtol=1e-15)
 
 
 def test_selection_splits_by_fold_and_leaves_out_short_and_duplicate(store):
