@@ -22,9 +22,9 @@ from ecg_jax.errors import UserError
 
 CONFIG_HELP = """\
 config:
-  --config=FILE[:ARGS]    a config file; ARGS go to its get_config, e.g.
-  configs/cpc.py:data=18k,recipe=released --config.a.b=VALUE      changes one declared field, e.g.
-  --config.optimiser.learning_rate=1e-3 --print-config          prints the resulting config and exits
+  --config=FILE[:ARGS]  ARGS go to the file's get_config, e.g. configs/cpc.py:data=18k,recipe=released
+  --config.a.b=VALUE    changes one declared field, e.g. --config.optimiser.learning_rate=1e-3
+  --print-config        prints the resulting config and exits
 """
 
 
