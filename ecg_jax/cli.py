@@ -1,6 +1,7 @@
 """`ecg-jax COMMAND`: thin dispatch and friendly errors."""
 
 import importlib
+import logging
 import sys
 
 import ecg_jax
@@ -57,8 +58,20 @@ def main(argv: list[str]) -> int:
 
 def entry_point() -> None:
     """What the `ecg-jax` script calls."""
-    # Orbax and Grain log through absl; their progress reports are not for this program's users.
-    from absl import logging
-
-    logging.set_verbosity(logging.ERROR)
+    quieten()
     sys.exit(main(sys.argv[1:]))
+
+
+def quieten() -> None:
+    """Keeps what libraries say about a failed checkpoint write off the terminal: hundreds of lines from threads and
+    event loops that are already gone. The failure itself is raised to the caller and told in one sentence.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    from_python = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            from_python(unraisable)
+
+    sys.unraisablehook = hook

@@ -74,7 +74,7 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
         max_records=config.data.max_records,
     )
     steps = config.steps or math.ceil(config.epochs * len(selection.train) / config.batch_size)
-    claim_workdir(workdir, config, preprocessing)
+    claim_workdir(workdir, config, preprocessing, store)
 
     mesh = parallel.make_mesh()
     schedule, tx = build_optimiser(config, steps)

@@ -34,7 +34,15 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 # What may differ when a run is continued; everything else makes it another run.
-_FREE_FIELDS = {"log_every", "keep_latest", "keep_best", "tensorboard", "data.read_threads", "data.prefetch"}
+_FREE_FIELDS = {
+    "store",
+    "log_every",
+    "keep_latest",
+    "keep_best",
+    "tensorboard",
+    "data.read_threads",
+    "data.prefetch",
+}
 # The length of a run shapes its learning rates unless the schedule is constant.
 _LENGTH_FIELDS = {"steps", "epochs"}
 
@@ -146,14 +154,17 @@ def check_config(config: ConfigDict) -> None:
         )
 
 
-def claim_workdir(workdir: Path, config: ConfigDict, preprocessing: Preprocessing) -> None:
+def claim_workdir(workdir: Path, config: ConfigDict, preprocessing: Preprocessing, store: Store) -> None:
     """Writes config.json and preprocessing.json, or checks that the workdir holds this very run.
+
+    A store is known by its content: config.json holds its fingerprint beside the config, and the store may have
+    moved when a run is continued.
 
     Raises:
         UserError: the workdir belongs to another run (the differing fields are named) or is no folder.
     """
     path = workdir / "config.json"
-    wanted = json.loads(json.dumps(config.to_dict()))
+    wanted = json.loads(json.dumps(config.to_dict())) | {"store_fingerprint": store.fingerprint}
     if path.exists():
         there, wanted = _flatten(json.loads(path.read_text())), _flatten(wanted)
         free = _FREE_FIELDS | (_LENGTH_FIELDS if config.optimiser.schedule == "constant" else set())

@@ -50,10 +50,10 @@ def environment(devices=2):
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
 
 
-def start(args, **kwargs):
-    command = [sys.executable, "-c", "from ecg_jax.cli import entry_point; entry_point()", *args]
+def start(args, before=""):
+    code = f"{before}from ecg_jax.cli import entry_point; entry_point()"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment(), **pipes, **kwargs)
+    return subprocess.Popen([sys.executable, "-c", code, *args], env=environment(), **pipes)
 
 
 def finish(args):
@@ -305,12 +305,37 @@ def test_another_store_is_refused_on_resume(tmp_path, finished, capsys):
     workdir, store = tmp_path / "run", tmp_path / "other"
     shutil.copytree(finished[0], workdir)
     write_synthetic_store(store, n_records=40, seconds=6.0, seed=1)
-    config = json.loads((workdir / "config.json").read_text())
-    config["store"] = str(store)
-    (workdir / "config.json").write_text(json.dumps(config))
-    code = cli.main([*arguments(workdir, store, batch_size=8)])
-    assert code == 2
+    assert "differs in store_fingerprint" in refusal(capsys, arguments(workdir, store))
+    (workdir / "config.json").unlink()
+    assert cli.main(arguments(workdir, store)) == 2
     assert "was trained on another store" in capsys.readouterr().err
+
+
+def test_run_continues_on_a_store_that_has_moved(tmp_path, finished, synthetic_store):
+    workdir, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(finished[0], workdir)
+    shutil.copytree(synthetic_store, moved)
+    shutil.rmtree(workdir / "checkpoints" / "24")
+    code, out, err = finish(arguments(workdir, moved))
+    assert code == 0, err
+    assert "continuing at step 20 of 24" in out
+    assert checksums(workdir, 24) == checksums(finished[0], 24)
+
+
+def test_checkpoint_that_cannot_be_written_stops_the_run_in_one_sentence(tmp_path, synthetic_store):
+    """Files may grow to 100 kB here, as on a disk that is nearly full: logs fit, a checkpoint does not."""
+    args = arguments(tmp_path / "run", synthetic_store, model__width=96)
+    small_files = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+    process = start(args, before=small_files)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2, err
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert "a checkpoint could not be written to" in last
+    assert "there is no complete one yet" in last
+    code, out, err = finish(args)
+    assert code == 0, err
+    assert "continuing" not in out
 
 
 def test_finished_run_is_a_no_op(finished, synthetic_store):

@@ -7,9 +7,11 @@ of its store, versions, and a CRC-32 of each array, so that a damaged file is fo
 format would not notice.
 """
 
+import contextlib
 import dataclasses
 import sys
 import zlib
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -133,20 +135,40 @@ class Checkpoints:
         )
 
     def save(self, state, *, val_loss: float | None) -> None:
-        """Starts writing `state`; returns once the arrays are copied. Errors of an earlier save are raised
-        here.
+        """Starts writing `state`; returns once the arrays are copied.
+
+        Raises:
+            UserError: this or an earlier write failed.
         """
         tree = _saved(state)
-        self._manager.check_for_errors()
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(tree),
-                meta=ocp.args.JsonSave(self._meta | {"checksums": _checksums(tree)}),
-            ),
-            metrics=None if val_loss is None else {"val_loss": val_loss},
-            force=True,
-        )
+        with self._write_errors():
+            self._manager.check_for_errors()
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(tree),
+                    meta=ocp.args.JsonSave(self._meta | {"checksums": _checksums(tree)}),
+                ),
+                metrics=None if val_loss is None else {"val_loss": val_loss},
+                force=True,
+            )
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Failed writes surface as many types (the system's, tensorstore's, Orbax's); all become one sentence."""
+        try:
+            yield
+        except Exception as error:
+            complete = _steps(self._workdir)
+            kept = (
+                f"the last complete one is step {complete[-1]}"
+                if complete
+                else "there is no complete one yet"
+            )
+            raise UserError(
+                f"a checkpoint could not be written to {self._workdir / CHECKPOINTS}; {kept}. Free some space or mend "
+                f"the folder, and run the same command again ({_first_line(error)})"
+            ) from error
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, None when there is none."""
@@ -233,9 +255,14 @@ class Checkpoints:
         return restored["state"]
 
     def close(self) -> None:
-        """Waits for the write in progress, raises its error if it failed, and closes."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Waits for the write in progress and closes.
+
+        Raises:
+            UserError: that write failed.
+        """
+        with self._write_errors():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
         self._manager.close()
 
 
