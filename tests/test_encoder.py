@@ -7,7 +7,7 @@ from conftest import assert_close, group, load_golden
 from ecg_jax.interop.torch_checkpoint import convert_encoder, convert_stem
 from ecg_jax.models.encoder import build_encoder, constants, tokens_of
 from ecg_jax.models.inputs import NORMALISATIONS, to_model_input
-from ecg_jax.models.layers import Dropout
+from ecg_jax.models.layers import Dropout, gelu
 from ecg_jax.models.s4 import S4Backbone
 from ecg_jax.models.stem import Stem
 
@@ -125,6 +125,15 @@ def test_causal_encoder_sees_no_future_and_bidirectional_does():
     assert causal[:20].max() < 1e-5, "token i reads samples up to 2i + 1"
     assert causal[20:].min() > 1e-4
     assert changed(True)[:20].max() > 1e-4
+
+
+def test_gelu_is_the_exact_one():
+    x = jnp.linspace(-6, 6, 241)
+    expected = jax.nn.gelu(x, approximate=False)
+    np.testing.assert_allclose(gelu(x), expected, rtol=1e-5, atol=1e-6)
+    slopes = [jax.vmap(jax.grad(f))(x) for f in (gelu, lambda v: jax.nn.gelu(v, approximate=False))]
+    np.testing.assert_allclose(*slopes, rtol=1e-5, atol=1e-6)
+    assert np.abs(gelu(x) - jax.nn.gelu(x, approximate=True)).max() > 1e-4
 
 
 def test_normalisation_presets():

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.fft
 
 from ecg_jax.models import hippo
-from ecg_jax.models.layers import Dropout, layer_norm, uniform_bias, uniform_fan_in
+from ecg_jax.models.layers import Dropout, gelu, layer_norm, uniform_bias, uniform_fan_in
 
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
@@ -230,7 +230,7 @@ class S4Layer(nn.Module):
             K = kernel_dplr(as_complex(C), Lambda, P, B, log_dt, l_max=self.l_max, length=L)
         u = u.astype(jnp.float32)
         y = fft_convolve(u, K) + D * u
-        y = nn.gelu(y, approximate=False).astype(self.dtype)
+        y = gelu(y).astype(self.dtype)
         y = Dropout(self.dropout, tied=self.tie_dropout)(y, record_index, train=train)
         y = nn.Dense(
             2 * H,
