@@ -190,7 +190,7 @@ def _finite(metrics: dict[str, Any], step: int, workdir: Path, saved: int | None
 
 def _open_writer(workdir: Path, start: int, tensorboard: bool) -> MultiWriter:
     rewind_log(workdir, start)
-    return MultiWriter(JsonlWriter(workdir), *([TensorBoardWriter(workdir)] if tensorboard else []))
+    return MultiWriter(JsonlWriter(workdir), *([TensorBoardWriter(workdir, start)] if tensorboard else []))
 
 
 def _summary(scalars: dict[str, float]) -> str:

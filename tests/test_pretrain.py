@@ -104,15 +104,21 @@ def test_run_writes_what_it_promises(finished):
     assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 16
 
 
-def test_tensorboard_reads_the_events(finished):
+def tensorboard_losses(workdir):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    workdir, _ = finished
     events = EventAccumulator(str(workdir / "tensorboard"))
     events.Reload()
-    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    return [(event.step, event.value) for event in events.Scalars("loss")]
+
+
+def assert_tensorboard_equals_log(workdir):
     expected = [(entry["step"], entry["loss"]) for entry in read_log(workdir)]
-    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    np.testing.assert_allclose(tensorboard_losses(workdir), expected, rtol=1e-6)
+
+
+def test_tensorboard_reads_the_events(finished):
+    assert_tensorboard_equals_log(finished[0])
 
 
 def kill_when(process, condition):
@@ -145,6 +151,7 @@ def test_killed_at_any_moment_and_continued_is_bit_identical(tmp_path, finished,
     assert re.search(r"continuing at step (5|10) of 24", out)
     assert trajectory(workdir) == trajectory(finished[0])
     assert checksums(workdir, 24) == checksums(finished[0], 24)
+    assert_tensorboard_equals_log(workdir)
 
 
 def test_sigterm_saves_and_exits_cleanly(tmp_path, finished, synthetic_store):

@@ -38,11 +38,15 @@ class JsonlWriter:
 class TensorBoardWriter:
     """Scalars as TensorBoard event files under `workdir/tensorboard`."""
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, start: int):
+        """Begins a new event file; what earlier files hold after step `start` is marked as superseded."""
         # TensorBoard's own protobufs and file writer: no TensorFlow needed.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._writer = EventFileWriter(str(workdir / "tensorboard"))
+        restart = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(step=start + 1, wall_time=time.time(), session_log=restart))
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one event that holds every scalar."""
