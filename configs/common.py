@@ -27,14 +27,13 @@ def get_config() -> ConfigDict:
     )
 
     config.data = ConfigDict()
-    config.data.size = "18k"
     config.data.max_records = DATA_SIZES["18k"]  # recordings; a larger store is cut down patient by patient
     config.data.rate_hz = 240.0  # samples per second; must be the store's
     config.data.window_s = 2.5  # seconds in a crop
     config.data.normalisation = (
         "none"  # or "ptbxl_canonical", "ptbxl_misordered": see ecg_jax/models/inputs.py
     )
-    config.data.val_folds = 1  # how many of the largest folds are held out for the validation loss
+    config.data.val_folds = 1  # how many of the highest-numbered folds are held out for the validation loss
     config.data.max_val_crops = 4096  # crops; the validation set is cut to them
     config.data.read_threads = 2  # threads that read batches ahead
     config.data.prefetch = 4  # batches read ahead by each process
@@ -71,12 +70,11 @@ def get_config() -> ConfigDict:
     config.keep_latest = 2  # checkpoints
     config.keep_best = 1  # checkpoints
     config.tensorboard = True
-    return config
+    return config.lock()  # a misspelt field is an error, in a config file too
 
 
 def set_size(config: ConfigDict, size: str) -> None:
     """Sets the rung of the pretraining ladder."""
-    config.data.size = size
     config.data.max_records = DATA_SIZES[size]
 
 

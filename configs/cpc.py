@@ -16,15 +16,17 @@ from ecg_jax.config_flags import parse_arg
 def get_config(arg=""):
     arg = parse_arg(arg, backbone=("s4",), data=tuple(common.DATA_SIZES), recipe=common.RECIPES)
     config = common.get_config()
-    config.objective = ConfigDict(
-        {
-            "name": "cpc",
-            "steps_ahead": 14,  # tokens of 1/120 s
-            "negatives": 128,
-            "temperature": 1.0,
-            "normalise": False,  # True: cosine scores instead of dot products
-        }
-    )
+    with config.unlocked():
+        config.objective = ConfigDict(
+            {
+                "name": "cpc",
+                "steps_ahead": 14,  # tokens of 1/120 s
+                "negatives": 128,
+                "temperature": 1.0,
+                "normalise": False,  # True: cosine scores instead of dot products
+            }
+        )
+    config.lock()
     config.model.backbone = arg.backbone
     config.model.bidirectional = False  # CPC must not see what it predicts
     common.set_size(config, arg.data)

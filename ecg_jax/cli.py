@@ -2,10 +2,11 @@
 
 import importlib
 import logging
+import os
 import sys
 
 import ecg_jax
-from ecg_jax.errors import UserError
+from ecg_jax.errors import Stopped, UserError
 
 COMMANDS = {
     "quickstart": "prepare, pretrain and probe on the PTB-XL sample that ships with the package",
@@ -33,8 +34,7 @@ def main(argv: list[str]) -> int:
         argv: arguments after the program's name.
 
     Returns:
-        The exit code: 0 on success, 2 for a mistake of the user's (one sentence on stderr), 130 when
-            interrupted.
+        The exit code: 0 on success, 2 for a mistake of the user's (one sentence on stderr), 130 when interrupted.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -51,6 +51,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"ecg-jax {command}: error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"ecg-jax {command}: {stopped}")
+        return stopped.exit_code
     except KeyboardInterrupt:
         print(f"ecg-jax {command}: interrupted", file=sys.stderr)
         return 130
@@ -59,7 +62,18 @@ def main(argv: list[str]) -> int:
 def entry_point() -> None:
     """What the `ecg-jax` script calls."""
     quieten()
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough, as in `ecg-jax ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    if code == 130:
+        # Library threads that are cut off in the middle of work crash an orderly exit of the interpreter.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def quieten() -> None:

@@ -10,6 +10,7 @@ import ast
 import difflib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,21 +84,35 @@ def load_config(spec: str) -> ConfigDict:
         path = root / name
     if not path.is_file():
         raise UserError(f"--config={spec}: there is no file {name}")
-    if str(root) not in sys.path:  # config files import `configs.common`
-        sys.path.insert(0, str(root))
+    for folder in (root, path.parent.absolute()):  # for `from configs import common`, and for its neighbours
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
     module_spec = importlib.util.spec_from_file_location(f"config_file_{path.stem}", path)
     if module_spec is None:
         raise UserError(f"--config={spec}: {name} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config={spec}: {name} defines no get_config(arg)")
+        config = module.get_config(arg)
+    except UserError:
+        raise
     except SyntaxError as error:
         raise UserError(
-            f"--config={spec}: {name} line {error.lineno} is not valid Python: {error.msg}"
+            f"--config={spec}: {error.filename} line {error.lineno} is not valid Python: {error.msg}"
         ) from error
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={spec}: {name} defines no get_config(arg)")
-    return module.get_config(arg).lock()
+    except Exception as error:  # whatever the file does: a misspelt field, a missing import, a bug
+        where = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in where if frame.filename == module_spec.origin]
+        line = f" line {lines[-1]}" if lines else ""
+        text = " ".join(str(error).split())
+        raise UserError(f"--config={spec}: {name}{line}: {type(error).__name__}: {text}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={spec}: get_config of {name} returns a {type(config).__name__}, not a ConfigDict"
+        )
+    return config.lock()
 
 
 def _parse_value(path: str, text: str, current: Any, kind: type) -> Any:

@@ -21,7 +21,6 @@ from ecg_jax.data.readers import iter_recordings
 from ecg_jax.data.recording import BadRecording, Problem, Recording
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation.features import encode_padded
-from ecg_jax.training.checkpoint import parse_checkpoint
 from ecg_jax.training.pretrained import encode_fn, restore_encoder
 
 DESCRIPTION = """\
@@ -207,7 +206,7 @@ def embed(
         raise UserError(f"--output={output} exists; choose another name or add --overwrite.")
     if batch_size < 1:
         raise UserError(f"--batch-size={batch_size} must be at least 1.")
-    encoder = restore_encoder(*parse_checkpoint(str(checkpoint)))
+    encoder = restore_encoder(checkpoint)
     problems: list[LeftOut] = []
 
     def report(problem: LeftOut) -> None:

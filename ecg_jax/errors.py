@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""What ends a command on purpose: a mistake the user can fix, or being asked to stop."""
 
 
 class UserError(Exception):
@@ -7,3 +7,15 @@ class UserError(Exception):
     The message is one clear sentence that names the file, field or parameter and says what to do. The command
     line prints it without a traceback and exits with code 2.
     """
+
+
+class Stopped(Exception):
+    """A run was asked to stop, saved, and did.
+
+    Attributes:
+        exit_code: of the command: 0 after SIGTERM or a preemption, 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -5,6 +5,7 @@ import collections
 import contextlib
 import functools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from ecg_jax.config_flags import parse_command
 from ecg_jax.data.pipeline import Selection, select_records, train_batches, val_batches
 from ecg_jax.data.store import Store
-from ecg_jax.errors import UserError
+from ecg_jax.errors import Stopped, UserError
 from ecg_jax.run_setup import (
     build_objective,
     build_optimiser,
@@ -42,7 +43,8 @@ Pretrains an encoder on a prepared store. Run the same command again to continue
   ecg-jax pretrain --config=configs/cpc.py:data=18k --workdir=runs/cpc --config.store=stores/ptbxl
 
 Writes into the workdir: config.json, preprocessing.json, log.jsonl, tensorboard/, checkpoints/STEP/.
-SIGTERM or Ctrl-C saves and exits; a loss that is not finite stops the run and names the last good checkpoint.
+SIGTERM or Ctrl-C saves and stops (exit code 0 or 130). A loss that is not finite stops the run and names the
+last good checkpoint.
 """
 
 
@@ -63,6 +65,7 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
     Raises:
         UserError: the config, the store, the workdir and the devices do not fit together; or a loss or
             gradient norm was not finite (no checkpoint of that step is written).
+        Stopped: SIGTERM, Ctrl-C or a preemption came, and the state is saved.
     """
     workdir = Path(workdir)
     check_config(config)
@@ -120,7 +123,14 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
     if primary:
         _announce(config, store, selection, state, steps)
     writer = _open_writer(workdir, start, config.tensorboard) if primary else MultiWriter()
-    progress = tqdm(total=steps, initial=start, unit="step", desc="pretrain", disable=not primary)
+    progress = tqdm(
+        total=steps,
+        initial=start,
+        unit="step",
+        desc="pretrain",
+        disable=not primary,
+        mininterval=0.1 if sys.stderr.isatty() else 30.0,  # seconds; a log file wants few lines
+    )
     meter = RateMeter(config.batch_size)
     unread: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
     saved = start if start else None
@@ -164,9 +174,11 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
             unread.append((step + 1, metrics))
             progress.update()
 
-    if stopping and primary:
-        print(
-            f"{stop.received or 'preemption'} at step {step}: saved; run the same command again to continue"
+    if stopping:
+        cause = stop.received or "preemption"
+        raise Stopped(
+            f"{cause} at step {step} of {steps}: saved; run the same command again to continue",
+            exit_code=130 if cause == "SIGINT" else 0,
         )
     return state
 
@@ -206,8 +218,8 @@ def _announce(config: ConfigDict, store: Store, selection: Selection, state: Tra
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     lines = [f"store {store.path}: {selection.describe()}"]
     if selection.available < config.data.max_records:
-        asked = f"data.size={config.data.size} allows {config.data.max_records}"
-        lines.append(f"{asked} recordings; the store has {selection.available} to train on")
+        asked = f"data.max_records allows {config.data.max_records} recordings"
+        lines.append(f"{asked}; the store has {selection.available} to train on")
     lines.append(
         f"{config.objective.name} on {config.model.backbone}: {parameters:,} trainable parameters, "
         f"{config.precision}, {len(devices)} x {devices[0].device_kind}"
@@ -228,9 +240,7 @@ def main(argv: list[str]) -> int:
             metavar="DIR",
             help="folder of the run; an interrupted run in it is continued",
         )
-        group = parser.add_argument_group(
-            "several processes (see launch/; under srun they are found by themselves)"
-        )
+        group = parser.add_argument_group("several processes (under srun they are found by themselves)")
         group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
         group.add_argument("--num-processes", type=int, metavar="N")
         group.add_argument("--process-id", type=int, metavar="I")

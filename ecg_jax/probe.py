@@ -25,7 +25,6 @@ from ecg_jax.evaluation import bootstrap, heads, metrics, tasks
 from ecg_jax.evaluation.features import compute_features, mean_per_record
 from ecg_jax.evaluation.plots import FEW_POSITIVES, auroc_forest
 from ecg_jax.files import write_atomic
-from ecg_jax.training.checkpoint import parse_checkpoint
 from ecg_jax.training.pretrained import RestoredEncoder, encode_fn, random_twin, restore_encoder
 
 DESCRIPTION = """\
@@ -245,7 +244,7 @@ def probe(config, workdir, checkpoint: str, store, test_store=None) -> dict:
     _check_config(config)
     workdir = Path(workdir)
     task = tasks.get_task(config.task)
-    encoder = restore_encoder(*parse_checkpoint(str(checkpoint)))
+    encoder = restore_encoder(checkpoint)
     contract = encoder.preprocessing
     store = Store(store)
     test_store = None if test_store is None else Store(test_store)

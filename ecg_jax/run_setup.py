@@ -120,6 +120,9 @@ def check_config(config: ConfigDict) -> None:
         "optimiser.schedule": ("constant", "cosine"),
     }
     fields = _flatten(config.to_dict())
+    for name, value in fields.items():
+        if value is None and name != "store":
+            raise UserError(f"config.{name} is not set; every field but the store needs a value")
     for name, allowed in choices.items():
         if fields[name] not in allowed:
             raise UserError(f"config.{name}={fields[name]!r} is unknown; known: {', '.join(allowed)}")

@@ -1,14 +1,12 @@
 #!/usr/bin/env python3
 """Runs one command as N processes of one run on this host, over the loopback interface.
 
-    python launch/local.py --processes 2 -- ecg-jax pretrain --config=configs/cpc.py --workdir=runs/cpc
-    --config.store=STORE
+    python launch/local.py --processes 2 -- ecg-jax pretrain --config=configs/cpc.py --workdir=runs/cpc ...
 
-Each process gets `--coordinator`, `--num-processes` and `--process-id`. On a host with several GPUs one
-process for each GPU is rarely
-needed: a single process already uses all of them. SIGTERM and SIGINT are handed on, so that all processes
-save and stop together; when one process fails the others are ended. The exit code is the first failure's, or
-0.
+Each process gets `--coordinator`, `--num-processes` and `--process-id`. On a host with several GPUs this is
+rarely needed: a single process already uses all of them. SIGTERM and Ctrl-C both reach the processes as
+SIGTERM, so that all of them save and stop at the same step; when one process fails the others are ended. The
+exit code is the first failure's, or 0.
 """
 
 import argparse
@@ -35,14 +33,16 @@ def launch(command: list[str], processes: int) -> int:
     coordinator = f"127.0.0.1:{free_port()}"
     children = [
         subprocess.Popen(
-            [*command, f"--coordinator={coordinator}", f"--num-processes={processes}", f"--process-id={i}"]
+            [*command, f"--coordinator={coordinator}", f"--num-processes={processes}", f"--process-id={i}"],
+            start_new_session=True,  # a Ctrl-C in the terminal reaches this launcher only
         )
         for i in range(processes)
     ]
 
-    def hand_on(number, _frame):
+    def hand_on(_number, _frame):
+        # Processes of one run agree on the step to stop at when they get SIGTERM.
         for child in children:
-            child.send_signal(number)
+            child.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)

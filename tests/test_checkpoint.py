@@ -12,7 +12,7 @@ from ecg_jax.config_flags import load_config, override
 from ecg_jax.errors import UserError
 from ecg_jax.pretrain import pretrain
 from ecg_jax.run_setup import build_objective
-from ecg_jax.training.checkpoint import describe_mismatch, flat_shapes, parse_checkpoint
+from ecg_jax.training.checkpoint import describe_mismatch, flat_shapes, resolve_checkpoint
 from ecg_jax.training.pretrained import encode_fn, random_twin, restore_encoder
 
 
@@ -80,22 +80,32 @@ def test_trained_state_matrices_are_restored(tmp_path, synthetic_store):
     assert np.isfinite(encode_fn(encoder)(np.zeros((1, 240, 12), np.int16))).all()
 
 
-def test_parse_checkpoint(run):
+def test_resolve_checkpoint(run):
     workdir = run[0]
-    assert parse_checkpoint(str(workdir)) == (workdir, None)
-    assert parse_checkpoint(f"{workdir}/4") == (workdir, 4)
-    assert parse_checkpoint(f"{workdir}/checkpoints/4") == (workdir, 4)
-    assert restore_encoder(*parse_checkpoint(f"{workdir}/2")).step == 2
-    with pytest.raises(UserError, match=r"has no checkpoint at step 3; it has \[2, 4\]"):
-        parse_checkpoint(f"{workdir}/3")
+    assert resolve_checkpoint(workdir) == (workdir, 4)
+    assert resolve_checkpoint(f"{workdir}/2") == (workdir, 2)
+    assert resolve_checkpoint(f"{workdir}/checkpoints/2") == (workdir, 2)
+    assert restore_encoder(f"{workdir}/2").step == 2
+    for wrong in (lambda: restore_encoder(f"{workdir}/3"), lambda: restore_encoder(workdir, 3)):
+        with pytest.raises(UserError, match=r"has no checkpoint at step 3; it has \[2, 4\]"):
+            wrong()
     with pytest.raises(UserError, match="there is no run at"):
-        parse_checkpoint(f"{workdir}/nothing")
+        restore_encoder(f"{workdir}/nothing")
 
 
 def test_run_without_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="has no finished checkpoint yet"):
-        parse_checkpoint(str(tmp_path))
+        resolve_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "signal",
+    [np.zeros((2, 240, 12), np.float32), np.zeros((2, 12, 240), np.int16), np.zeros((240, 12), np.int16)],
+)
+def test_encode_refuses_what_is_not_a_crop_in_microvolts(run, signal):
+    with pytest.raises(ValueError, match=r"int16 microvolts of shape \[B, 240, 12\] expected"):
+        encode_fn(restore_encoder(run[0]))(signal)
 
 
 def change_config(run, tmp_path, change):

@@ -13,6 +13,8 @@ from ecg_jax.training.metric_writers import read_log
 
 PRETRAINING = ["configs/cpc.py", "configs/cpc.py:data=11m,recipe=released", "configs/quickstart.py"]
 
+MINE = "from configs import cpc\ndef get_config(arg):\n    config = cpc.get_config(arg)\n    {}\n    return config\n"
+
 
 def test_every_shipped_config_is_known():
     names = {path.name for path in (shipped_configs() / "configs").glob("*.py")} - {
@@ -94,7 +96,18 @@ def test_bad_config_file_is_refused(spec, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("def get_config(arg:\n", "line 1 is not valid Python"), ("x = 1\n", "defines no get_config")],
+    [
+        ("def get_config(arg:\n", "mine.py line 1 is not valid Python"),
+        ("x = 1\n", "defines no get_config"),
+        (
+            "import nothing_like_it\n",
+            "mine.py line 1: ModuleNotFoundError: No module named 'nothing_like_it'",
+        ),
+        ("def get_config(arg):\n    return {}\n", "returns a dict, not a ConfigDict"),
+        (MINE.format("config.model.widht = 3"), 'mine.py line 4: .*Did you mean "width" instead of "widht"'),
+        (MINE.format("config.learning_rate = 1e-4"), "mine.py line 4: .*learning_rate"),
+        (MINE.format("config.seed = 'x'"), "mine.py line 4: TypeError: .*field 'seed'"),
+    ],
 )
 def test_broken_config_file_is_refused(tmp_path, content, message):
     path = tmp_path / "mine.py"
@@ -115,6 +128,13 @@ def test_own_config_file_may_build_on_a_shipped_one(tmp_path):
         "    config.batch_size = 8\n    return config\n"
     )
     assert load_config(f"{path}:data=45k").data.max_records == 45_000
+
+
+def test_config_file_may_import_its_neighbour(tmp_path):
+    (tmp_path / "base_of_mine.py").write_text(MINE.format("config.seed = 3"))
+    path = tmp_path / "variant.py"
+    path.write_text("import base_of_mine\n\ndef get_config(arg):\n    return base_of_mine.get_config(arg)\n")
+    assert load_config(str(path)).seed == 3
 
 
 def test_group_of_fields_cannot_be_overridden():

@@ -18,7 +18,7 @@ from ecg_jax import cli
 from ecg_jax.config_flags import load_config, override
 from ecg_jax.errors import UserError
 from ecg_jax.pretrain import pretrain
-from ecg_jax.training.checkpoint import parse_checkpoint
+from ecg_jax.training.checkpoint import resolve_checkpoint
 from ecg_jax.training.metric_writers import read_log
 
 TINY = {
@@ -154,19 +154,20 @@ def test_killed_at_any_moment_and_continued_is_bit_identical(tmp_path, finished,
     assert_tensorboard_equals_log(workdir)
 
 
-def test_sigterm_saves_and_exits_cleanly(tmp_path, finished, synthetic_store):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_stop_signal_saves_and_exits_cleanly(tmp_path, finished, synthetic_store, number, code):
     workdir = tmp_path / "stopped"
     args = arguments(workdir, synthetic_store)
     process = start(args)
     while not ((workdir / "log.jsonl").exists() and len(read_log(workdir)) >= 7):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    stopped_at = int(re.search(r"SIGTERM at step (\d+): saved", out).group(1))
-    assert parse_checkpoint(str(workdir))[0] == workdir
-    assert (workdir / "checkpoints" / str(stopped_at)).is_dir()
+    assert process.returncode == code, err
+    stopped_at = int(re.search(rf"{number.name} at step (\d+) of 24: saved", out).group(1))
+    assert "done" not in out
+    assert resolve_checkpoint(workdir) == (workdir, stopped_at)
     code, out, err = finish(args)
     assert code == 0, err
     assert f"continuing at step {stopped_at} of 24" in out

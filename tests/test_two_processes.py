@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ecg_jax.training.metric_writers import read_log
 from test_pretrain import arguments, checksums, environment, finish
@@ -44,14 +45,15 @@ def test_two_processes_equal_one_and_hand_over(tmp_path, synthetic_store):
     assert "continuing at step 12 of 14" in out
 
 
-def test_sigterm_stops_both_at_the_same_step(tmp_path, synthetic_store):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_signal_stops_both_at_the_same_step(tmp_path, synthetic_store, number):
     workdir = tmp_path / "run"
     args = arguments(workdir, synthetic_store, steps=100_000)
     process = launch_two(args)
     while not ((workdir / "log.jsonl").exists() and len(read_log(workdir)) >= 4):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "preemption at step" in out

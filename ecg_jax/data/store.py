@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,7 +82,8 @@ class Store:
       rate_hz: samples per second.
       preprocessing: the contract its signals were made under.
       classes: label set -> class names in fixed order; a record's labels are in column `labels_<set>`.
-      class_info: label set -> class name -> {"count": records, "description": text}.
+      class_info: label set -> class name -> {"count": records, "description": text, empty where the corpus
+        has none}.
       fold_source: where the folds come from.
       fingerprint: SHA-256 over record ids, checksums and preprocessing.
     """
@@ -210,6 +212,8 @@ class Store:
         Raises:
           UserError: a chunk file is missing or short, or the checksum differs.
         """
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of a store of {len(self)}; rows are 0 to {len(self) - 1}")
         signal = self.read_crops(self._offsets[index : index + 1], int(self._lengths[index]))[0]
         if verify:
             row = self.records.slice(index, 1).to_pylist()[0]
@@ -240,7 +244,8 @@ class Store:
         self._lock = threading.Lock()
 
     def __del__(self):
-        if "_fds" in self.__dict__:
+        # At interpreter exit modules are gone already, and the system closes what is open.
+        if "_fds" in self.__dict__ and not sys.is_finalizing():
             self.close()
 
     def _chunk_path(self, chunk: int) -> Path:

@@ -29,7 +29,7 @@ class Task:
     metric: str
     """"macro_auroc"."""
     split: str
-    """"largest_folds": test = largest fold, validation = second largest, train = the rest."""
+    """"largest_folds": test = highest-numbered fold, validation = the one below, train = the rest."""
     group: str
     """Category it is reported under."""
     unlabelled: str
@@ -140,7 +140,7 @@ class Split:
 
 
 def split_largest_folds(folds: Sequence[int | None], usable: np.ndarray, store: str) -> Split:
-    """Test = largest fold, validation = second largest, train = the rest, negative and unknown folds too.
+    """Test = highest-numbered fold, validation = the one below, train = the rest, negative and unknown folds too.
 
     Args:
         folds: [n] fold numbers, None for unknown.
@@ -320,7 +320,7 @@ def choose_examples(
         classes=classes,
         classes_dropped=dropped,
         split={
-            "rule": "test = largest fold, validation = second largest, train = the rest",
+            "rule": "test = highest-numbered fold, validation = the one below, train = the rest",
             "val_fold": split.val_fold,
             "tested_on": how,
             "n_train": len(train_rows),

@@ -9,6 +9,7 @@ format would not notice.
 
 import contextlib
 import dataclasses
+import logging
 import sys
 import zlib
 from collections.abc import Iterator
@@ -267,31 +268,39 @@ class Checkpoints:
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return flat_shapes(checkpointer.metadata((path / "state").absolute()).item_metadata.tree)
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(
+        logging.ERROR
+    )  # Orbax warns that an item has no metadata of a whole checkpoint; it need not
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return flat_shapes(checkpointer.metadata((path / "state").absolute()).item_metadata.tree)
+    finally:
+        absl.setLevel(level)
 
 
-def parse_checkpoint(text: str) -> tuple[Path, int | None]:
-    """`RUN`, `RUN/STEP` or `RUN/checkpoints/STEP` -> (run folder, step or None for the latest).
+def resolve_checkpoint(checkpoint: str | Path, step: int | None = None) -> tuple[Path, int]:
+    """`RUN`, `RUN/STEP` or `RUN/checkpoints/STEP` -> (run folder, step); without a step the latest.
 
     Raises:
         UserError: no run there, or it has no such checkpoint.
     """
-    path, step = Path(text), None
-    if path.name.isdigit() and not (path / CHECKPOINTS).is_dir():
+    path = Path(checkpoint)
+    if step is None and path.name.isdigit() and not (path / CHECKPOINTS).is_dir():
         path, step = path.parent, int(path.name)
         if path.name == CHECKPOINTS:
             path = path.parent
     if not (path / CHECKPOINTS).is_dir():
         raise UserError(
-            f"--checkpoint={text}: there is no run at {path} (a run's folder holds `{CHECKPOINTS}/`)"
+            f"checkpoint {checkpoint}: there is no run at {path} (its folder would hold `{CHECKPOINTS}/`)"
         )
     steps = _steps(path)
     if not steps:
-        raise UserError(f"--checkpoint={text}: the run has no finished checkpoint yet")
+        raise UserError(f"checkpoint {checkpoint}: the run has no finished checkpoint yet")
     if step is not None and step not in steps:
-        raise UserError(f"--checkpoint={text}: the run has no checkpoint at step {step}; it has {steps}")
-    return path, step
+        raise UserError(f"checkpoint {checkpoint}: the run has no checkpoint at step {step}; it has {steps}")
+    return path, steps[-1] if step is None else step
 
 
 def _steps(run: Path) -> list[int]:
@@ -318,19 +327,17 @@ class StoredEncoder:
     variables: dict[str, Any]
 
 
-def read_encoder(run: Path, step: int | None, abstract_encoder) -> StoredEncoder:
+def read_encoder(run: Path, step: int, abstract_encoder) -> StoredEncoder:
     """Reads config, contract and the encoder's arrays of a checkpoint, and nothing else.
 
     Args:
-        run: folder of the run.
-        step: None for the latest.
+        run, step: from `resolve_checkpoint`.
         abstract_encoder: (config, contract) -> variables of the encoder (`params`, `batch_stats`, maybe
             `ssm`) as shapes.
 
     Raises:
         UserError: missing, extra or differently shaped parameters, or a damaged checkpoint.
     """
-    step = _steps(run)[-1] if step is None else step
     path = run / CHECKPOINTS / str(step)
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:

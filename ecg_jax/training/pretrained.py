@@ -14,7 +14,7 @@ import numpy as np
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.models.encoder import build_encoder, constants, tokens_of
 from ecg_jax.models.inputs import to_model_input
-from ecg_jax.training.checkpoint import read_encoder
+from ecg_jax.training.checkpoint import read_encoder, resolve_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +60,15 @@ def restore_encoder(run: str | Path, step: int | None = None) -> RestoredEncoder
     """Restores the encoder of a pretraining run and refuses any missing, extra or misshaped parameter.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or RUN/STEP.
         step: None for the latest checkpoint.
 
     Raises:
-        UserError: the checkpoint is damaged or does not hold the encoder that its config describes.
+        UserError: there is no such checkpoint, or it is damaged or does not hold the encoder that its config describes.
     """
+    run, step = resolve_checkpoint(run, step)
     stored = read_encoder(
-        Path(run), step, lambda config, contract: jax.eval_shape(_init_encoder(config, contract, seed=0))
+        run, step, lambda config, contract: jax.eval_shape(_init_encoder(config, contract, seed=0))
     )
     return RestoredEncoder(
         run=stored.run,
@@ -93,8 +94,10 @@ def encode_fn(encoder: RestoredEncoder) -> Callable[[np.ndarray], np.ndarray]:
 
     Returns:
         int16 [B, T, C] in microvolts -> float32 [B, D], the mean over tokens of the backbone's output in
-        evaluation mode. Compiled once for each shape. T must be the window of the contract.
+        evaluation mode. T is the window of the contract. Compiled once for each B. Anything else raises a
+        ValueError.
     """
+    crop = (encoder.preprocessing.window_samples, len(encoder.preprocessing.leads))
     module = build_encoder(**encoder.config["model"])
     normalisation = encoder.preprocessing.normalisation
     variables = jax.device_put(encoder.variables)
@@ -105,6 +108,11 @@ def encode_fn(encoder: RestoredEncoder) -> Callable[[np.ndarray], np.ndarray]:
         return tokens.astype(jnp.float32).mean(axis=1)
 
     def encode(signal: np.ndarray) -> np.ndarray:
+        if signal.dtype != np.int16 or signal.ndim != 3 or signal.shape[1:] != crop:
+            raise ValueError(
+                f"int16 microvolts of shape [B, {crop[0]}, {crop[1]}] expected, got {signal.dtype} of shape "
+                f"{signal.shape}; from millivolts: np.rint(1000 * x).astype(np.int16)"
+            )
         with jax.default_matmul_precision("highest"):
             return np.asarray(embed(variables, signal))
 

@@ -22,8 +22,13 @@ def list_records(source: Path, rate: int | None) -> Listing:
     A folder named `patient<number>` or `p<eight digits>` gives the patient id.
 
     Raises:
-      UserError: `rate` is given, or there is no .hea.
+      UserError: `rate` is given, there is no .hea, or the folder is PTB-XL (whose records come at two rates).
     """
+    if (source / "ptbxl_database.csv").exists():
+        raise UserError(
+            f"{source} is PTB-XL, which holds each recording at two rates and has its own folds and labels; use "
+            f"`ecg-jax prepare ptbxl {source} STORE`."
+        )
     if rate is not None:
         raise UserError("--source-rate is for corpora that come at several rates; WFDB headers give theirs.")
     entries = []
