@@ -15,7 +15,6 @@ RECIPES = ("described", "released")
 def get_config() -> ConfigDict:
     """Fields that all objectives share. An objective's file adds `objective` and sets what differs."""
     config = ConfigDict()
-    config.recipe = "described"
     config.seed = 0
     config.store = placeholder(str)  # folder written by `ecg-jax prepare`
 
@@ -80,7 +79,6 @@ def set_size(config: ConfigDict, size: str) -> None:
 
 def set_recipe(config: ConfigDict, recipe: str) -> None:
     """Sets what the recipes decide for every objective: the learning-rate groups (spec §5.0)."""
-    config.recipe = recipe
     if recipe == "released":
         config.optimiser.factors.backbone = 0.1
         config.optimiser.factors.stem = 0.01

@@ -158,11 +158,26 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     node[last] = _parse_value(path, text, node[last], reference.get_type())
 
 
+def _field_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, those of a group called `objective` left out."""
+    names = []
+    for name, value in config.items():
+        if not isinstance(value, ConfigDict):
+            names.append(prefix + name)
+        elif name == "objective":
+            names.append(prefix + "objective")
+        else:
+            names += _field_names(value, f"{prefix}{name}.")
+    return names
+
+
 def parse_command(
     name: str,
     description: str,
     argv: list[str],
     extra: Callable[[argparse.ArgumentParser], None],
+    *,
+    like: str,
     default_config: str | None = None,
 ) -> tuple[ConfigDict, argparse.Namespace]:
     """Parses the arguments of a command that takes a config.
@@ -172,6 +187,7 @@ def parse_command(
         description: what --help says first.
         argv: arguments after the command's name.
         extra: adds the command's own options to the parser.
+        like: a shipped config file whose fields the command needs; those of its `objective` may differ.
         default_config: FILE[:ARGS] when --config is not given; None makes --config required.
 
     Returns:
@@ -212,6 +228,12 @@ def parse_command(
         overrides.append((path, value))
     options = parser.parse_args(rest)
     config = load_config(options.config)
+    fields = _field_names(config)
+    if missing := [field for field in _field_names(load_config(like)) if field not in fields]:
+        raise UserError(
+            f"--config={options.config} lacks the fields {', '.join(missing[:5])}, which {like} declares; is it a "
+            f"config for `ecg-jax {name}`?"
+        )
     for path, value in overrides:
         override(config, path, value)
     if options.print_config:

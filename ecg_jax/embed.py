@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,10 @@ from ecg_jax.evaluation.features import encode_padded
 from ecg_jax.training.pretrained import encode_fn, restore_encoder
 
 DESCRIPTION = """\
-Writes one row per recording: record_id, patient_id where known, n_crops, and the embedding (float32, the mean
-over consecutive non-overlapping windows). Preprocessing is that of the checkpoint: any lead order, rate and
-unit that `ecg-jax prepare` reads will do. What cannot be embedded gets one line on stderr and in the
-metadata.
+Writes one row per recording: record_id, patient_id where known, n_crops, flags (what was corrected or is
+missing in it, see `ecg-jax prepare --help`), and the embedding (float32, the mean over consecutive
+non-overlapping windows). Preprocessing is that of the checkpoint: any lead order, rate and unit that
+`ecg-jax prepare` reads will do. What cannot be embedded gets one line on stderr and in the metadata.
 """
 SUFFIXES = (".npz", ".parquet")
 
@@ -39,6 +40,8 @@ class Embedded:
     record_id: str
     patient_id: str | None
     n_crops: int
+    flags: tuple[str, ...]
+    """Kinds of the problems that `ecg-jax prepare` would report of it: a corrected gain, missing leads, ..."""
     embedding: np.ndarray
     """float32 [D]."""
 
@@ -71,10 +74,11 @@ def windows(
             report(LeftOut(recording.record, recording.kind, recording.detail))
             continue
         try:
-            signal = contract.apply(recording).signal
+            processed = contract.apply(recording)
         except BadRecording as error:
             report(LeftOut(error.problem.record, error.problem.kind, error.problem.detail))
             continue
+        signal, recording.problems = processed.signal, processed.problems
         starts, _ = non_overlapping_crops([len(signal)], [0], window)
         if not len(starts):
             seconds = f"{len(signal) / contract.rate_hz:.2f} s"
@@ -112,7 +116,8 @@ def embed_all(
             recording, n_crops = pending.pop(0)
             embedding = (sums.pop(first) / n_crops).astype(np.float32)
             first += 1
-            yield Embedded(recording.record_id, recording.patient_id, n_crops, embedding)
+            flags = tuple(sorted({problem.kind for problem in recording.problems}))
+            yield Embedded(recording.record_id, recording.patient_id, n_crops, flags, embedding)
 
     for serial, (recording, own) in enumerate(cut):
         pending.append((recording, len(own)))
@@ -127,9 +132,9 @@ def embed_all(
 def write_embeddings(path: Path, rows: list[Embedded], metadata: dict) -> None:
     """Writes rows as .npz or .parquet, complete or not at all.
 
-    The .npz holds record_id, patient_id ("" for unknown), n_crops, embedding [n, D] and metadata (JSON text);
-    the .parquet the same columns (null for unknown, embedding a fixed-size list), metadata under the schema
-    key `ecg_jax`.
+    The .npz holds record_id, patient_id ("" for unknown), n_crops, flags (separated by commas), embedding [n, D]
+    and metadata (JSON text); the .parquet the same columns (null for unknown, flags a list, embedding a
+    fixed-size list), metadata under the schema key `ecg_jax`.
     """
     embeddings = np.stack([row.embedding for row in rows])
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -141,6 +146,7 @@ def write_embeddings(path: Path, rows: list[Embedded], metadata: dict) -> None:
                     record_id=np.array([row.record_id for row in rows]),
                     patient_id=np.array([row.patient_id or "" for row in rows]),
                     n_crops=np.array([row.n_crops for row in rows], dtype=np.int32),
+                    flags=np.array([",".join(row.flags) for row in rows]),
                     embedding=embeddings,
                     metadata=np.array(json.dumps(metadata)),
                 )
@@ -164,6 +170,7 @@ def _write_parquet(file, rows: list[Embedded], embeddings: np.ndarray, metadata:
             "record_id": pa.array([row.record_id for row in rows], pa.string()),
             "patient_id": pa.array([row.patient_id for row in rows], pa.string()),
             "n_crops": pa.array([row.n_crops for row in rows], pa.int32()),
+            "flags": pa.array([list(row.flags) for row in rows], pa.list_(pa.string())),
             "embedding": vectors,
         }
     )
@@ -232,6 +239,8 @@ def embed(
         "not_embedded": [problem._asdict() for problem in problems],
     }
     write_embeddings(output, rows, metadata)
+    for kind, count in Counter(flag for row in rows for flag in row.flags).most_common():
+        print(f"{kind}: {count} of the embedded recordings", file=sys.stderr)
     return len(rows), problems
 
 

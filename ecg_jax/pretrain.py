@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ecg_jax.config_flags import parse_command
 from ecg_jax.data.pipeline import Selection, select_records, train_batches, val_batches
+from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.store import Store
 from ecg_jax.errors import Stopped, UserError
 from ecg_jax.run_setup import (
@@ -67,7 +68,6 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
             gradient norm was not finite (no checkpoint of that step is written).
         Stopped: SIGTERM, Ctrl-C or a preemption came, and the state is saved.
     """
-    workdir = Path(workdir)
     check_config(config)
     store, preprocessing = open_store(config)
     selection = select_records(
@@ -77,8 +77,23 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
         max_records=config.data.max_records,
     )
     steps = config.steps or math.ceil(config.epochs * len(selection.train) / config.batch_size)
-    claim_workdir(workdir, config, preprocessing, store)
+    if config.optimiser.warmup_steps > steps:
+        raise UserError(
+            f"config.optimiser.warmup_steps={config.optimiser.warmup_steps} exceeds the {steps} steps of the run"
+        )
+    with claim_workdir(Path(workdir), config, preprocessing, store):
+        return _run(config, Path(workdir), store, preprocessing, selection, steps)
 
+
+def _run(
+    config: ConfigDict,
+    workdir: Path,
+    store: Store,
+    preprocessing: Preprocessing,
+    selection: Selection,
+    steps: int,
+) -> TrainState:
+    """The run itself, in a workdir that is this process's."""
     mesh = parallel.make_mesh()
     schedule, tx = build_optimiser(config, steps)
     state = parallel.replicate(initial_state(config, tx, preprocessing), mesh)
@@ -94,6 +109,10 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
     )
     state = checkpoints.restore_latest(state, state.step.sharding) or state
     start = int(state.step)
+    if start > steps:
+        raise UserError(
+            f"{workdir} is at step {start} already, beyond the {steps} steps asked for; raise config.steps"
+        )
 
     bound = {"model": build_objective(config, parallel.AXIS), "normalisation": config.data.normalisation}
     step_fn = parallel.map_train_step(functools.partial(train_step, tx=tx, **bound), mesh)
@@ -250,6 +269,7 @@ def main(argv: list[str]) -> int:
         DESCRIPTION,
         argv,
         options,
+        like="configs/cpc.py",
     )
     distributed.initialise(args.coordinator, args.num_processes, args.process_id)
     pretrain(config, args.workdir)

@@ -193,10 +193,8 @@ def _check_workdir(workdir: Path, identity: dict) -> None:
     """Refuses to overwrite the results of another probe.
 
     Raises:
-        UserError: workdir holds a results.json of another config, checkpoint or store, or is a file.
+        UserError: workdir holds a results.json of another config, checkpoint or store.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; name a folder.")
     path = workdir / "results.json"
     if not path.exists():
         return
@@ -254,6 +252,13 @@ def probe(config, workdir, checkpoint: str, store, test_store=None) -> dict:
     _check_workdir(workdir, identity)
     examples = tasks.choose_examples(task, store, test_store, contract.window_samples, config.min_count)
 
+    # Before the long part, so that a folder that cannot be written to costs nothing.
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write into --workdir={workdir}: {error.strerror}; name another folder."
+        ) from error
     fitted = fit_linear(encoder, examples, config, "pretrained")
     random_init = fit_linear(random_twin(encoder, config.seed), examples, config, "random initialisation")
     scores, picture = score(examples, fitted, random_init, config)
@@ -279,7 +284,6 @@ def probe(config, workdir, checkpoint: str, store, test_store=None) -> dict:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
     )
-    workdir.mkdir(parents=True, exist_ok=True)
     _write_predictions(workdir / "predictions.npz", examples, fitted, random_init)
     patients = f", {results['n_patients']} patients" if results["n_patients"] else ""
     auroc_forest(
@@ -307,7 +311,7 @@ def _check_config(config) -> None:
     if not 0 < config.bootstrap.level < 1:
         raise UserError(f"--config.bootstrap.level={config.bootstrap.level} must lie between 0 and 1.")
     grid = config.linear.l2_grid
-    if not grid or not all(isinstance(l2, int | float) and l2 > 0 for l2 in grid):
+    if not grid or not all(isinstance(l2, int | float) and 0 < l2 < float("inf") for l2 in grid):
         raise UserError(f"--config.linear.l2_grid={grid} must be a list of numbers above 0.")
     if not config.linear.tolerance > 0:
         raise UserError(f"--config.linear.tolerance={config.linear.tolerance} must be above 0.")
@@ -381,7 +385,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> int:
     """`ecg-jax probe`."""
-    config, options = parse_command("probe", DESCRIPTION, argv, _add_options)
+    config, options = parse_command("probe", DESCRIPTION, argv, _add_options, like="configs/probe.py")
     results = probe(config, options.workdir, options.checkpoint, options.store, options.test_store)
     print(summary(results))
     print(f"  written to {options.workdir}")

@@ -74,7 +74,12 @@ def main(argv: list[str]) -> int:
         )
 
     config, args = parse_command(
-        "quickstart", DESCRIPTION, argv, options, default_config="configs/quickstart.py"
+        "quickstart",
+        DESCRIPTION,
+        argv,
+        options,
+        like="configs/cpc.py",
+        default_config="configs/quickstart.py",
     )
     quickstart(config, args.workdir)
     workdir = Path(args.workdir)

@@ -1,7 +1,10 @@
 """What the config of a run means: what it refuses, and the objective, optimiser and first state it describes."""
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from ecg_jax.models.encoder import build_encoder, tokens_of
 from ecg_jax.models.inputs import NORMALISATIONS
 from ecg_jax.objectives.cpc import CPC
 from ecg_jax.training import optim
+from ecg_jax.training.checkpoint import finished_steps
 from ecg_jax.training.train_state import TrainState, create_train_state
 
 OBJECTIVES = {"cpc": CPC}
@@ -25,12 +29,14 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 _POSITIVE = (
     "batch_size", "epochs", "log_every", "checkpoint_every", "keep_latest", "optimiser.learning_rate",
+    "optimiser.eps",
     "data.window_s", "data.rate_hz", "data.max_records", "data.max_val_crops", "data.prefetch",
     "model.width", "model.layers", "model.l_max",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "steps", "keep_best", "seed", "data.val_folds", "data.read_threads", "optimiser.warmup_steps",
-    "optimiser.clip_norm", "optimiser.weight_decay",
+    "optimiser.clip_norm", "optimiser.weight_decay", "optimiser.factors.head", "optimiser.factors.backbone",
+    "optimiser.factors.stem", "optimiser.factors.ssm",
 )  # fmt: skip
 
 # What may differ when a run is continued; everything else makes it another run.
@@ -123,6 +129,8 @@ def check_config(config: ConfigDict) -> None:
     for name, value in fields.items():
         if value is None and name != "store":
             raise UserError(f"config.{name} is not set; every field but the store needs a value")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{name}={value} must be a finite number")
     for name, allowed in choices.items():
         if fields[name] not in allowed:
             raise UserError(f"config.{name}={fields[name]!r} is unknown; known: {', '.join(allowed)}")
@@ -132,6 +140,11 @@ def check_config(config: ConfigDict) -> None:
     for name in _NOT_NEGATIVE:
         if fields[name] < 0:
             raise UserError(f"config.{name}={fields[name]!r} must not be negative")
+    for name in ("optimiser.b1", "optimiser.b2"):
+        if not 0 <= fields[name] < 1:
+            raise UserError(f"config.{name}={fields[name]} must be at least 0 and below 1")
+    if config.seed >= 2**63:
+        raise UserError(f"config.seed={config.seed} must be below 2^63")
     if config.model.state < 2 or config.model.state % 2:
         raise UserError(f"config.model.state={config.model.state} must be even and at least 2")
     if not 0.0 <= config.model.dropout < 1.0:
@@ -157,38 +170,63 @@ def check_config(config: ConfigDict) -> None:
         )
 
 
-def claim_workdir(workdir: Path, config: ConfigDict, preprocessing: Preprocessing, store: Store) -> None:
-    """Writes config.json and preprocessing.json, or checks that the workdir holds this very run.
+@contextlib.contextmanager
+def claim_workdir(
+    workdir: Path, config: ConfigDict, preprocessing: Preprocessing, store: Store
+) -> Iterator[None]:
+    """Holds the workdir for this run: locked against a second process, and known to belong to this very config.
 
-    A store is known by its content: config.json holds its fingerprint beside the config, and the store may have
-    moved when a run is continued.
+    Writes config.json and preprocessing.json when no run with a checkpoint is there yet. A store is known by its
+    content: config.json holds its fingerprint beside the config, and the store may have moved when a run goes on.
 
     Raises:
-        UserError: the workdir belongs to another run (the differing fields are named) or is no folder.
+        UserError: the workdir belongs to another run (the differing fields are named), is in use, or is no folder.
     """
-    path = workdir / "config.json"
-    wanted = json.loads(json.dumps(config.to_dict())) | {"store_fingerprint": store.fingerprint}
-    if path.exists():
-        there, wanted = _flatten(json.loads(path.read_text())), _flatten(wanted)
-        free = _FREE_FIELDS | (_LENGTH_FIELDS if config.optimiser.schedule == "constant" else set())
-        names = sorted(there.keys() | wanted.keys())
-        differ = [name for name in names if name not in free and there.get(name) != wanted.get(name)]
-        if differ:
-            shown = ", ".join(
-                f"{name} ({there.get(name)!r} there, {wanted.get(name)!r} now)" for name in differ[:5]
-            )
-            more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-            raise UserError(
-                f"{workdir} holds another run: it differs in {shown}{more}; choose another --workdir"
-            )
+    if jax.process_index() != 0:
+        yield
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            for file, value in ((workdir / "preprocessing.json", preprocessing.to_dict()), (path, wanted)):
-                write_atomic(file, (json.dumps(value, indent=2) + "\n").encode())
+        lock = (workdir / ".lock").open("w")
     except OSError as error:
         raise UserError(f"cannot write into --workdir={workdir}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another `ecg-jax pretrain` is using {workdir}; choose another --workdir"
+            ) from error
+        wanted = json.loads(json.dumps(config.to_dict())) | {"store_fingerprint": store.fingerprint}
+        if finished_steps(workdir):
+            _check_same_run(workdir, wanted, constant_schedule=config.optimiser.schedule == "constant")
+        else:
+            files = {"preprocessing.json": preprocessing.to_dict(), "config.json": wanted}
+            for name, value in files.items():
+                write_atomic(workdir / name, (json.dumps(value, indent=2) + "\n").encode())
+        yield
+
+
+def _check_same_run(workdir: Path, wanted: dict[str, Any], constant_schedule: bool) -> None:
+    """Compares a config with the one that a workdir's checkpoints were written under."""
+    path = workdir / "config.json"
+    try:
+        there = _flatten(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is missing or damaged, so it cannot be told which run the checkpoints beside it belong to; "
+            "put it back (a checkpoint's meta holds the config), or choose another --workdir"
+        ) from error
+    wanted = _flatten(wanted)
+    free = _FREE_FIELDS | (_LENGTH_FIELDS if constant_schedule else set())
+    names = sorted(there.keys() | wanted.keys())
+    differ = [name for name in names if name not in free and there.get(name) != wanted.get(name)]
+    if differ:
+        shown = ", ".join(
+            f"{name} ({there.get(name)!r} there, {wanted.get(name)!r} now)" for name in differ[:5]
+        )
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise UserError(f"{workdir} holds another run: it differs in {shown}{more}; choose another --workdir")
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -142,6 +142,14 @@ def test_group_of_fields_cannot_be_overridden():
         override(load_config("configs/cpc.py"), "model", "s4")
 
 
+def test_config_of_another_command_is_refused(capsys):
+    args = ["--checkpoint=x", "--store=x", "--workdir=x"]
+    assert cli.main(["probe", "--config=configs/cpc.py", *args]) == 2
+    err = capsys.readouterr().err
+    assert "lacks the fields bootstrap.level, " in err
+    assert "is it a config for `ecg-jax probe`?" in err
+
+
 def test_print_config_shows_overrides(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(

@@ -86,7 +86,7 @@ def finished(tmp_path_factory, synthetic_store):
 def test_run_writes_what_it_promises(finished):
     workdir, out = finished
     assert {p.name for p in workdir.iterdir()} == {
-        "checkpoints", "config.json", "log.jsonl", "preprocessing.json", "tensorboard",
+        ".lock", "checkpoints", "config.json", "log.jsonl", "preprocessing.json", "tensorboard",
     }  # fmt: skip
     log = read_log(workdir)
     assert [entry["step"] for entry in log] == list(range(1, 25))
@@ -282,6 +282,12 @@ def test_divergence_after_a_checkpoint_names_it(tmp_path, finished, synthetic_st
         ({"model__state": 5}, "config.model.state=5 must be even"),
         ({"objective__steps_ahead": 60}, "must lie between 1 and 59"),
         ({"batch_size": 0}, "config.batch_size=0 must be positive"),
+        ({"epochs": "inf"}, "config.epochs=inf must be a finite number"),
+        ({"optimiser__b1": 2}, "config.optimiser.b1=2.0 must be at least 0 and below 1"),
+        ({"optimiser__factors__head": -1}, "config.optimiser.factors.head=-1.0 must not be negative"),
+        ({"optimiser__warmup_steps": 1000}, "config.optimiser.warmup_steps=1000 exceeds the 24 steps"),
+        ({"seed": 10**22}, "must be below 2^63"),
+        ({"recipe": "released"}, "the config has no field 'recipe'"),
     ],
 )
 def test_bad_config_is_refused_in_one_sentence(tmp_path, synthetic_store, capsys, changes, message):
@@ -308,15 +314,67 @@ def test_missing_store_is_refused(tmp_path, capsys):
 
 
 def test_another_store_is_refused_on_resume(tmp_path, finished, capsys):
+    from ecg_jax.data.store import Store
     from ecg_jax.data.synthetic import write_synthetic_store
 
     workdir, store = tmp_path / "run", tmp_path / "other"
     shutil.copytree(finished[0], workdir)
     write_synthetic_store(store, n_records=40, seconds=6.0, seed=1)
     assert "differs in store_fingerprint" in refusal(capsys, arguments(workdir, store))
-    (workdir / "config.json").unlink()
+    config = workdir / "config.json"
+    fields = json.loads(config.read_text()) | {"store_fingerprint": Store(store).fingerprint}
+    config.write_text(json.dumps(fields))
     assert cli.main(arguments(workdir, store)) == 2
     assert "was trained on another store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]"])
+def test_checkpoints_without_a_config_are_not_adopted(tmp_path, finished, synthetic_store, capsys, content):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "config.json").unlink()
+    if content is not None:
+        (workdir / "config.json").write_text(content)
+    err = refusal(capsys, arguments(workdir, synthetic_store, seed=5))
+    assert "config.json is missing or damaged" in err
+
+
+def test_run_without_a_checkpoint_may_be_started_anew(tmp_path, synthetic_store, capsys):
+    workdir = tmp_path / "run"
+    assert cli.main(arguments(workdir, synthetic_store, optimiser__learning_rate=1e30)) == 2
+    capsys.readouterr()
+    assert cli.main(arguments(workdir, synthetic_store, steps=2)) == 0
+    assert [entry["step"] for entry in read_log(workdir)] == [1, 2]
+
+
+def test_second_process_in_one_workdir_is_refused(tmp_path, synthetic_store, capsys):
+    workdir = tmp_path / "run"
+    process = start(arguments(workdir, synthetic_store, steps=100_000))
+    while not (workdir / "log.jsonl").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    err = refusal(capsys, arguments(workdir, synthetic_store, steps=100_000))
+    process.kill()
+    process.communicate()
+    assert "another `ecg-jax pretrain` is using" in err
+
+
+def test_fewer_steps_than_done_are_refused(finished, synthetic_store, capsys):
+    code = cli.main(arguments(finished[0], synthetic_store, steps=10))
+    assert code == 2
+    assert "is at step 24 already, beyond the 10 steps asked for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 1}\n\n{"step": 3}\n', b"[1, 2]\n", b"\x00\xff\xfe\n"])
+def test_damaged_log_is_set_aside(tmp_path, finished, synthetic_store, capsys, damage):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "log.jsonl").write_bytes(damage)
+    assert cli.main(arguments(workdir, synthetic_store)) == 0
+    assert "a new log begins" in capsys.readouterr().err
+    (aside,) = workdir.glob("log.jsonl.damaged-*")
+    assert aside.read_bytes() == damage
+    assert read_log(workdir) == []
 
 
 def test_run_continues_on_a_store_that_has_moved(tmp_path, finished, synthetic_store):

@@ -228,7 +228,7 @@ def test_command_line(run, stores, tmp_path, capsys):
     assert json.loads((tmp_path / "w" / "results.json").read_text())["config"]["linear"]["l2_grid"] == [0.1]
     (tmp_path / "file").touch()
     for wrong, message in (
-        (f"--workdir={tmp_path / 'file'}", "is a file"),
+        (f"--workdir={tmp_path / 'file'}", "cannot write into --workdir"),
         ("--config.min_cuont=3", "min_cuont"),
         ("--config=configs/probe.py:task=ptbxl_supper", "ptbxl_super"),
         (f"--checkpoint={run}/7", "no checkpoint at step 7"),

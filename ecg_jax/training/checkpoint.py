@@ -160,7 +160,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            complete = _steps(self._workdir)
+            complete = finished_steps(self._workdir)
             kept = (
                 f"the last complete one is step {complete[-1]}"
                 if complete
@@ -295,7 +295,7 @@ def resolve_checkpoint(checkpoint: str | Path, step: int | None = None) -> tuple
         raise UserError(
             f"checkpoint {checkpoint}: there is no run at {path} (its folder would hold `{CHECKPOINTS}/`)"
         )
-    steps = _steps(path)
+    steps = finished_steps(path)
     if not steps:
         raise UserError(f"checkpoint {checkpoint}: the run has no finished checkpoint yet")
     if step is not None and step not in steps:
@@ -303,8 +303,10 @@ def resolve_checkpoint(checkpoint: str | Path, step: int | None = None) -> tuple
     return path, steps[-1] if step is None else step
 
 
-def _steps(run: Path) -> list[int]:
-    """Steps of the finished checkpoints of a run, ascending."""
+def finished_steps(run: Path) -> list[int]:
+    """Steps of the finished checkpoints of a run, ascending; [] when there is none."""
+    if not (run / CHECKPOINTS).is_dir():
+        return []
     folders = (run / CHECKPOINTS).iterdir()
     return sorted(int(p.name) for p in folders if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
 

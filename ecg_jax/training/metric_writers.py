@@ -5,10 +5,12 @@ how fast it is.
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
 
 LOG_NAME = "log.jsonl"
@@ -88,18 +90,42 @@ class MultiWriter:
 
 
 def read_log(workdir: Path) -> list[dict]:
-    """The objects of log.jsonl in order; a last line cut off by a kill is left out."""
+    """The objects of log.jsonl in order; a last line cut off by a kill is left out.
+
+    Raises:
+        UserError: another line is no log entry.
+    """
     path = workdir / LOG_NAME
     if not path.exists():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    try:
+        *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    entries = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            entry = json.loads(line)
+            entries.append(entry | {"step": int(entry["step"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} line {number} is no log entry; is it another program's file?") from error
+    return entries
 
 
 def rewind_log(workdir: Path, step: int) -> None:
-    """Drops what was logged after `step`: those steps are about to be run, and logged, again."""
-    kept = [entry for entry in read_log(workdir) if entry["step"] <= step]
-    write_atomic(workdir / LOG_NAME, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+    """Drops what was logged after `step`: those steps are about to be run, and logged, again.
+
+    A damaged log is set aside, said on stderr, and a new one begins: it is no reason not to go on.
+    """
+    path = workdir / LOG_NAME
+    try:
+        kept = [entry for entry in read_log(workdir) if entry["step"] <= step]
+    except UserError as error:
+        aside = path.with_name(f"{LOG_NAME}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        path.rename(aside)
+        print(f"warning: {error} It is now {aside.name}, and a new log begins.", file=sys.stderr)
+        kept = []
+    write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
 
 class RateMeter:
