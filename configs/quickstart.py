@@ -2,7 +2,7 @@
 
     ecg-jax quickstart
 
-Two CPU cores need about two minutes. The sample (304 recordings) shows that everything works; it is far too
+Two CPU cores need two to three minutes. The sample (304 recordings) shows that everything works; it is far too
 small to pretrain on.
 """
 

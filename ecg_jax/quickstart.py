@@ -16,7 +16,7 @@ TASK = "ptbxl_super"
 DESCRIPTION = """\
 The whole way once, on 304 real recordings of PTB-XL that ship with the package: raw files -> store -> CPC
 pretraining of a small S4 encoder -> linear probe of the five diagnostic superclasses, beside the same probe
-on a randomly initialised encoder and the majority guess. A few minutes on two cores. Run it again after an
+on a randomly initialised encoder and the majority guess. Two to three minutes on two cores. Run it again after an
 interruption: it continues where it was.
 """
 

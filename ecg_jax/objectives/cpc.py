@@ -18,7 +18,8 @@ def draw_negatives(
     key: jax.Array, record_index: jax.Array, *, tokens: int, steps_ahead: int, negatives: int
 ) -> jax.Array:
     """Time indices of the negatives, uniform over all tokens of the record but the positive, with
-    replacement.
+    replacement. Past and future tokens alike may be drawn, those the backbone has read and the positive's
+    neighbours included.
 
     Args:
         key: key of the step; the draw of a record depends on it and on the record's number only.
@@ -35,7 +36,7 @@ def draw_negatives(
 
     def one_record(index):
         drawn = jax.random.randint(jax.random.fold_in(key, index), (positions, negatives), 0, tokens - 1)
-        return drawn + (drawn >= positive)
+        return drawn + (drawn >= positive)  # from tokens - 1 values to all but the positive
 
     return jax.vmap(one_record)(record_index)
 
@@ -63,7 +64,7 @@ def cpc_loss(
         temperature: scores are divided by it.
         normalise: scores are cosines instead of dot products.
         negative_records: [B, L-k, M] batch index of the record that each negative comes from; None: its own
-            record.
+            record, as the paper draws them and `CPC` does.
 
     Returns:
         loss float32 [B], summed over the L-k positions of each record, and accuracy float32 [B], the share of
