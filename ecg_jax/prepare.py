@@ -22,10 +22,14 @@ from pathlib import Path
 from ecg_jax.data.conversion import Job, convert
 from ecg_jax.data.corpora import CORPORA
 from ecg_jax.data.preprocessing import Preprocessing
+from ecg_jax.data.readers.gains import check_assume_gain
 from ecg_jax.data.recording import KINDS, Problem, strict_error
 from ecg_jax.data.store import PARTIAL, Store, read_attributes
 from ecg_jax.data.writer import disk_errors, finalise, unit_size, write_in_store
 from ecg_jax.errors import UserError
+
+# A lower --clip-mv would cut off ordinary QRS complexes, and nothing after it would notice.
+MIN_CLIP_MV = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +155,12 @@ def _job(corpus, source, store, rate, workers, strict, clip_mv, duplicates, assu
         raise UserError(f"--duplicates is keep or drop, not {duplicates!r}.")
     if workers < 1:
         raise UserError(f"--workers must be at least 1, not {workers}.")
-    if clip_mv is not None and not 0 < clip_mv <= 32.767:
-        raise UserError(f"--clip-mv must be above 0 and at most 32.767 (int16 microvolts), not {clip_mv}.")
-    if assume_gain is not None and not assume_gain > 0:
-        raise UserError(f"--assume-gain must be above 0, not {assume_gain}.")
+    if clip_mv is not None and not MIN_CLIP_MV <= clip_mv <= 32.767:
+        raise UserError(
+            f"--clip-mv is in millivolts, from {MIN_CLIP_MV} (less cuts off the QRS complexes) to 32.767 (int16 "
+            f"microvolts), not {clip_mv}."
+        )
+    check_assume_gain(assume_gain)
     if rate is not None:
         try:
             rate = int(rate)

@@ -539,7 +539,10 @@ def test_arguments_that_cannot_be_right(source, tmp_path):
         ({"workers": 0}, "--workers"),
         ({"clip_mv": 0}, "--clip-mv"),
         ({"clip_mv": 40}, "--clip-mv"),
+        ({"clip_mv": 0.3}, "--clip-mv"),
+        ({"clip_mv": float("nan")}, "--clip-mv"),
         ({"assume_gain": -1}, "--assume-gain"),
+        ({"assume_gain": float("inf")}, "--assume-gain"),
         ({"duplicates": "maybe"}, "--duplicates"),
         ({"rate": "fast"}, "--source-rate"),
     ):

@@ -434,6 +434,22 @@ def test_unequal_gains_that_are_right_are_accepted(tmp_path):
     assert recording.problems == []
 
 
+def test_negative_gains_are_kept_and_reported(tmp_path):
+    signal = ecg()
+    path = write_record(
+        tmp_path, "r", signal, gain=["1000/mV"] * 11 + ["-1000/mV"], per_mv=[1000] * 11 + [-1000]
+    )
+    recording = read_wfdb(path, "r")
+    np.testing.assert_allclose(recording.signal, signal, atol=6e-4)
+    assert kinds(recording) == {"negative_gain"}
+    assert "V6 -1000" in recording.problems[0].detail
+    # On limb leads the integers tell that the sign is wrong.
+    assert (
+        refusal(write_record(tmp_path, "s", signal, gain=["1000/mV", "-1000/mV"] + ["1000/mV"] * 10)).kind
+        == "inconsistent_gains"
+    )
+
+
 @pytest.mark.parametrize("factor", [1000.0, 1 / 1000, 25.0])
 def test_gains_wrong_by_orders_of_magnitude_are_refused(tmp_path, factor):
     path = write_record(tmp_path, "r", ecg(), gain=f"{1000 / factor:.12g}/mV")
@@ -472,6 +488,20 @@ def test_tables_never_guess(tmp_path):
         list(iter_recordings(tmp_path / "b.npy", rate=500, unit="mV"))
     with pytest.raises(UserError, match="none of mV"):
         list(iter_recordings(tmp_path / "b.npy", rate=500, unit="mmHg", leads=CANONICAL_LEADS))
+
+
+def test_csv_row_of_another_length_is_a_problem_that_names_the_line(tmp_path):
+    (tmp_path / "a.csv").write_text("I,II,III\n1,2,3\n\n0,1,0,2,0,3\n")
+    (problem,) = iter_recordings(tmp_path / "a.csv", rate=500, unit="mV")
+    assert problem.kind == "table_refused"
+    assert "line 4 has 6 cells" in problem.detail
+
+
+@pytest.mark.parametrize("value", [0, -1000, float("nan"), float("inf"), 0.5, 1e8])
+def test_assumed_gain_that_cannot_be_right(tmp_path, value):
+    write_record(tmp_path, "r", ecg(1.0), gain="0")
+    with pytest.raises(UserError, match="--assume-gain"):
+        list(iter_recordings(tmp_path, assume_gain=value))
 
 
 @pytest.mark.parametrize("text", ["", "I,II\n1,x\n", "I,II\n1\n"])

@@ -54,6 +54,7 @@ KINDS = {
     "inconsistent_gains": "refused unless --assume-gain: gains that contradict the limb leads (LUDB)",
     "gain_assumed": "--assume-gain used instead of the header",
     "gain_corrected": "1000/mV used: the gain of early Challenge 2020 headers is proven wrong",
+    "negative_gain": "kept, polarity as the header says: negative gains turn leads upside down",
     "implausible_amplitude": "refused: no ECG has such millivolts, so gain or unit is wrong",
     "nan_samples": "interpolated: NaN samples",
     "saturated": "kept: samples at the limit of the file's number format",

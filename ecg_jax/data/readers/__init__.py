@@ -35,12 +35,15 @@ def iter_recordings(
       refuse a recording as well (`BadRecording`, whose `problem` has the same form).
 
     Raises:
-      UserError: there is nothing to read at `path`, or a table without rate and unit.
+      UserError: there is nothing to read at `path`, a table without rate and unit, or an `assume_gain` that
+        cannot be right.
     """
     from ecg_jax.data.corpora.listing import find_files
+    from ecg_jax.data.readers.gains import check_assume_gain
     from ecg_jax.data.readers.table import read_table
     from ecg_jax.data.readers.wfdb import read_wfdb
 
+    check_assume_gain(assume_gain)
     path = Path(path)
     if path.is_dir():
         with_tables = rate is not None and unit is not None

@@ -9,12 +9,19 @@ INCART's own gain. (For 1041000, also INCART, the headers alone prove nothing; i
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ecg_jax.data.readers.header import MILLIVOLTS, Header, Signal
 from ecg_jax.data.recording import LIMB, BadRecording, Problem, canonical_index
+from ecg_jax.errors import UserError
 
 CHALLENGE_GAIN = 1000.0
+
+# What --assume-gain may be. Recorders have 100 to 10 000 integers per mV; beyond these limits one integer is
+# more than a millivolt or the noise of any amplifier is thousands of them.
+MIN_ASSUMED_GAIN, MAX_ASSUMED_GAIN = 1.0, 1e7
 
 # Gain per mV in the early headers -> corpus. No 16-bit file has such gains rightly: full scale would be 0.1
 # mV or less.
@@ -23,6 +30,21 @@ IMPOSSIBLE_GAINS = {2_000_000.0: "PTB", 306_000.0: "INCART", 1_041_000.0: "INCAR
 # corrected only in a header written by the Challenge: one with its comment lines.
 EARLY_GAINS = {4880.0: "Georgia", 200.0: "PTB-XL"}
 _CHALLENGE_COMMENTS = {"rx", "hx", "sx", "dx"}
+
+
+def check_assume_gain(value: float | None) -> None:
+    """Checks what was given as --assume-gain; None, for not given, is right.
+
+    Raises:
+      UserError: not a number from 1 to 10 000 000.
+    """
+    if value is None:
+        return
+    if not (math.isfinite(value) and MIN_ASSUMED_GAIN <= value <= MAX_ASSUMED_GAIN):
+        raise UserError(
+            f"--assume-gain is the number of integers per millivolt, from {MIN_ASSUMED_GAIN:.0f} to "
+            f"{MAX_ASSUMED_GAIN:.0f}, not {value}; 1000 means that an integer is a microvolt."
+        )
 
 
 def millivolts_per_count(
@@ -102,6 +124,11 @@ def millivolts_per_count(
             "satisfy II = I + III, so they normalise each lead instead of giving its amplitude",
             np.zeros(len(signals)),  # the baselines belong to the same normalisation
         )
+    negative = [s for s in signals if s.gain < 0]
+    if negative:
+        leads = ", ".join(f"{s.lead} {s.gain:g}" for s in negative)
+        detail = f"the header gives negative gains ({leads}), which turn these leads upside down."
+        problems.append(Problem(record, "negative_gain", "kept, polarity as the header says", detail))
     return scale, zero
 
 
@@ -140,8 +167,9 @@ def _integers_obey_limb_identities(signals: list[Signal], digital: np.ndarray, s
             limb[i] = c
     if not {0, 1} <= limb.keys() or len(limb) < 3:
         return False
-    used = scale[[limb[i] for i in limb]]
-    if used.max() / used.min() < 1.005:
+    used = scale[[limb[i] for i in limb]] / scale[limb[0]]
+    # Relative to lead I: gains that are all negative may be equal, gains of both signs are not.
+    if used.min() > 0 and used.max() / used.min() < 1.005:
         return False
     one, two = digital[:, limb[0]].astype(float), digital[:, limb[1]].astype(float)
     for i in sorted(limb.keys() - {0, 1}):

@@ -64,8 +64,15 @@ def _read_csv(path: Path, record_id: str) -> tuple[tuple[str, ...], np.ndarray]:
             rows = csv.reader(file)
             names = [name.strip() for name in next(rows)]
             wanted = [c for c, name in enumerate(names) if name.lower() not in ("time", "t", "")]
-            values = [[float(row[c]) if row[c].strip() else np.nan for c in wanted] for row in rows if row]
-    except (OSError, StopIteration, ValueError, IndexError) as error:
+            values = []
+            for row in rows:
+                if not row:
+                    continue
+                # Decimal commas, or a value lost, would shift the columns without a word.
+                if len(row) != len(names):
+                    raise ValueError(f"line {rows.line_num} has {len(row)} cells, its header {len(names)}")
+                values.append([float(row[c]) if row[c].strip() else np.nan for c in wanted])
+    except (OSError, StopIteration, ValueError, csv.Error) as error:
         detail = f"{path.name} is no table of numbers below a line of lead names: {error}."
         raise BadRecording(record_id, "table_refused", detail) from error
     return tuple(names[c] for c in wanted), np.array(values, float).reshape(len(values), len(wanted))
