@@ -264,6 +264,26 @@ def test_unexpected_errors_are_told_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert "ZeroDivisionError: surprise" in problems_of(tmp_path / "s")[0]["detail"]
 
 
+def test_source_that_vanishes_ends_the_command_and_the_next_run_goes_on(tmp_path, monkeypatch):
+    for i in range(40):
+        write_record(tmp_path / "source" / "records", f"r{i:02d}", ecg(3.0, index=i))
+    from ecg_jax.data.corpora import wfdb as corpus
+
+    original = corpus.read
+
+    def read(source, entry, assume_gain):
+        if entry.record_id == "records/r35":
+            (source / "records").rename(tmp_path / "away")
+        return original(source, entry, assume_gain)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "read", read)
+        with pytest.raises(UserError, match=r"source has vanished or is empty.*again"):
+            prepare("wfdb", tmp_path / "source", tmp_path / "s", workers=1, progress=False)
+    (tmp_path / "away").rename(tmp_path / "source" / "records")
+    assert prepare("wfdb", tmp_path / "source", tmp_path / "s", workers=1, progress=False).problems == {}
+
+
 # ---------------------------------------------------------------- the same bytes
 
 

@@ -1,6 +1,9 @@
 """Readers on real quirks (tests/data, see SOURCES.md there) and made ones."""
 
+import errno
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import wfdb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ecg_files import DATA, SHARED, ecg, write_digital_zero, write_record
+from ecg_files import DATA, SHARED, checksum16, ecg, write_digital_zero, write_record
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.readers import iter_recordings
 from ecg_jax.data.readers.header import HeaderError, parse_comments, parse_header
@@ -244,6 +247,55 @@ def test_unsigned_checksums_are_the_same_checksums(tmp_path):
 def test_zero_checksums_are_kept_and_reported(tmp_path):
     path = write_record(tmp_path, "r", ecg(), checksums=[0] * 12)
     assert kinds(read_wfdb(path, "r")) == {"no_checksum"}
+
+
+@pytest.mark.parametrize("mat", [False, True])
+@pytest.mark.parametrize("n_samples", [2500, 4999])
+def test_size_that_contradicts_the_header_is_refused_unless_a_checksum_vouches(tmp_path, mat, n_samples):
+    signal = ecg()
+    path = write_record(tmp_path, "r", signal, mat=mat, n_samples=n_samples, checksums=[0] * 12)
+    assert refusal(path).kind == "signal_refused"
+    sums = [checksum16(np.rint(signal[:n_samples, c] * 1000).astype("<i2")) for c in range(12)]
+    path = write_record(tmp_path, "r", signal, mat=mat, n_samples=n_samples, checksums=sums)
+    assert len(read_wfdb(path, "r").signal) == n_samples
+
+
+def test_size_that_fits_no_number_of_samples_is_refused(tmp_path):
+    path = write_record(tmp_path, "r", ecg(), record_line="r 12 500", checksums=[0] * 12)
+    assert len(read_wfdb(path, "r").signal) == 5000
+    with open(path.with_suffix(".dat"), "ab") as file:
+        file.write(b"12")
+    assert refusal(path).kind == "signal_refused"
+
+
+@pytest.mark.parametrize("suffix", [".hea", ".dat"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_file_that_is_there_and_cannot_be_read_ends_the_command(tmp_path, monkeypatch, suffix, code):
+    path = write_record(tmp_path, "r", ecg(1.0))
+    original = Path.read_bytes
+
+    def read_bytes(self):
+        if self.suffix == suffix:
+            raise OSError(code, os.strerror(code), str(self))
+        return original(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(UserError, match=rf"Cannot read .*r\{suffix}: .*again") as error:
+        read_wfdb(path, "r")
+    assert not isinstance(error.value, BadRecording)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "sub/none.dat", "."])
+def test_signal_file_names_that_no_file_has(tmp_path, name):
+    path = write_record(tmp_path, "r", ecg(1.0))
+    path.write_text(path.read_text().replace("r.dat", name))
+    assert refusal(path).kind == "missing_signal"
+
+
+def test_header_with_a_byte_order_mark(tmp_path):
+    path = write_record(tmp_path, "r", ecg(1.0))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_wfdb(path, "r").problems == []
 
 
 def test_saturated_samples_are_counted_and_invalid_ones_are_nan(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from ecg_jax.data.corpora import CORPORA
 from ecg_jax.data.corpora.listing import Entry, Listing, hash_fold
 from ecg_jax.data.preprocessing import Preprocessing
-from ecg_jax.data.recording import BadRecording, Problem, strict_error
+from ecg_jax.data.recording import BadRecording, Problem, cannot_read, strict_error
 from ecg_jax.data.writer import UnitWriter, disk_errors, read_sidecar
 from ecg_jax.errors import UserError
 
@@ -159,12 +159,16 @@ def _convert_unit(task: Task) -> int:
                 recording = read(task.source, entry, task.assume_gain)
                 processed = task.preprocessing.apply(recording)
             except BadRecording as error:
+                if error.problem.kind in ("missing_header", "missing_signal"):
+                    _check_source(task.source, entry)
                 if task.strict:
                     raise strict_error(error.problem) from error
                 writer.problems.append(error.problem)
                 continue
             except (UserError, MemoryError):
                 raise
+            except OSError as error:
+                raise cannot_read(error.filename or task.source / entry.file, error) from error
             except Exception as error:
                 # One strange file must not end the conversion of millions; it is told, with what went wrong.
                 detail = f"{entry.file}: {type(error).__name__}: {error}"
@@ -180,3 +184,25 @@ def _convert_unit(task: Task) -> int:
             writer.append(recording, processed, entry.file)
         writer.finish()
     return len(task.entries)
+
+
+def _check_source(source: Path, entry: Entry) -> None:
+    """Tells a recording that is missing from a SOURCE that has gone, e.g. an unmounted drive.
+
+    Raises:
+      UserError: SOURCE, or the folder in it that held the recording, is not there any more or is empty.
+    """
+    folders = [source]
+    if len(Path(entry.file).parts) > 1:
+        folders.append(source / Path(entry.file).parts[0])
+    for folder in folders:
+        try:
+            with os.scandir(folder) as content:
+                there = next(content, None) is not None
+        except OSError:
+            there = False
+        if not there:
+            raise UserError(
+                f"The folder {folder} has vanished or is empty now; bring it back (a drive that was unmounted?) "
+                "and run the same command again: it goes on where it stopped."
+            )

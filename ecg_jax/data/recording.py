@@ -7,6 +7,8 @@ name and never by position.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,7 +40,7 @@ KINDS = {
     "header_repaired": "read: the record name in a Challenge header was not valid",
     "missing_signal": "refused: the signal file is missing or cannot be read",
     "truncated_signal": "refused: the signal file is shorter than its header promises",
-    "signal_refused": "refused: the signal file is not what its header describes",
+    "signal_refused": "refused: the signal file is not what its header describes, e.g. of another size",
     "table_refused": "refused: a .csv or .npy file is not a table of numbers",
     "bad_checksum": "refused: the samples do not match the header's checksum",
     "no_checksum": "kept: the header's checksums are all zero",
@@ -106,6 +108,28 @@ class BadRecording(UserError):
 
     def __reduce__(self):
         return BadRecording, (self.problem.record, self.problem.kind, self.problem.detail)
+
+
+# What a name alone can make go wrong: the file is not there, as opposed to not readable just now.
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def is_absent(error: OSError) -> bool:
+    """Whether an error says that a file is not there, which is a fault of one recording.
+
+    Any other (permissions, a failing disk, a lost network drive) will hit the next recordings too, so it has
+    to end the command: a store without them would look complete.
+    """
+    return error.errno in _NOT_THERE
+
+
+def cannot_read(path: str | os.PathLike, error: OSError) -> UserError:
+    """What an error other than a missing file becomes."""
+    reason = error.strerror or str(error)
+    return UserError(
+        f"Cannot read {path}: {reason}; make it readable and run the same command again (`ecg-jax prepare` goes "
+        "on where it stopped)."
+    )
 
 
 def strict_error(problem: Problem) -> UserError:
