@@ -1,5 +1,6 @@
 """Listings of the corpora: files, ids, labels, folds; what is refused before reading."""
 
+import csv
 import os
 import shutil
 from pathlib import Path
@@ -96,6 +97,83 @@ def test_ptbxl_with_a_foreign_table(tmp_path, table, text):
     (tmp_path / table).write_text(text)
     with pytest.raises(UserError, match="not PTB-XL's table"):
         ptbxl.list_records(tmp_path, None)
+
+
+@pytest.mark.parametrize("table", ["ptbxl_database.csv", "scp_statements.csv"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: b"", "no rows"),
+        (lambda data: data.split(b"\n")[0] + b"\n", "no rows"),
+        (lambda data: data + b'"' + b"x" * 200_000 + b'"\n', "field larger than"),
+        (lambda data: data + b"\xff\n", "decode"),
+        (lambda data: data.rstrip() + b"\n1,2\n", "line .* another number of cells"),
+    ],
+)
+def test_ptbxl_with_a_damaged_table(tmp_path, table, damage, message):
+    copy_tables(tmp_path)
+    (tmp_path / "records100").mkdir()
+    (tmp_path / table).write_bytes(damage((tmp_path / table).read_bytes()))
+    with pytest.raises(UserError, match=rf"{table} is not PTB-XL's table: .*{message}"):
+        ptbxl.list_records(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("strat_fold", "0"),
+        ("strat_fold", "11"),
+        ("strat_fold", ""),
+        ("scp_codes", "['NORM']"),
+        ("scp_codes", "{1: 2}"),
+        ("scp_codes", "(" * 500),
+        ("scp_codes", ""),
+        ("age", "old"),
+        ("sex", "2"),
+        ("patient_id", "inf"),
+        ("filename_lr", ""),
+    ],
+)
+def test_ptbxl_cells_that_cannot_be_right_are_named(tmp_path, column, value):
+    copy_tables(tmp_path)
+    (tmp_path / "records100").mkdir()
+    with open(SAMPLE / "ptbxl_database.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[2][column] = value
+    with open(tmp_path / "ptbxl_database.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(UserError, match=rf"ecg_id {rows[2]['ecg_id']} has .* in column {column}, which must"):
+        ptbxl.list_records(tmp_path, None)
+
+
+def test_ptbxl_tables_saved_by_excel(tmp_path, sample):
+    (tmp_path / "records100").mkdir()
+    for name in ("ptbxl_database.csv", "scp_statements.csv"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (SAMPLE / name).read_bytes())
+    assert ptbxl.list_records(tmp_path, None).digest() == sample.digest()
+
+
+@pytest.mark.parametrize("name", ["ptbxl_database.csv", "scp_statements.csv", "r.hea"])
+def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch, name):
+    import io
+
+    copy_tables(tmp_path)
+    (tmp_path / "records100").mkdir()
+    write_record(tmp_path / "challenge", "r", ecg(1.0))
+    original = io.open
+
+    def refuse(file, *args, **kwargs):
+        if str(file).endswith(name):
+            raise PermissionError(13, "Permission denied", str(file))
+        return original(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.open", refuse)
+    corpus, source = (challenge, tmp_path / "challenge") if name == "r.hea" else (ptbxl, tmp_path)
+    with pytest.raises(UserError, match=f"Cannot read .*{name}: Permission denied"):
+        corpus.list_records(source, None)
 
 
 def test_ptbxl_odd_rows(tmp_path):

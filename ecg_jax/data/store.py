@@ -60,6 +60,8 @@ def read_attributes(path: Path) -> dict:
     try:
         attributes = json.loads(metadata.read_text())["attributes"]["ecg_jax"]
         version = attributes["format_version"]
+    except OSError as error:
+        raise UserError(f"Cannot read {metadata}: {error.strerror}; make it readable.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{metadata} does not describe a store of ecg_jax; was it written by another tool?"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated, find_files
 from ecg_jax.data.readers.wfdb import read_wfdb
-from ecg_jax.data.recording import Problem, Recording
+from ecg_jax.data.recording import Problem, Recording, cannot_read, is_absent
 from ecg_jax.errors import UserError
 
 EXPECTS = "a folder with the Challenge's .mat and .hea files, at any depth"
@@ -58,4 +58,9 @@ def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
 
 def _is_challenge(path: Path) -> bool:
     """Whether a header without signal file belongs to the Challenge: it names a .mat file."""
-    return ".mat" in path.read_text(errors="replace")
+    try:
+        return ".mat" in path.read_text(errors="replace")
+    except OSError as error:
+        if is_absent(error):
+            return False  # a broken link
+        raise cannot_read(path, error) from error

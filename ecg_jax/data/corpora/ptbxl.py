@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ast
 import csv
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ecg_jax.data.corpora.listing import Entry, Listing, drop_repeated
+from ecg_jax.data.corpora.listing import N_FOLDS, Entry, Listing, drop_repeated
 from ecg_jax.data.readers.wfdb import read_wfdb
-from ecg_jax.data.recording import Problem, Recording
+from ecg_jax.data.recording import Problem, Recording, cannot_read
 from ecg_jax.errors import UserError
 
 RATES = (500, 100)
@@ -51,11 +52,8 @@ def list_records(source: Path, rate: int | None) -> Listing:
     sets, descriptions = read_statements(statements)
     classes = {name: sorted(set(mapping.values())) for name, mapping in sets.items()}
     column = "filename_hr" if rate == 500 else "filename_lr"
-    try:
-        with open(database, newline="", encoding="utf-8") as file:
-            entries = [_entry(row, column, sets) for row in csv.DictReader(file)]
-    except (KeyError, ValueError, SyntaxError, TypeError) as error:
-        raise UserError(f"{database} is not PTB-XL's table: {type(error).__name__}: {error}.") from error
+    columns = ("ecg_id", "patient_id", "age", "sex", "scp_codes", "strat_fold", column)
+    entries = [_entry(row, column, sets, database) for row in _rows(database, columns)]
     entries.sort(key=lambda entry: int(entry.record_id))
     entries, problems = drop_repeated(entries)
     return Listing(entries, problems, LABEL_SETS, classes, descriptions, "strat_fold of ptbxl_database.csv")
@@ -66,25 +64,26 @@ def read_statements(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, di
 
     Returns:
       (label set -> scp code -> class, label set -> class -> description).
+
+    Raises:
+      UserError: it cannot be read or is not PTB-XL's.
     """
     sets: dict[str, dict[str, str]] = {name: {} for name in LABEL_SETS}
     descriptions: dict[str, dict[str, str]] = {name: {} for name in LABEL_SETS}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                code, text = row[""], row["description"]
-                sets["all"][code] = code
-                for name, column in (("diag", "diagnostic"), ("form", "form"), ("rhythm", "rhythm")):
-                    if row[column] and float(row[column]) == 1.0:
-                        sets[name][code] = code
-                if code in sets["diag"]:
-                    sets["sub"][code] = row["diagnostic_subclass"]
-                    sets["super"][code] = row["diagnostic_class"]
-                for name in ("all", "diag", "form", "rhythm"):
-                    if code in sets[name]:
-                        descriptions[name][code] = text
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not PTB-XL's table: {type(error).__name__}: {error}.") from error
+    marks = (("diag", "diagnostic"), ("form", "form"), ("rhythm", "rhythm"))
+    columns = ("", "description", "diagnostic_subclass", "diagnostic_class", *(column for _, column in marks))
+    for row in _rows(path, columns):
+        code, text = row[""], row["description"]
+        sets["all"][code] = code
+        for name, column in marks:
+            if row[column] and _convert(path, row, f"code {code}", column, float, "1.0 or nothing") == 1.0:
+                sets[name][code] = code
+        if code in sets["diag"]:
+            sets["sub"][code] = row["diagnostic_subclass"]
+            sets["super"][code] = row["diagnostic_class"]
+        for name in ("all", "diag", "form", "rhythm"):
+            if code in sets[name]:
+                descriptions[name][code] = text
     return sets, descriptions
 
 
@@ -101,9 +100,81 @@ def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
     return recording
 
 
-def _entry(row: dict[str, str], column: str, sets: dict[str, dict[str, str]]) -> Entry:
-    record_id = str(int(row["ecg_id"]))
-    codes = list(ast.literal_eval(row["scp_codes"]))
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The rows of a table that has these columns and at least one row.
+
+    Raises:
+      UserError: it cannot be read or is not such a table.
+    """
+    foreign = f"{path} is not PTB-XL's table"
+    advice = "take the file as PhysioNet has it"
+    try:
+        # utf-8-sig: Excel begins a file with a byte order mark.
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [repr(column) for column in columns if column not in (reader.fieldnames or ())]
+            if missing and reader.fieldnames:
+                raise UserError(f"{foreign}: it has no column {', '.join(missing)}; {advice}.")
+            row = None
+            for row in reader:
+                # DictReader keeps surplus cells under None and fills missing ones with None.
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{foreign}: line {reader.line_num} has another number of cells than its first line; "
+                        f"{advice}."
+                    )
+                yield row
+            if row is None:
+                raise UserError(f"{foreign}: it has no rows; {advice}.")
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{foreign}: {error}; {advice}.") from error
+
+
+def _convert(path: Path, row: dict[str, str], where: str, column: str, convert: Callable, expected: str):
+    """A cell as what it must be.
+
+    Raises:
+      UserError: it is not; names the row and the column.
+    """
+    try:
+        return convert(row[column])
+    # literal_eval raises the last three on text that is no literal or is nested too deeply.
+    except (ValueError, KeyError, OverflowError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = row[column] if len(row[column]) <= 80 else row[column][:80] + "..."
+        raise UserError(
+            f"{path}: {where} has {value!r} in column {column}, which must be {expected}; correct that row."
+        ) from None
+
+
+def _scp_codes(text: str) -> list[str]:
+    codes = ast.literal_eval(text)
+    if not isinstance(codes, dict) or not all(isinstance(code, str) for code in codes):
+        raise ValueError
+    return list(codes)
+
+
+def _fold(text: str) -> int:
+    fold = int(text)
+    if not 1 <= fold <= N_FOLDS:
+        raise ValueError
+    return fold
+
+
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise ValueError
+    return text
+
+
+def _entry(row: dict[str, str], column: str, sets: dict[str, dict[str, str]], path: Path) -> Entry:
+    record_id = str(_convert(path, row, "a row", "ecg_id", int, "a whole number"))
+
+    def cell(name: str, convert: Callable, expected: str):
+        return _convert(path, row, f"ecg_id {record_id}", name, convert, expected)
+
+    codes = cell("scp_codes", _scp_codes, "a dict of codes, e.g. {'NORM': 100.0}")
     unknown = sorted(code for code in codes if code not in sets["all"])
     problems = []
     if unknown:
@@ -112,14 +183,17 @@ def _entry(row: dict[str, str], column: str, sets: dict[str, dict[str, str]]) ->
     labels = {
         name: sorted({mapping[code] for code in codes if code in mapping}) for name, mapping in sets.items()
     }
-    age = float(row["age"]) if row["age"] else None
+    age = cell("age", float, "a number or nothing") if row["age"] else None
+    patient_id = None
+    if row["patient_id"]:
+        patient_id = str(cell("patient_id", lambda text: int(float(text)), "a number or nothing"))
     return Entry(
         record_id=record_id,
-        file=row[column] + ".hea",
-        patient_id=str(int(float(row["patient_id"]))) if row["patient_id"] else None,
-        fold=int(row["strat_fold"]),
+        file=cell(column, _not_empty, "the name of a file") + ".hea",
+        patient_id=patient_id,
+        fold=cell("strat_fold", _fold, f"a fold from 1 to {N_FOLDS}"),
         labels=labels,
         age=_AGE_SHOWN if age == _HIDDEN_AGE else age,
-        sex={"0": "M", "1": "F"}[row["sex"]] if row["sex"] else None,
+        sex=cell("sex", {"0": "M", "1": "F"}.__getitem__, "0 or 1 or nothing") if row["sex"] else None,
         problems=tuple(problems),
     )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import codecs
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
 
 from ecg_jax.data.readers.gains import lead_columns, millivolts_per_count
 from ecg_jax.data.readers.header import Header, HeaderError, Signal, parse_comments, parse_header
-from ecg_jax.data.recording import BadRecording, Problem, Recording, cannot_read, is_absent
+from ecg_jax.data.recording import BadRecording, Problem, Recording, cannot_read, canonical_index, is_absent
 
 # WFDB's marker of an invalid sample, and the last valid integer before each limit, for format 16.
 INVALID_16 = -32768
@@ -130,6 +131,18 @@ def _read_bytes(path: Path, record_id: str, kind: str) -> bytes:
         raise cannot_read(path, error) from error
 
 
+def _is_file(path: Path) -> bool:
+    """As `Path.is_file`, but a name no file can have is an absent file, and a failing disk is not."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except ValueError:
+        return False
+    except OSError as error:
+        if is_absent(error):
+            return False
+        raise cannot_read(path, error) from error
+
+
 def read_digital(path: Path, header: Header, record_id: str) -> tuple[np.ndarray, np.ndarray, int]:
     """The integers of all signals.
 
@@ -140,8 +153,7 @@ def read_digital(path: Path, header: Header, record_id: str) -> tuple[np.ndarray
       BadRecording: `missing_signal`, `truncated_signal`, `signal_refused`.
     """
     for name in dict.fromkeys(s.file for s in header.signals):
-        # os.path and not pathlib: a name no file can have is no error there.
-        if not os.path.exists(path.parent / name):
+        if not _is_file(path.parent / name):
             raise BadRecording(record_id, "missing_signal", f"its signal file {name} is not there.")
     simple = all(s.format == "16" and s.samples_per_frame == 1 and s.skew == 0 for s in header.signals)
     if not simple:
@@ -178,7 +190,8 @@ def _read_format_16(path: Path, group: list[Signal], n_samples: int | None, reco
     # Another size means another number of samples or of leads: reading on would cut or interleave. Only a
     # checksum that is not zero can tell that the samples are right all the same.
     expected = offset + 2 * len(group) * wanted
-    if len(data) != expected and not any(s.checksum for s in group):
+    vouched = any(s.checksum for s in group if canonical_index(s.lead) is not None)
+    if len(data) != expected and not vouched:
         raise BadRecording(
             record_id,
             "signal_refused",
