@@ -225,24 +225,64 @@ def _partial_folder(store: Path, settings: dict):
             leftover.unlink(missing_ok=True)
         plan = partial / "plan.json"
         if plan.exists():
-            _check_same_job(store, json.loads(plan.read_text()), settings)
+            _check_same_job(store, _read_plan(store, plan), settings)
         else:
             write_in_store(store, plan, json.dumps(settings, indent=1).encode())
         yield
 
 
+def _read_plan(store: Path, plan: Path) -> dict:
+    try:
+        found = json.loads(plan.read_bytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{plan} is damaged, so nobody knows which job {store} was begun for; remove {store} and run the same "
+            "command again."
+        )
+    return found
+
+
+def _read_problems(store: Path) -> list[Problem]:
+    """The lines of problems.jsonl.
+
+    Raises:
+      UserError: it is missing, cannot be read or is not what `finalise` writes.
+    """
+    path = store / "problems.jsonl"
+    advice = (
+        f"the signals of {store} are complete, but to know its problems bring that file back or prepare anew"
+    )
+    try:
+        # Not splitlines(): it also splits at characters that a lead's name may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UserError(f"Cannot read {path}: {reason}; {advice}.") from error
+    problems = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            problems.append(Problem(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"Line {number} of {path} is damaged; {advice}.") from error
+    return problems
+
+
 def _summary(job: Job, started: float, already_complete: bool) -> Summary:
     written = Store(job.store)
-    problems = [json.loads(line) for line in (job.store / "problems.jsonl").read_text().splitlines()]
+    problems = _read_problems(job.store)
     if already_complete and job.strict and problems:
-        raise strict_error(Problem(**problems[0]))
-    kinds = Counter(problem["kind"] for problem in problems)
+        raise strict_error(problems[0])
+    kinds = Counter(problem.kind for problem in problems)
     folds = Counter(written.column("fold").tolist())
     return Summary(
         store=job.store,
         corpus=job.corpus,
         written=len(written),
-        refused=sum(problem["action"] == "refused" for problem in problems),
+        refused=sum(problem.action == "refused" for problem in problems),
         problems=dict(kinds.most_common()),
         derived=kinds["derived_leads"],
         missing=kinds["missing_leads"],

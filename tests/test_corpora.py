@@ -256,6 +256,13 @@ def test_wfdb_folder_without_mat_is_no_challenge_folder(tmp_path):
         challenge.list_records(tmp_path, None)
 
 
+def test_file_name_that_is_not_utf_8(tmp_path):
+    path = write_record(tmp_path, "r", ecg(1.0))
+    os.rename(path, os.path.join(os.fsencode(tmp_path), b"r\xff.hea"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        wfdb_corpus.list_records(tmp_path, None)
+
+
 def test_links_are_followed_once(tmp_path):
     write_record(tmp_path / "real", "r", ecg(3.0))
     (tmp_path / "source").mkdir()

@@ -416,6 +416,62 @@ def test_unit_without_chunk_file_is_done_again(source, reference, tmp_path):
     assert files_of(tmp_path / "s") == reference[0]
 
 
+def test_flipped_byte_in_unfinished_work_does_not_become_a_store(source, reference, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_finalisation(source, tmp_path / "s")
+    chunk = tmp_path / "s" / "signal/c/1/0"
+    data = bytearray(chunk.read_bytes())
+    data[12345] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(UserError, match=r"1 of the 4 chunk files .*signal/c/1/0.*again"):
+        prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
+    assert not (tmp_path / "s" / "zarr.json").exists()
+    prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
+    assert files_of(tmp_path / "s") == reference[0]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda sidecar: [],
+        lambda sidecar: None,
+        lambda sidecar: {**sidecar, "samples": "many"},
+        lambda sidecar: {**sidecar, "rows": 3},
+        lambda sidecar: {**sidecar, "rows": sidecar["rows"][1:]},
+        lambda sidecar: {**sidecar, "rows": [{**row, "age": "old"} for row in sidecar["rows"]]},
+        lambda sidecar: {**sidecar, "problems": [{"kind": "x"}]},
+        lambda sidecar: {"samples": 0},
+    ],
+)
+def test_sidecar_of_another_shape_has_its_unit_done_again(source, reference, tmp_path, damage):
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_finalisation(source, tmp_path / "s")
+    sidecar = tmp_path / "s" / ".partial" / "unit-000001.json"
+    sidecar.write_text(json.dumps(damage(json.loads(sidecar.read_text()))))
+    prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
+    assert files_of(tmp_path / "s") == reference[0]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])
+def test_damaged_plan_is_a_sentence(source, tmp_path, text):
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_finalisation(source, tmp_path / "s")
+    (tmp_path / "s" / ".partial" / "plan.json").write_text(text)
+    with pytest.raises(UserError, match=r"plan\.json is damaged"):
+        prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
+
+
+@pytest.mark.parametrize("text", [None, "{\n", "[]\n", '{"kind": "x"}\n', '"text"\n'])
+def test_complete_store_without_its_problems_is_a_sentence(source, tmp_path, text):
+    prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
+    if text is None:
+        (tmp_path / "s" / "problems.jsonl").unlink()
+    else:
+        (tmp_path / "s" / "problems.jsonl").write_text(text)
+    with pytest.raises(UserError, match=r"problems\.jsonl(: No such| is damaged)"):
+        prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
+
+
 def interrupt_finalisation(source, store, **options):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -8,6 +8,7 @@ of the group is the very last file of a store: before it exists the store is inc
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import errno
 import hashlib
@@ -131,13 +132,29 @@ def read_sidecar(store: Path, unit: int) -> dict | None:
     """The sidecar of a finished unit; None when the unit must be done (again)."""
     try:
         sidecar = json.loads(sidecar_path(store, unit).read_bytes())
+        _check_sidecar(sidecar)
         if sidecar["samples"] == 0:
             return sidecar
         # Finalisation extends chunk files with zeros; if it was interrupted, they may already be longer.
         size = chunk_path(store, unit).stat().st_size
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return sidecar if size >= sidecar["samples"] * BYTES_PER_SAMPLE else None
+
+
+def _check_sidecar(sidecar: dict) -> None:
+    """Raises ValueError, KeyError or TypeError when it is not what `UnitWriter.finish` writes."""
+    end = 0
+    for row in sidecar["rows"]:
+        if row["offset"] != end or not row["length"] > 0 or len(bytes.fromhex(row["checksum"])) != 16:
+            raise ValueError("a row does not follow the one before it")
+        end += row["length"]
+    if sidecar["samples"] != end:
+        raise ValueError("the rows are not all of the unit")
+    for problem in sidecar["problems"]:
+        Problem(**problem)
+    label_sets = {key.removeprefix("labels_") for row in sidecar["rows"] for key in row if "labels_" in key}
+    _unit_table(sidecar["rows"], record_schema(sorted(label_sets)))
 
 
 def finalise(
@@ -169,18 +186,17 @@ def finalise(
       strict: an identical signal is an error.
 
     Raises:
-      UserError: a duplicate under `strict`, no recording is left, or the disk is full.
+      UserError: a unit is damaged, a duplicate under `strict`, no recording is left, or the disk is full.
     """
     import pyarrow as pa
 
     schema = record_schema(label_sets)
     tables, samples = [], []
     problems = [vars(problem) for problem in first_problems]
-    for unit in range(n_units):
-        sidecar = read_sidecar(store, unit)
-        samples.append(sidecar["samples"])
-        problems += sidecar["problems"]
-        tables.append(_unit_table(sidecar["rows"], schema))
+    for unit_samples, unit_problems, table in _verified_units(store, n_units, schema):
+        samples.append(unit_samples)
+        problems += unit_problems
+        tables.append(table)
     chunk_samples = -(-max(samples) // CHUNK_ROUNDING) * CHUNK_ROUNDING
     first = np.repeat(np.arange(n_units) * chunk_samples, [len(table) for table in tables])
     records = pa.concat_tables(tables)
@@ -239,6 +255,45 @@ def finalise(
     }
     write_in_store(store, store / "zarr.json", _json(group))
     shutil.rmtree(store / PARTIAL)
+
+
+def _verified_units(store: Path, n_units: int, schema) -> list[tuple]:
+    """(samples, problems, table) of all units, after comparing each unit's samples with the checksums in its sidecar.
+
+    A unit may have been written days before, by a run that was interrupted: what a disk did to it since must
+    not become a complete store.
+
+    Raises:
+      UserError: a unit is damaged; its sidecar is removed, so that the next run does it again.
+    """
+
+    def verified(unit: int) -> tuple | None:
+        sidecar = read_sidecar(store, unit)
+        if sidecar is None:
+            return None
+        if sidecar["samples"]:
+            with open(chunk_path(store, unit), "rb") as file:
+                for row in sidecar["rows"]:
+                    # `read_sidecar` has seen that the file is long enough.
+                    data = file.read(row["length"] * BYTES_PER_SAMPLE)
+                    if checksum(np.frombuffer(data, "<i2")) != row["checksum"]:
+                        return None
+        # A table and not the rows: those of millions of records would not fit into memory.
+        return sidecar["samples"], sidecar["problems"], _unit_table(sidecar["rows"], schema)
+
+    # Reading and hashing let other threads run.
+    with concurrent.futures.ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+        units = list(pool.map(verified, range(n_units)))
+    damaged = [unit for unit, found in enumerate(units) if found is None]
+    if damaged:
+        for unit in damaged:
+            sidecar_path(store, unit).unlink(missing_ok=True)
+        raise UserError(
+            f"{len(damaged)} of the {n_units} chunk files written to {store} do not hold what was written (the "
+            f"first is {chunk_path(store, damaged[0])}), so check that disk; the same command writes them again "
+            "and keeps the others."
+        )
+    return units
 
 
 def mark_duplicates(records, drop: bool):

@@ -76,7 +76,7 @@ def find_files(source: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
     """All files below `source` with one of the suffixes, in sorted order, hidden ones left out.
 
     Raises:
-      UserError: a folder cannot be read.
+      UserError: a folder cannot be read, or a file name is not UTF-8.
     """
 
     def fail(error: OSError) -> None:
@@ -93,7 +93,13 @@ def find_files(source: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield Path(folder, name)
+                path = Path(folder, name)
+                try:
+                    str(path).encode()
+                except UnicodeEncodeError:
+                    # It could not be written into the table of records.
+                    raise UserError(f"The file name {os.fsencode(path)!r} is not UTF-8; rename it.") from None
+                yield path
 
 
 def drop_repeated(entries: Iterable[Entry]) -> tuple[list[Entry], list[Problem]]:
