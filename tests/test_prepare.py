@@ -472,6 +472,20 @@ def test_complete_store_without_its_problems_is_a_sentence(source, tmp_path, tex
         prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
 
 
+def test_complete_store_that_cannot_be_read_is_a_sentence(source, tmp_path, monkeypatch):
+    prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
+    original = Path.read_text
+
+    def read_text(self, *args, **kwargs):
+        if self.name == "zarr.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with pytest.raises(UserError, match=r"Cannot read .*zarr\.json: Permission denied"):
+        prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
+
+
 def interrupt_finalisation(source, store, **options):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
