@@ -195,8 +195,9 @@ def _run(
 
     if stopping:
         cause = stop.received or "preemption"
+        kept = "saved" if saved is not None else "nothing to save yet"
         raise Stopped(
-            f"{cause} at step {step} of {steps}: saved; run the same command again to continue",
+            f"{cause} at step {step} of {steps}: {kept}; run the same command again to continue",
             exit_code=130 if cause == "SIGINT" else 0,
         )
     return state

@@ -26,9 +26,12 @@ def test_every_shipped_config_is_known():
     assert load_config("configs/probe.py").mode == "linear"
 
 
-@pytest.mark.parametrize("spec", PRETRAINING)
-def test_shipped_config_runs_a_step(spec, tmp_path, synthetic_store):
+@pytest.mark.parametrize(
+    ("spec", "precision"), [*((spec, "float32") for spec in PRETRAINING), ("configs/cpc.py", "bfloat16")]
+)
+def test_shipped_config_runs_a_step(spec, precision, tmp_path, synthetic_store):
     config = load_config(spec)
+    override(config, "precision", precision)
     changes = {
         "store": str(synthetic_store), "model.width": "16", "model.layers": "1", "batch_size": "8", "steps": "1",
         "data.max_val_crops": "8",
