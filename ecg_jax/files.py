@@ -1,5 +1,6 @@
-"""Files that are there in full or not at all."""
+"""Files that are there in full or not at all, and line-by-line logs."""
 
+import json
 import os
 from pathlib import Path
 
@@ -33,3 +34,25 @@ def write_atomic(path: Path, data: bytes) -> None:
         replace_file(path, data, path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a file with one JSON object in each line; a last line that a kill cut short is left out.
+
+    Raises:
+        UserError: the file cannot be read, or another line is no JSON object.
+    """
+    try:
+        *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    entries = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict):
+            raise UserError(f"{path} line {number} is no JSON object; is it another program's file?")
+        entries.append(entry)
+    return entries

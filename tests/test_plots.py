@@ -7,6 +7,7 @@ import pytest
 
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.evaluation import plots
+from ecg_jax.files import read_jsonl
 
 
 def _size_mm(path, dpi):
@@ -77,7 +78,7 @@ def test_loss_curve_draws_what_was_logged(tmp_path):
     entries = [{"step": s, "loss": 5.0 / s, "accuracy": 0.1 * s} for s in range(1, 8)]
     entries[3]["val_loss"] = 2.0
     log.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"step": 8, "lo')
-    assert len(plots.read_log(log)) == 7
+    assert len(read_jsonl(log)) == 7
     plots.loss_curve(log, tmp_path / "both.png")
     plots.loss_curve(log, tmp_path / "loss.png", accuracies={"training": "no_such_key"})
     heights = [_size_mm(tmp_path / f"{name}.png", 130)[1] for name in ("both", "loss")]

@@ -1,10 +1,11 @@
 """Pictures: loss curve, one ECG on paper, AUROC per class with intervals."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from ecg_jax.files import read_jsonl
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey by lightness and marker.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#6E6E6E"
@@ -121,16 +122,6 @@ def ecg_paper(
     _save(figure, path, dpi)
 
 
-def read_log(path: str | Path) -> list[dict]:
-    """The objects of a log.jsonl; a last line that a kill cut short is left out.
-
-    Raises:
-        ValueError: another line is not JSON.
-    """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
 def loss_curve(
     log: str | Path,
     path: str | Path,
@@ -150,7 +141,7 @@ def loss_curve(
     Raises:
         ValueError: no line of the log holds any of the losses.
     """
-    entries = read_log(log)
+    entries = read_jsonl(Path(log))
 
     def points(key):
         pairs = [(e["step"], e[key]) for e in entries if key in e and e[key] is not None]

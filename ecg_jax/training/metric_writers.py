@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ecg_jax.errors import UserError
-from ecg_jax.files import write_atomic
+from ecg_jax.files import read_jsonl, write_atomic
 
 LOG_NAME = "log.jsonl"
 
@@ -90,25 +90,11 @@ class MultiWriter:
 
 
 def read_log(workdir: Path) -> list[dict]:
-    """The objects of log.jsonl in order; a last line cut off by a kill is left out.
-
-    Raises:
-        UserError: another line is no log entry.
-    """
+    """The objects of log.jsonl in order, [] when there is none; errors as in `files.read_jsonl`."""
     path = workdir / LOG_NAME
-    if not path.exists():
-        return []
-    try:
-        *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    entries = []
-    for number, line in enumerate(whole, start=1):
-        try:
-            entry = json.loads(line)
-            entries.append(entry | {"step": int(entry["step"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} line {number} is no log entry; is it another program's file?") from error
+    entries = read_jsonl(path) if path.exists() else []
+    if any(not isinstance(entry.get("step"), int) for entry in entries):
+        raise UserError(f"{path} holds lines without a step; is it another program's file?")
     return entries
 
 
