@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -235,7 +236,7 @@ def _summary(scalars: dict[str, float]) -> str:
 
 def _announce(config: ConfigDict, store: Store, selection: Selection, state: TrainState, steps: int) -> None:
     start, devices = int(state.step), jax.devices()
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    parameters = count_parameters(state.params)
     lines = [f"store {store.path}: {selection.describe()}"]
     if selection.available < config.data.max_records:
         asked = f"data.max_records allows {config.data.max_records} recordings"

@@ -268,11 +268,10 @@ class Checkpoints:
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    # Orbax warns that an item has no metadata of a whole checkpoint; it need not.
     absl = logging.getLogger("absl")
     level = absl.level
-    absl.setLevel(
-        logging.ERROR
-    )  # Orbax warns that an item has no metadata of a whole checkpoint; it need not
+    absl.setLevel(logging.ERROR)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return flat_shapes(checkpointer.metadata((path / "state").absolute()).item_metadata.tree)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu.parameter_overview import count_parameters
 
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.models.encoder import build_encoder, constants, tokens_of
@@ -76,7 +77,7 @@ def restore_encoder(run: str | Path, step: int | None = None) -> RestoredEncoder
         config=stored.config,
         preprocessing=stored.preprocessing,
         variables=_with_basis(stored.variables, stored.config, stored.preprocessing),
-        n_parameters=sum(leaf.size for leaf in jax.tree.leaves(stored.variables["params"])),
+        n_parameters=count_parameters(stored.variables["params"]),
     )
 
 
