@@ -2,6 +2,8 @@
 configuration.
 """
 
+from types import SimpleNamespace
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -31,6 +33,9 @@ def get_config() -> ConfigDict:
     config.data.window_s = 2.5  # seconds in a crop
     config.data.normalisation = (
         "none"  # or "ptbxl_canonical", "ptbxl_misordered": see ecg_jax/models/inputs.py
+    )
+    config.data.targets = (
+        ""  # offline targets beside the store, the NAME given to `ecg-jax cluster`; "": none
     )
     config.data.val_folds = 1  # how many of the highest-numbered folds are held out for the validation loss
     config.data.max_val_crops = 4096  # crops; the validation set is cut to them
@@ -78,8 +83,74 @@ def set_size(config: ConfigDict, size: str) -> None:
 
 
 def set_recipe(config: ConfigDict, recipe: str) -> None:
-    """Sets what the recipes decide for every objective: the learning-rate groups (spec §5.0)."""
+    """Sets what the recipes decide for every objective: the learning-rate groups (spec §5.0), and for masked
+    objectives input, masks and teacher (§1.4, §5.2, §5.4, §5.6).
+    """
     if recipe == "released":
         config.optimiser.factors.backbone = 0.1
         config.optimiser.factors.stem = 0.01
         config.optimiser.factors.ssm = 0.01
+    if "mask" not in config.objective:
+        return
+    config.data.normalisation = "ptbxl_canonical"
+    if recipe == "released":
+        config.data.normalisation = "ptbxl_misordered"
+        config.objective.mask.probability = 0.0065
+        config.objective.mask.last_token = False
+        config.objective.mask.min_keep = 64
+    if recipe == "released" and "teacher" in config.objective:
+        config.objective.teacher.mode = "frozen_random"
+        config.objective.teacher.train_mode = True
+        config.objective.teacher.batch_stats = "own"
+
+
+def masking(strategy: str) -> ConfigDict:
+    """What a masked objective hides; a strategy reads its own fields only. See ecg_jax/objectives/masking.py."""
+    mask = ConfigDict()
+    mask.strategy = strategy  # span, block, ratio, time, independent or lead
+    mask.probability = 0.065  # span: that a token is the mid-point of a span
+    mask.span = 10  # span: tokens
+    mask.ratio = 0.5  # ratio, time, independent, lead: share hidden
+    mask.patch = 10  # ratio, time, independent: tokens in a piece
+    mask.blocks = 4  # block: target blocks
+    mask.target_min = 0.15  # block: shares of the window
+    mask.target_max = 0.20
+    mask.context_min = 0.85
+    mask.context_max = 1.0
+    mask.min_keep = 1  # block: tokens at least in a target block and in the context
+    mask.last_token = True  # span, block: False reproduces the released samplers' edge
+    return mask
+
+
+def teacher() -> ConfigDict:
+    """The teacher of an objective that has one. See ecg_jax/objectives/teacher.py."""
+    config = ConfigDict()
+    config.mode = "ema"  # or "frozen_random"
+    config.momentum = 0.9996
+    config.momentum_end = 0.9996  # at the last step, reached along half a cosine
+    config.train_mode = False  # True: targets with dropout and batch statistics
+    config.batch_stats = (
+        "student"  # running statistics: the student's; or averaged like the parameters, "ema"; or "own"
+    )
+    return config
+
+
+#: The masking strategies of ecg_jax/objectives/masking.py.
+STRATEGIES = ("span", "block", "ratio", "time", "independent", "lead")
+
+
+def masked_objective(arg: SimpleNamespace, objective: dict) -> ConfigDict:
+    """The config of a masked objective with a teacher.
+
+    Args:
+        arg: `backbone`, `data`, `recipe` and `mask` of the config's argument.
+        objective: its name and its own fields.
+    """
+    config = get_config()
+    with config.unlocked():
+        config.objective = ConfigDict({**objective, "mask": masking(arg.mask), "teacher": teacher()})
+    config.lock()
+    config.model.backbone = arg.backbone
+    set_size(config, arg.data)
+    set_recipe(config, arg.recipe)
+    return config

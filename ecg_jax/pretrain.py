@@ -23,6 +23,7 @@ from ecg_jax.errors import Stopped, UserError
 from ecg_jax.run_setup import (
     build_objective,
     build_optimiser,
+    build_teacher,
     check_config,
     claim_workdir,
     initial_state,
@@ -97,7 +98,8 @@ def _run(
     """The run itself, in a workdir that is this process's."""
     mesh = parallel.make_mesh()
     schedule, tx = build_optimiser(config, steps)
-    state = parallel.replicate(initial_state(config, tx, preprocessing), mesh)
+    teacher = build_teacher(config, steps)
+    state = parallel.replicate(initial_state(config, tx, preprocessing, teacher), mesh)
     checkpoints = Checkpoints(
         workdir,
         keep_latest=config.keep_latest,
@@ -115,7 +117,11 @@ def _run(
             f"{workdir} is at step {start} already, beyond the {steps} steps asked for; raise config.steps"
         )
 
-    bound = {"model": build_objective(config, parallel.AXIS), "normalisation": config.data.normalisation}
+    bound = {
+        "model": build_objective(config, parallel.AXIS),
+        "teacher": teacher,
+        "normalisation": config.data.normalisation,
+    }
     step_fn = parallel.map_train_step(functools.partial(train_step, tx=tx, **bound), mesh)
     eval_fn = parallel.map_eval_step(functools.partial(eval_step, **bound), mesh)
     reading = {

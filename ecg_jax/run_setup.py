@@ -20,11 +20,15 @@ from ecg_jax.files import write_atomic
 from ecg_jax.models.encoder import build_encoder, tokens_of
 from ecg_jax.models.inputs import NORMALISATIONS
 from ecg_jax.objectives.cpc import CPC
+from ecg_jax.objectives.data2vec import Data2Vec
+from ecg_jax.objectives.jepa import JEPA
+from ecg_jax.objectives.masking import Masking
+from ecg_jax.objectives.teacher import Teacher
 from ecg_jax.training import optim
 from ecg_jax.training.checkpoint import finished_steps
 from ecg_jax.training.train_state import TrainState, create_train_state
 
-OBJECTIVES = {"cpc": CPC}
+OBJECTIVES = {"cpc": CPC, "jepa": JEPA, "data2vec": Data2Vec}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 _POSITIVE = (
@@ -57,8 +61,17 @@ def build_objective(config: ConfigDict, axis_name: str | None):
     """The objective's Flax module as the config describes it."""
     dtype = DTYPES[config.precision]
     encoder = build_encoder(**config.model.to_dict(), dtype=dtype, axis_name=axis_name)
-    fields = config.objective.to_dict()
+    fields = {name: value for name, value in config.objective.to_dict().items() if name != "teacher"}
+    if "mask" in fields:
+        fields["mask"] = Masking(**fields["mask"])
     return OBJECTIVES[fields.pop("name")](encoder=encoder, width=config.model.width, dtype=dtype, **fields)
+
+
+def build_teacher(config: ConfigDict, steps: int) -> Teacher | None:
+    """The teacher of a run of `steps` steps, None for objectives without one."""
+    return (
+        Teacher(**config.objective.teacher.to_dict(), steps=steps) if "teacher" in config.objective else None
+    )
 
 
 def build_optimiser(config: ConfigDict, steps: int) -> tuple[Callable, Any]:
@@ -73,7 +86,9 @@ def build_optimiser(config: ConfigDict, steps: int) -> tuple[Callable, Any]:
     return schedule, optim.build_optimiser(schedule, **fields)
 
 
-def initial_state(config: ConfigDict, tx, preprocessing: Preprocessing) -> TrainState:
+def initial_state(
+    config: ConfigDict, tx, preprocessing: Preprocessing, teacher: Teacher | None
+) -> TrainState:
     """The state at step 0."""
     return create_train_state(
         build_objective(config, axis_name=None),
@@ -83,6 +98,7 @@ def initial_state(config: ConfigDict, tx, preprocessing: Preprocessing) -> Train
         leads=len(preprocessing.leads),
         tokens=tokens_of(preprocessing.window_samples),
         l_max=config.model.l_max,
+        teacher=teacher,
     )
 
 

@@ -12,10 +12,16 @@ from jax.sharding import Mesh
 
 from conftest import assert_close, group, load_golden
 from ecg_jax.interop.torch_checkpoint import convert_cpc
-from ecg_jax.models.encoder import build_encoder, constants
+from ecg_jax.models.encoder import build_encoder
 from ecg_jax.objectives import cpc
 from ecg_jax.training import optim, parallel
-from ecg_jax.training.train_state import TrainState, create_train_state, eval_step, mean_of_sums, train_step
+from ecg_jax.training.train_state import (
+    assemble_state,
+    create_train_state,
+    eval_step,
+    mean_of_sums,
+    train_step,
+)
 
 
 def adamw(base):
@@ -42,11 +48,9 @@ def test_two_steps_of_the_reference(monkeypatch):
         encoder=encoder, width=width, steps_ahead=tokens - negatives.shape[2], negatives=negatives.shape[3]
     )
     tx = adamw(3e-3)
-    fixed = constants(variables, length=tokens, l_max=tokens)
-    state = TrainState(
-        step=jnp.int32(0), params=variables["params"], opt_state=tx.init(variables["params"]),
-        batch_stats=variables["batch_stats"], ssm=fixed["ssm"], basis=fixed["basis"], rng=jax.random.key(0),
-    )  # fmt: skip
+    state = assemble_state(
+        variables, tx.init(variables["params"]), {}, rng=jax.random.key(0), tokens=tokens, l_max=tokens
+    )
     step_fn = jax.jit(functools.partial(train_step, model=model, tx=tx, normalisation="none", axis_name=None))
     for step in range(2):
         monkeypatch.setattr(cpc, "draw_negatives", lambda *_, step=step, **__: negatives[step])

@@ -17,13 +17,21 @@ class Encoder(nn.Module):
     Attributes:
         stem: maps samples [B, T, C] to tokens [B, L, D].
         backbone: maps tokens [B, L, D] to (tokens [B, L, D], intermediates).
+        l_max: tokens for which the output vectors of S4 layers are length-corrected, of a head's too.
     """
 
     stem: nn.Module
     backbone: nn.Module
+    l_max: int
 
     def __call__(
-        self, x: jax.Array, record_index: jax.Array | None = None, *, train: bool
+        self,
+        x: jax.Array,
+        record_index: jax.Array | None = None,
+        *,
+        train: bool,
+        hidden: jax.Array | None = None,
+        mask_token: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Encodes x [B, T, C].
 
@@ -31,12 +39,19 @@ class Encoder(nn.Module):
             x: model input, see `inputs.to_model_input`.
             record_index: [B] number of each record within the global batch; keys the dropout masks.
             train: batch statistics and dropout.
+            hidden, mask_token: bool [B, L] and [D]; the backbone sees `mask_token` in place of the stem's
+                tokens there.
 
         Returns:
-            tokens [B, L, D] and a dict of intermediates: `stem` [B, L, D] and those of the backbone.
+            tokens [B, L, D] and a dict of intermediates: `stem` [B, L, D], before any replacement, and those
+                of the
+            backbone.
         """
         encoded = self.stem(x, train=train)
-        tokens, out = self.backbone(encoded, record_index, train=train)
+        seen = encoded
+        if hidden is not None:
+            seen = jnp.where(hidden[..., None], mask_token.astype(encoded.dtype), encoded)
+        tokens, out = self.backbone(seen, record_index, train=train)
         return tokens, {"stem": encoded, **out}
 
 
@@ -73,6 +88,7 @@ def build_encoder(
             dropout=dropout,
             dtype=dtype,
         ),
+        l_max=l_max,
         name=name,
     )
 

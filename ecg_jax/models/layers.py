@@ -47,6 +47,13 @@ def layer_norm(name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, name=name)
 
 
+def standardise(x: jax.Array) -> jax.Array:
+    """LayerNorm without scale and bias: zero mean and unit variance over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPSILON)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over batch and time, with the reference's running statistics.
 

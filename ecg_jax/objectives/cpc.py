@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ecg_jax.models.encoder import Encoder
 from ecg_jax.models.layers import uniform_fan_in
+from ecg_jax.objectives.contract import Inputs, Terms
 
 
 def draw_negatives(
@@ -126,18 +127,10 @@ class CPC(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, record_index: jax.Array, *, train: bool):
-        """Losses and metrics of model input x [B, T, C].
-
-        Needs the rng stream "objective", in training also "dropout". `record_index` [B] numbers the records
-        within the global batch.
-
-        Returns:
-            losses {"contrastive_loss": (values [B], weights [B])} and metrics {"accuracy": (values [B],
-            weights [B])}. A term is the weighted mean over the global batch; the objective is the sum of all
-            losses.
-        """
-        tokens, out = self.encoder(x, record_index, train=train)
+    def __call__(self, inputs: Inputs, *, train: bool) -> tuple[Terms, Terms]:
+        """`contrastive_loss` and the metric `accuracy`, see `objectives.contract`."""
+        record_index = inputs.record_index
+        tokens, out = self.encoder(inputs.x, record_index, train=train)
         encoded = out["stem"]
         predicted = nn.Dense(
             self.width, use_bias=False, kernel_init=uniform_fan_in, dtype=self.dtype, name="head"

@@ -2,9 +2,9 @@
 Orbax.
 
 A checkpoint `RUN/checkpoints/STEP` holds two items. `state` is the tree of arrays (params, batch_stats, ssm,
-optimiser moments, step, key). `meta` is JSON: the run's config, its preprocessing contract, the fingerprint
-of its store, versions, and a CRC-32 of each array, so that a damaged file is found even where the storage
-format would not notice.
+objective state, teacher, optimiser moments, step, key). `meta` is JSON: the run's config, its preprocessing
+contract, the fingerprint of its store, versions, and a CRC-32 of each array, so that a damaged file is found
+even where the storage format would not notice.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.errors import UserError
 
 CHECKPOINTS = "checkpoints"
-_SAVED_FIELDS = ("step", "params", "opt_state", "batch_stats", "ssm", "rng")
+_SAVED_FIELDS = ("step", "params", "opt_state", "batch_stats", "ssm", "objective_state", "teacher", "rng")
 
 
 def _saved(state) -> dict[str, Any]:
@@ -156,7 +156,9 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Failed writes surface as many types (the system's, tensorstore's, Orbax's); all become one sentence."""
+        """Failed writes surface as many types (the system's, tensorstore's, Orbax's); all become one
+        sentence.
+        """
         try:
             yield
         except Exception as error:

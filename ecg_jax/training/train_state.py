@@ -9,18 +9,23 @@ import optax
 
 from ecg_jax.models.encoder import constants
 from ecg_jax.models.inputs import to_model_input
+from ecg_jax.objectives.contract import Inputs, Terms
+from ecg_jax.objectives.teacher import Teacher
 from ecg_jax.training.parallel import AXIS
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """State of a run. Everything but `basis` is checkpointed; `basis` is derived from `ssm`.
+    """State of a run. Everything but the two bases is checkpointed; they are derived from the `ssm`
+    collections.
 
     Attributes:
         step: int32, number of optimiser updates done.
         params, opt_state: what the optimiser moves, and its moments.
         batch_stats: running statistics of the BatchNorms.
         ssm: fixed state matrices of the S4 layers ({} when they are trained).
-        basis: kernel bases derived from `ssm`, see `models.s4.kernel_bases`.
+        objective_state: codebooks and prototypes ({} for objectives without).
+        teacher: the teacher's collections `params`, `batch_stats` and `ssm` ({} for objectives without).
+        basis, teacher_basis: kernel bases derived from `ssm`, see `models.s4.kernel_bases`.
         rng: typed key of the run; every step folds its number in, so it never changes.
     """
 
@@ -29,19 +34,36 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     batch_stats: Any
     ssm: Any
+    objective_state: Any
+    teacher: Any
     basis: Any
+    teacher_basis: Any
     rng: jax.Array
 
     def variables(self) -> dict[str, Any]:
         """Collections for `model.apply`."""
-        return {
-            "params": self.params,
-            "batch_stats": self.batch_stats,
-            **({"ssm": self.ssm, "basis": self.basis} if self.ssm else {}),
-        }
+        collections = {name: getattr(self, name) for name in ("params", "batch_stats", *_OPTIONAL)}
+        return {name: tree for name, tree in collections.items() if tree or name not in _OPTIONAL}
+
+    def teacher_variables(self) -> dict[str, Any]:
+        """Collections for the teacher's `encoder.apply`."""
+        return self.teacher | ({"basis": self.teacher_basis} if self.teacher_basis else {})
 
 
-def create_train_state(model, tx, *, seed: int, window_samples: int, leads: int, tokens: int, l_max: int):
+_OPTIONAL = ("ssm", "basis", "objective_state")
+
+
+def create_train_state(
+    model,
+    tx,
+    *,
+    seed: int,
+    window_samples: int,
+    leads: int,
+    tokens: int,
+    l_max: int,
+    teacher: Teacher | None = None,
+) -> TrainState:
     """Freshly initialised `TrainState`, on the default device.
 
     Args:
@@ -51,36 +73,81 @@ def create_train_state(model, tx, *, seed: int, window_samples: int, leads: int,
         window_samples, leads: T and C of a batch.
         tokens: L that the stem makes of T.
         l_max: tokens for which C is length-corrected.
+        teacher: for objectives that have one.
     """
     root = jax.random.key(seed)
     init_key, run_key = jax.random.split(root)
+    x, record_index = jnp.zeros((2, window_samples, leads)), jnp.arange(2)
+
+    def init_teacher(key):
+        (tokens, out), variables = model.encoder.init_with_output(key, x, record_index, train=False)
+        return {"tokens": tokens, **out}, variables
 
     def init(key):
+        features, random = init_teacher(jax.random.fold_in(key, 1)) if teacher else (None, {})
         keys = dict(zip(("params", "objective", "dropout"), jax.random.split(key, 3), strict=True))
-        x = jnp.zeros((2, window_samples, leads))
-        variables = model.init(keys, x, jnp.arange(2), train=False)
-        return variables, tx.init(variables["params"])
+        inputs = Inputs(x=x, record_index=record_index, step=jnp.zeros((), jnp.int32), teacher=features)
+        variables = model.init(keys, inputs, train=False)
+        return variables, tx.init(variables["params"]), random
 
-    variables, opt_state = jax.jit(init)(init_key)
-    fixed = constants(variables, length=tokens, l_max=l_max)
+    variables, opt_state, random = jax.jit(init)(init_key)
+    teacher_variables = {}
+    if teacher:
+        student = {name: tree["encoder"] for name, tree in variables.items() if "encoder" in tree}
+        teacher_variables = teacher.initial(student, random)
+    return assemble_state(variables, opt_state, teacher_variables, rng=run_key, tokens=tokens, l_max=l_max)
+
+
+def assemble_state(
+    variables: dict[str, Any],
+    opt_state: Any,
+    teacher: dict[str, Any],
+    *,
+    rng: jax.Array,
+    tokens: int,
+    l_max: int,
+) -> TrainState:
+    """The state at step 0 from the collections of an objective and of its teacher ({} for none)."""
+
+    def part(tree, name):
+        return tree.get(name, {})
+
+    def basis(tree):
+        return part(constants(tree, length=tokens, l_max=l_max), "basis")
+
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         opt_state=opt_state,
         batch_stats=variables["batch_stats"],
-        ssm=variables["ssm"] if fixed else {},
-        basis=fixed["basis"] if fixed else {},
-        rng=run_key,
+        ssm=part(variables, "ssm"),
+        objective_state=part(variables, "objective_state"),
+        teacher=teacher,
+        basis=basis(variables),
+        teacher_basis=basis(teacher),
+        rng=rng,
     )
 
 
 def _mean_over(term: tuple[jax.Array, jax.Array], axis_name: str | None) -> jax.Array:
-    """Weighted mean of (values [B], weights [B]) over the global batch."""
+    """Weighted mean of (values [B], weights [B]) over the global batch; 0 without any weight."""
     values, weights = term
     total, weight = (values * weights).sum(), weights.sum()
     if axis_name:
         total, weight = jax.lax.pmean((total, weight), axis_name)
-    return total / weight
+    return total / jnp.where(weight > 0, weight, 1.0)
+
+
+def _inputs(
+    state: TrainState, batch: dict[str, jax.Array], normalisation: str, axis_name: str | None
+) -> Inputs:
+    return Inputs(
+        x=to_model_input(batch["signal"], normalisation),
+        record_index=batch["record_index"],
+        step=state.step,
+        labels=batch.get("labels"),
+        axis_name=axis_name,
+    )
 
 
 def train_step(
@@ -90,6 +157,7 @@ def train_step(
     model,
     tx,
     normalisation: str,
+    teacher: Teacher | None = None,
     axis_name: str | None = AXIS,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser update, as seen by one device.
@@ -97,43 +165,60 @@ def train_step(
     Args:
         state: replicated.
         batch: this device's rows: `signal` int16 [B, T, C] in microvolts, `record_index` int32 [B], the
-            number of each row within the global batch. Masks, negatives and dropout derive from it, so they
-            do not depend on the number of devices.
+            number of each row within the global batch, and for offline targets `labels` int32 [B, L]. Masks,
+            negatives and dropout derive from `record_index`, so they do not depend on the number of devices.
         model: the objective, built with the same axis name.
         tx: optimiser.
         normalisation: see `models.inputs`.
+        teacher: for objectives that have one.
         axis_name: mapped axis; None for a single device without a map.
 
     Returns:
         The next state and scalar metrics: `loss`, its terms, the objective's metrics, `grad_norm`.
     """
     objective_key, dropout_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
-    x = to_model_input(batch["signal"], normalisation)
+    inputs, next_teacher = _inputs(state, batch, normalisation, axis_name), state.teacher
+    if teacher:
+        features, statistics = teacher.features(
+            model.encoder,
+            state.teacher_variables(),
+            inputs.x,
+            inputs.record_index,
+            dropout_key=jax.random.fold_in(dropout_key, 1),
+            train=True,
+        )
+        inputs = inputs.replace(teacher=features)
+        next_teacher = state.teacher | {"batch_stats": statistics}
 
     def loss_fn(params):
         (losses, metrics), updates = model.apply(
             {**state.variables(), "params": params},
-            x,
-            batch["record_index"],
+            inputs,
             train=True,
             rngs={"objective": objective_key, "dropout": dropout_key},
-            mutable=["batch_stats"],
+            mutable=["batch_stats", "objective_state"],
         )
         losses = {name: _mean_over(term, axis_name) for name, term in losses.items()}
         metrics = {name: _mean_over(term, axis_name) for name, term in metrics.items()}
-        return sum(losses.values()), (losses | metrics, updates["batch_stats"])
+        return sum(losses.values()), (losses | metrics, updates)
 
     # pmean of the loss inside (in _mean_over) and of the gradients outside: the one idiom that is right under
     # shard_map with and without check_vma and under pmap.
-    (total, (metrics, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (total, (metrics, changed)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     if axis_name:
         grads = jax.lax.pmean(grads, axis_name)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if teacher:
+        student = {"params": params["encoder"], "batch_stats": changed["batch_stats"]["encoder"]}
+        next_teacher = teacher.follow(next_teacher, student, state.step)
     state = state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         opt_state=opt_state,
-        batch_stats=batch_stats,
+        batch_stats=changed["batch_stats"],
+        objective_state=changed["objective_state"] if state.objective_state else {},
+        teacher=next_teacher,
     )
     return state, metrics | {"loss": total, "grad_norm": optax.tree.norm(grads)}
 
@@ -144,12 +229,13 @@ def eval_step(
     *,
     model,
     normalisation: str,
+    teacher: Teacher | None = None,
     axis_name: str | None = AXIS,
-) -> dict[str, dict[str, tuple[jax.Array, jax.Array]]]:
+) -> dict[str, Terms]:
     """Losses and metrics of one batch of held-out crops, in evaluation mode, as seen by one device.
 
     Args:
-        state, model, normalisation, axis_name: as in `train_step`.
+        state, model, normalisation, teacher, axis_name: as in `train_step`.
         batch: as in `train_step`, with `record_index` the number of each crop in the validation set (so that
             negatives are the same at every evaluation) and `weight` float32 [B], 0 for rows that only fill
             the last batch.
@@ -158,10 +244,18 @@ def eval_step(
         {"losses": ..., "metrics": ...}, each name -> (sum of weighted values, sum of weights) over the global
         batch.
     """
-    x = to_model_input(batch["signal"], normalisation)
-    losses, metrics = model.apply(
-        state.variables(), x, batch["record_index"], train=False, rngs={"objective": state.rng}
-    )
+    inputs = _inputs(state, batch, normalisation, axis_name)
+    if teacher:
+        features, _ = teacher.features(
+            model.encoder,
+            state.teacher_variables(),
+            inputs.x,
+            inputs.record_index,
+            dropout_key=None,
+            train=False,
+        )
+        inputs = inputs.replace(teacher=features)
+    losses, metrics = model.apply(state.variables(), inputs, train=False, rngs={"objective": state.rng})
 
     def summed(term):
         values, weights = term
@@ -183,7 +277,7 @@ def mean_of_sums(batches: list[dict]) -> dict[str, float]:
         return {}
     total = jax.tree.map(lambda *parts: float(sum(parts)), *batches)
     losses, metrics = (
-        {name: value / weight for name, (value, weight) in total[kind].items()}
+        {name: value / weight if weight else 0.0 for name, (value, weight) in total[kind].items()}
         for kind in ("losses", "metrics")
     )
     return {"loss": sum(losses.values()), **losses, **metrics}

@@ -1,0 +1,66 @@
+"""HuBERT++: masked prediction of online Sinkhorn-Knopp clusters of a teacher's features (arXiv 2605.12241;
+spec §5.8); with variant=offline its predecessor HuBERT-ECG (Coppola et al., 2024), whose clusters are made
+beforehand.
+
+    ecg-jax pretrain --config=configs/hubert.py:data=18k --workdir=runs/hubert --config.store=stores/ptbxl
+
+    ecg-jax cluster --store=stores/ptbxl --name=spectrum500 --features=spectrum --codes=500
+    ecg-jax pretrain --config=configs/hubert.py:variant=offline --workdir=runs/hubert_offline \
+        --config.store=stores/ptbxl --config.data.targets=spectrum500
+
+Arguments: variant=online|offline, backbone=s4, data=18k|45k|106k|753k|11m, recipe=described|released,
+mask=span|block|ratio|time|independent|lead.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from ecg_jax.config_flags import parse_arg
+
+
+def get_config(arg=""):
+    arg = parse_arg(
+        arg,
+        variant=("online", "offline"),
+        backbone=("s4",),
+        data=tuple(common.DATA_SIZES),
+        recipe=common.RECIPES,
+        mask=common.STRATEGIES,
+    )
+    if arg.variant == "offline":
+        return _offline(arg)
+    return common.masked_objective(
+        arg,
+        {
+            "name": "hubertpp",
+            "codes": (128, 256),  # prototypes of each clustering
+            "alpha": 0.75,  # weight of masked tokens; 1 - alpha is that of visible ones
+            "student_temperature": 0.1,
+            "student_temperature_start": 0.5,
+            "teacher_temperature": 0.07,
+            "teacher_temperature_start": 0.15,
+            "temperature_steps": 200,  # steps from start to final temperature, along half a cosine
+            "sinkhorn_rounds": 3,
+            "prototype_momentum": 0.99,
+            "entropy_weight": 0.001,  # of the student's entropy, which it lowers
+        },
+    )
+
+
+def _offline(arg):
+    config = common.get_config()
+    with config.unlocked():
+        config.objective = ConfigDict(
+            {
+                "name": "hubert",
+                "codes": 500,  # must be the number that the targets were made with
+                "temperature": 0.1,
+                "alpha": 1.0,  # weight of masked tokens; 1 - alpha is that of visible ones
+                "mask": common.masking(arg.mask),
+            }
+        )
+    config.lock()
+    config.model.backbone = arg.backbone
+    common.set_size(config, arg.data)
+    common.set_recipe(config, arg.recipe)
+    return config

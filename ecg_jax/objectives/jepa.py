@@ -1,0 +1,79 @@
+"""JEPA: predict the teacher's final features in target blocks from a context block (spec §5.6; Assran et al.,
+arXiv 2301.08243).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ecg_jax.models.encoder import Encoder
+from ecg_jax.models.heads import S4Head
+from ecg_jax.models.layers import standardise
+from ecg_jax.objectives.contract import Inputs, Terms, mean_over_tokens
+from ecg_jax.objectives.data2vec import smooth_l1
+from ecg_jax.objectives.masking import Masking
+
+
+def jepa_targets(tokens: jax.Array, norms: int) -> jax.Array:
+    """Teacher tokens [B, L, D], standardised over D `norms` times, as float32.
+
+    Twice, as the released code does it, differs from once only by the epsilon (spec §5.6).
+    """
+    targets = tokens.astype(jnp.float32)
+    for _ in range(norms):
+        targets = standardise(targets)
+    return targets
+
+
+def jepa_loss(predicted: jax.Array, targets: jax.Array, *, beta: float) -> jax.Array:
+    """Smooth L1 distance of each token, averaged over D: [B, L, D] to [B, L]."""
+    return smooth_l1(predicted, targets, beta).mean(axis=-1)
+
+
+class JEPA(nn.Module):
+    """Prediction of the teacher's output in blocks, in place: hidden tokens are replaced, none is dropped.
+
+    A token in several target blocks counts once for each.
+
+    Attributes:
+        encoder: bidirectional.
+        width: D.
+        mask: what the student does not see, and what it is to predict.
+        target_norms: see `jepa_targets`.
+        beta: of the smooth L1 loss.
+        head_state, head_dropout: of the S4 head.
+    """
+
+    encoder: Encoder
+    width: int
+    mask: Masking
+    target_norms: int = 1
+    beta: float = 1.0
+    head_state: int = 64
+    head_dropout: float = 0.2
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: Inputs, *, train: bool) -> tuple[Terms, Terms]:
+        """`prediction_loss` over target blocks and the metric `masked_share`, see `objectives.contract`."""
+        x, record_index = inputs.x, inputs.record_index
+        mask = self.mask.draw(self.make_rng("objective"), record_index, samples=x.shape[1], leads=x.shape[2])
+        mask_token = self.param("mask_token", nn.initializers.normal(1.0), (self.width,))
+        tokens, _ = self.encoder(
+            mask.hide(x), record_index, train=train, hidden=mask.hidden, mask_token=mask_token
+        )
+        predicted = S4Head(
+            width=self.width,
+            out=self.width,
+            l_max=self.encoder.l_max,
+            state=self.head_state,
+            dropout=self.head_dropout,
+            dtype=self.dtype,
+            name="head",
+        )(tokens, record_index, train=train)
+        loss = jepa_loss(predicted, jepa_targets(inputs.teacher["tokens"], self.target_norms), beta=self.beta)
+        return {"prediction_loss": mean_over_tokens(loss, mask.targets)}, {
+            "masked_share": mean_over_tokens(mask.targets > 0, jnp.ones_like(loss))
+        }
