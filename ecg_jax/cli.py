@@ -12,6 +12,7 @@ COMMANDS = {
     "quickstart": "prepare, pretrain and probe on the PTB-XL sample that ships with the package",
     "prepare": "raw recordings -> store",
     "pretrain": "store + config -> run with checkpoints",
+    "cluster": "store + features -> offline targets, one label for each token",
     "probe": "checkpoint + labelled store -> metrics with confidence intervals",
     "embed": "checkpoint + recordings -> one embedding for each",
 }

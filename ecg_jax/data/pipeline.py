@@ -19,6 +19,7 @@ import numpy as np
 
 from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.store import Store
+from ecg_jax.data.targets import TOKEN_SAMPLES, Targets
 from ecg_jax.errors import UserError
 
 # One per round: multiples of 2^64 / golden ratio.
@@ -162,6 +163,7 @@ def train_batches(
     processes: int = 1,
     threads: int = 2,
     prefetch: int = 4,
+    targets: Targets | None = None,
 ):
     """Endless training batches of this process, from step `start_step` on.
 
@@ -177,10 +179,11 @@ def train_batches(
         start_step: steps already done.
         process, processes: this process and how many there are.
         threads, prefetch: threads that read, and batches held ready.
+        targets: of the same store, for objectives that predict offline labels.
 
     Returns:
         An iterator (close it with `.close()`) of {"signal": int16 [B/P, T, C], "record_index": int32 [B/P],
-        "row": int64 [B/P]}.
+        "row": int64 [B/P]}, and with targets "labels": int32 [B/P, L], -1 where there is none.
 
     Raises:
         ValueError: B is not a multiple of P.
@@ -202,6 +205,7 @@ def train_batches(
             "signal": store.read_crops(start, window_samples),
             "record_index": record_index,
             "row": rows[chosen],
+            **_labels(targets, start, window_samples),
         }
 
     # One Grain element is a whole batch: element by element Grain spends four times as long in Python.
@@ -220,6 +224,7 @@ def val_batches(
     max_crops: int,
     process: int = 0,
     processes: int = 1,
+    targets: Targets | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The validation crops in fixed order, the same number of batches on every process.
 
@@ -228,7 +233,7 @@ def val_batches(
 
     Yields:
         {"signal": int16 [B/P, T, C], "record_index": int32 [B/P] number of the crop, "weight": float32
-        [B/P]}.
+        [B/P]}, and with targets "labels": int32 [B/P, L], -1 where there is none.
     """
     lengths, offsets = store.column("length")[rows], store.column("offset")[rows]
     starts, _ = non_overlapping_crops(lengths, offsets, window_samples)
@@ -237,8 +242,17 @@ def val_batches(
     for first in range(0, len(starts), batch_size):
         number = np.arange(first + process, first + batch_size, processes)
         real = number < len(starts)
+        chosen = starts[np.where(real, number, 0)]
         yield {
-            "signal": store.read_crops(starts[np.where(real, number, 0)], window_samples),
+            "signal": store.read_crops(chosen, window_samples),
             "record_index": number.astype(np.int32),
             "weight": real.astype(np.float32),
+            **_labels(targets, chosen, window_samples),
         }
+
+
+def _labels(targets: Targets | None, starts: np.ndarray, window_samples: int) -> dict[str, np.ndarray]:
+    """{"labels": int32 [B, L]} of the tokens of crops; {} without targets."""
+    if targets is None:
+        return {}
+    return {"labels": targets.read(starts, -(-window_samples // TOKEN_SAMPLES)).astype(np.int32)}
