@@ -10,6 +10,8 @@ import numpy as np
 STEM = "ts_encoder.encoder."
 BACKBONE = "ts_encoder.predictor.predictor."
 HEAD = "ts_encoder.head_ssl."
+MASKING = "ts_encoder.masking."
+TEACHER = "ts_encoder.ema."
 
 
 def convert_stem(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
@@ -73,6 +75,46 @@ def convert_cpc(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     variables = {collection: {"encoder": tree} for collection, tree in convert_encoder(sd).items()}
     variables["params"]["head"] = {"kernel": sd[HEAD + "proj.0.weight"].T}
     return variables
+
+
+def convert_s4_head(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """`s4.s4_layers.0.*`, `s4.norms.0.*`, `s4.decoder.*` -> {"params": ..., "ssm": ...} of `models.heads.S4Head`."""
+    layer = convert_s4_layer(_under(sd, "s4.s4_layers.0."))
+    params = {
+        "layer": layer["params"],
+        "norm": {"scale": sd["s4.norms.0.weight"], "bias": sd["s4.norms.0.bias"]},
+        "decoder": _linear(sd, "s4.decoder"),
+    }
+    return {"params": params, "ssm": {"layer": layer["ssm"]}}
+
+
+def convert_mlp_head(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """`proj.{0,2}.*` -> {"params": ...} of `models.heads.MLPHead`."""
+    return {"params": {"hidden": _linear(sd, "proj.0"), "output": _linear(sd, "proj.2")}}
+
+
+def convert_masked(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """A reference state dict of JEPA, data2vec, DinoSR or HuBERT++ -> `params`, `batch_stats` and `ssm` of the objective.
+
+    The head that enters no loss (`ts_encoder.head.*`) is left aside, the teacher is `convert_teacher`'s.
+    """
+    variables = {collection: {"encoder": tree} for collection, tree in convert_encoder(sd).items()}
+    head = _under(sd, HEAD)
+    converted = convert_s4_head(head) if "s4.decoder.weight" in head else convert_mlp_head(head)
+    for collection, tree in converted.items():
+        variables[collection]["head"] = tree
+    name = "mask_token" if MASKING + "mask_token" in sd else "mask_item"
+    variables["params"]["mask_token"] = sd[MASKING + name].reshape(-1)
+    return variables
+
+
+def convert_teacher(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """The teacher `ts_encoder.ema.*` of a reference state dict -> variables of `models.encoder.Encoder`."""
+    return convert_encoder({"ts_encoder." + name: value for name, value in _under(sd, TEACHER).items()})
+
+
+def _linear(sd: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    return {"kernel": sd[f"{name}.weight"].T, "bias": sd[f"{name}.bias"]}
 
 
 def _under(sd: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
