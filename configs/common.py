@@ -74,6 +74,16 @@ def get_config() -> ConfigDict:
     config.keep_latest = 2  # checkpoints
     config.keep_best = 1  # checkpoints
     config.tensorboard = True
+
+    config.monitor = ConfigDict()  # at every logging step; see ecg_jax/training/collapse.py
+    config.monitor.min_rankme = 2.0  # effective dimensions of the features; a warning below, 0: never
+    config.monitor.min_feature_std = 0.02  # relative to the features' rms; of student and teacher
+    config.monitor.min_perplexity = 2.0  # codes in use, of objectives with codes
+    config.monitor.max_dead_share = 0.95  # share of the codes that may be dead
+    config.monitor.probe_every = 500  # steps between linear probes on labelled recordings; 0: none
+    config.monitor.probe_records = 512  # recordings, half of them to fit and half to score
+    config.monitor.task = "auto"  # one of `ecg-jax probe`; auto: the first that fits the store; "": none
+    config.stop_on_collapse = False  # True: a warning ends the run, with exit code 2
     return config.lock()  # a misspelt field is an error, in a config file too
 
 

@@ -35,12 +35,13 @@ _POSITIVE = (
     "batch_size", "epochs", "log_every", "checkpoint_every", "keep_latest", "optimiser.learning_rate",
     "optimiser.eps",
     "data.window_s", "data.rate_hz", "data.max_records", "data.max_val_crops", "data.prefetch",
-    "model.width", "model.layers", "model.l_max",
+    "model.width", "model.layers", "model.l_max", "monitor.probe_records",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "steps", "keep_best", "seed", "data.val_folds", "data.read_threads", "optimiser.warmup_steps",
     "optimiser.clip_norm", "optimiser.weight_decay", "optimiser.factors.head", "optimiser.factors.backbone",
-    "optimiser.factors.stem", "optimiser.factors.ssm",
+    "optimiser.factors.stem", "optimiser.factors.ssm", "monitor.min_rankme", "monitor.min_feature_std",
+    "monitor.min_perplexity", "monitor.max_dead_share", "monitor.probe_every",
 )  # fmt: skip
 
 # What may differ when a run is continued; everything else makes it another run.
@@ -52,7 +53,10 @@ _FREE_FIELDS = {
     "tensorboard",
     "data.read_threads",
     "data.prefetch",
-}
+    # Monitoring reads the state and never changes it.
+    "stop_on_collapse", "monitor.min_rankme", "monitor.min_feature_std", "monitor.min_perplexity",
+    "monitor.max_dead_share", "monitor.probe_every", "monitor.probe_records", "monitor.task",
+}  # fmt: skip
 # The length of a run shapes its learning rates unless the schedule is constant.
 _LENGTH_FIELDS = {"steps", "epochs"}
 
