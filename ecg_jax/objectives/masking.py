@@ -63,8 +63,8 @@ class Masking:
         "lead": the share `ratio` of the leads, throughout; at least one, and all but one at most. Every token is
             predicted.
     Pieces lie on a grid from the first token on. The last one of a window that `patch` does not divide is shorter,
-    and of the last piece chosen only its beginning is hidden, so that every window hides exactly round(ratio L)
-    tokens.
+    and of the last piece chosen only the beginning or the end is hidden, so that every window hides exactly
+    round(ratio L) tokens.
 
     No strategy hides a whole window: where spans happen to cover all of it, one token drawn at random stays.
 
@@ -140,8 +140,14 @@ class Masking:
         return hidden & ~(kept & hidden.all())
 
     def _pieces(self, key: jax.Array, tokens: int) -> jax.Array:
-        order = jax.random.permutation(key, math.ceil(tokens / self.patch))
-        return first_pieces(order, tokens=tokens, patch=self.patch, count=round(self.ratio * tokens))
+        order_key, end_key = jax.random.split(key)
+        return first_pieces(
+            jax.random.permutation(order_key, math.ceil(tokens / self.patch)),
+            jax.random.bernoulli(end_key),
+            tokens=tokens,
+            patch=self.patch,
+            count=round(self.ratio * tokens),
+        )
 
     def _blocks(self, key: jax.Array, keys: jax.Array, tokens: int) -> Mask:
         uniforms = jax.random.uniform(key, (2,))
@@ -150,13 +156,18 @@ class Masking:
         context = block_size(uniforms[1], tokens=tokens, low=self.context_min, high=self.context_max)
 
         def one_record(key):
-            targets_key, context_key, keep_key = jax.random.split(key, 3)
+            target_key, context_key, keep_key = jax.random.split(key, 3)
 
             def starts(key, shape, size):
                 return jax.random.randint(key, shape, 0, jnp.maximum(tokens - size + self.last_token, 1))
 
-            targets = block_tokens(starts(targets_key, (self.blocks,), target), target, tokens).sum(axis=0)
-            seen = block_tokens(starts(context_key, (), context), context, tokens) & (targets == 0)
+            seen, targets = place_blocks(
+                starts(target_key, (self.blocks,), target),
+                target,
+                starts(context_key, (), context),
+                context,
+                tokens=tokens,
+            )
             kept = jax.random.permutation(keep_key, tokens) < self.min_keep
             return ~jnp.where(seen.sum() < self.min_keep, kept, seen), targets.astype(jnp.float32)
 
@@ -229,13 +240,13 @@ class Masking:
                     f"{math.ceil(1e4 / tokens) / 1e4:g} at least"
                 )
         self._check_whole("min_keep", tokens - 1, f"one less than the {tokens} tokens of a window")
-        target = min(max(int(tokens * self.target_min), self.min_keep), tokens - 1)
+        target = max(int(tokens * self.target_min), self.min_keep)
         context = min(int(tokens * self.context_max), tokens - target)
         if context < self.min_keep:
             raise ValueError(
-                f"mask.min_keep={self.min_keep} context tokens never remain: the smallest target block has {target} of "
-                f"the {tokens} tokens of a window and leaves {context} of the context at most; lower mask.min_keep or "
-                "mask.target_min, or raise mask.context_max"
+                f"mask.target_min={self.target_min} and mask.min_keep={self.min_keep} make target blocks of at least "
+                f"{target} of the {tokens} tokens of a window, which leaves {max(context, 0)} of the context at most, "
+                f"below mask.min_keep; lower one of them, or raise mask.context_max={self.context_max}"
             )
 
 
@@ -271,17 +282,41 @@ def block_size(uniform: jax.Array, *, tokens: int, low: float, high: float) -> j
     return whole + jnp.floor(tokens * low - whole + uniform * (tokens * (high - low))).astype(jnp.int32)
 
 
-def block_tokens(starts: jax.Array, size: jax.Array, tokens: int) -> jax.Array:
-    """bool [..., L]: the tokens of blocks of `size` that begin at starts [...]."""
+def place_blocks(
+    target_starts: jax.Array,
+    target_size: jax.Array,
+    context_start: jax.Array,
+    context_size: jax.Array,
+    *,
+    tokens: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Context and targets of one record (spec §5.6).
+
+    Args:
+        target_starts: int [n], first token of each target block.
+        target_size: int [], their size.
+        context_start, context_size: int [], of the context block.
+        tokens: L.
+
+    Returns:
+        The context, bool [L]: its block without the target blocks. The targets, int32 [L]: target blocks that each
+        token lies in.
+    """
     t = jnp.arange(tokens)
-    return (t >= starts[..., None]) & (t < starts[..., None] + size)
+
+    def block(start, size):
+        return (t >= start) & (t < start + size)
+
+    targets = block(target_starts[:, None], target_size).sum(axis=0)
+    return block(context_start, context_size) & (targets == 0), targets
 
 
-def first_pieces(order: jax.Array, *, tokens: int, patch: int, count: int) -> jax.Array:
+def first_pieces(order: jax.Array, backwards: jax.Array, *, tokens: int, patch: int, count: int) -> jax.Array:
     """The first `count` tokens of a window whose pieces were put into a new order.
 
     Args:
         order: int [ceil(L / patch)], the place of each piece of `patch` tokens.
+        backwards: bool [], whether the tokens inside a piece are counted from its end.
         tokens: L.
         patch: tokens of a piece.
         count: tokens wanted, at least 1.
@@ -289,8 +324,8 @@ def first_pieces(order: jax.Array, *, tokens: int, patch: int, count: int) -> ja
     Returns:
         bool [L], `count` of them True.
     """
-    t = np.arange(tokens)
-    place = order[t // patch] * patch + t % patch
+    piece, inside = np.divmod(np.arange(tokens), patch)
+    place = order[piece] * patch + jnp.where(backwards, patch - 1 - inside, inside)
     return place <= jnp.sort(place)[count - 1]
 
 
