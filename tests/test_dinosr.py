@@ -1,0 +1,303 @@
+"""DinoSR: parity of loss and whole steps, its codebooks on any number of devices, and a collapse that shows."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from conftest import assert_close, group, load_golden
+from ecg_jax.models.encoder import build_encoder
+from ecg_jax.objectives.contract import Inputs, mean_over_tokens
+from ecg_jax.objectives.dinosr import DinoSR, dinosr_features, dinosr_loss
+from ecg_jax.objectives.masking import Masking
+from ecg_jax.objectives.teacher import Teacher
+from ecg_jax.training import parallel
+from ecg_jax.training.train_state import create_train_state, train_step
+
+
+def global_mean(term):
+    values, weights = term
+    return (values * weights).sum() / jnp.where(weights.sum() > 0, weights.sum(), 1.0)
+
+
+@pytest.mark.parametrize("temperature", ["1.0", "0.5"])
+@pytest.mark.parametrize("hooks", ["one_hook", "two_hooks"])
+def test_loss_parity(hooks, temperature):
+    """The reference gives each hook a slice as wide as all codebooks together and uses its first block; `DinoSR` puts
+    the blocks side by side, with idle logits, if any, behind them. The loss is the same.
+    """
+    golden = group(load_golden("dinosr"), "loss/")
+    codes = golden["meta/kmeans_ks"]
+    labels = golden[f"in/labels_{hooks}"].astype(np.int32)
+    labels = labels if hooks == "two_hooks" else labels[None]
+
+    def objective(logits):
+        slices = logits.reshape(*logits.shape[:2], len(labels), codes.sum())[..., : codes[0]]
+        loss = dinosr_loss(jnp.moveaxis(slices, 2, 0), labels, temperature=float(temperature))
+        return global_mean(mean_over_tokens(loss, golden["in/mask"]))
+
+    loss, grad = jax.value_and_grad(objective)(golden[f"in/logits_{hooks}"])
+    expected = group(golden, f"out/{hooks}_T{temperature}/")
+    assert_close(loss, expected["loss"], 2e-6, "loss")
+    assert_close(grad, expected["grad"], 2e-6, "grad")
+
+
+def test_chance_level():
+    """Equal logits cost ln K whatever the labels (spec §11.3)."""
+    loss = dinosr_loss(jnp.zeros((2, 3, 5, 256)), jnp.ones((2, 3, 5), jnp.int32), temperature=0.3)
+    np.testing.assert_allclose(loss, np.log(256), rtol=1e-6)
+
+
+def test_features_are_standard_token_by_token():
+    layers = [jnp.asarray(np.random.default_rng(i).normal(3, 5, (2, 7, 64))) for i in range(2)]
+    features = dinosr_features(layers)
+    assert features.shape == (2, 2, 7, 64)
+    np.testing.assert_allclose(features.mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(features.std(-1), 1, rtol=1e-4)
+
+
+CODES = 6
+
+
+def tiny(axis_name=None, probability=0.2, **fields):
+    encoder = build_encoder(
+        backbone="s4", width=16, state=4, layers=3, l_max=32, bidirectional=True,
+        trainable_ssm=False, dropout=0.2, axis_name=axis_name,
+    )  # fmt: skip
+    mask = Masking(probability=probability, span=4)
+    return DinoSR(encoder=encoder, width=16, mask=mask, head_state=8, **{"codes": CODES} | fields)
+
+
+TEACHER = Teacher(
+    mode="ema", momentum=0.9, momentum_end=0.9, train_mode=False, batch_stats="student", steps=10
+)
+SGD = optax.sgd(1e-2)
+
+
+def tiny_state(model):
+    return create_train_state(
+        model, SGD, seed=0, window_samples=64, leads=12, tokens=32, l_max=32, teacher=TEACHER
+    )
+
+
+def batches(n, size=16):
+    rng = np.random.default_rng(0)
+    for _ in range(n):
+        walk = rng.normal(scale=600, size=(size, 64, 12)).cumsum(axis=1)
+        yield {"signal": walk.astype(np.int16), "record_index": np.arange(size, dtype=np.int32)}
+
+
+def bound_step(axis_name, **fields):
+    return functools.partial(
+        train_step,
+        model=tiny(axis_name, **fields),
+        tx=SGD,
+        normalisation="none",
+        teacher=TEACHER,
+        axis_name=axis_name,
+    )
+
+
+def run(step_fn, state, n=3):
+    log = []
+    for batch in batches(n):
+        state, metrics = step_fn(state, batch)
+        log.append(jax.device_get(metrics))
+    return state, log
+
+
+def run_mapped(devices):
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), (parallel.AXIS,))
+    step_fn = parallel.map_train_step(bound_step(parallel.AXIS), mesh)
+    return run(
+        lambda state, batch: step_fn(state, parallel.shard_batch(batch, mesh)),
+        parallel.replicate(tiny_state(tiny()), mesh),
+    )
+
+
+def assert_same_run(actual, expected):
+    (state, log), (expected_state, expected_log) = actual, expected
+    for entry, other in zip(log, expected_log, strict=True):
+        assert entry.keys() == other.keys()
+        for name in entry:
+            np.testing.assert_allclose(entry[name], other[name], rtol=5e-5, atol=1e-6, err_msg=name)
+    for field in ("params", "batch_stats", "objective_state", "teacher"):
+        leaves = jax.tree.leaves_with_path(getattr(state, field))
+        others = jax.tree.leaves(getattr(expected_state, field))
+        for (path, leaf), other in zip(leaves, others, strict=True):
+            np.testing.assert_allclose(
+                leaf, other, rtol=1e-4, atol=5e-6, err_msg=field + jax.tree_util.keystr(path)
+            )
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(jax.jit(bound_step(None)), tiny_state(tiny()))
+
+
+def test_a_run_moves_its_codebooks(one_device):
+    state, log = one_device
+    start = tiny_state(tiny()).objective_state
+    assert {name: leaf.shape for name, leaf in start.items()} == {
+        "codebook": (2, CODES, 16), "code_sum": (2, CODES, 16), "code_count": (2, CODES),
+    }  # fmt: skip
+    np.testing.assert_allclose(start["codebook"].mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(start["codebook"].std(-1), 1, rtol=1e-3)
+    for name, leaf in state.objective_state.items():
+        assert not np.allclose(leaf, start[name]), name
+    # Every token of the global batch counts in each codebook.
+    m = 0.9
+    expected = m**3 * CODES + (1 - m**3) * 16 * 32
+    np.testing.assert_allclose(state.objective_state["code_count"].sum(-1), expected, rtol=1e-5)
+    assert all(0 < entry["accuracy"] < 1 and 1 < entry["perplexity"] <= CODES for entry in log)
+    assert all(0.2 < entry["masked_share"] < 0.9 for entry in log)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_any_number_of_devices(devices, one_device):
+    assert_same_run(run_mapped(devices), one_device)
+
+
+def test_pmap_equals_one_device(one_device):
+    step_fn = jax.pmap(
+        bound_step(parallel.AXIS), axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, 0)
+    )
+
+    def per_device(state, batch):
+        state, metrics = step_fn(
+            state, {name: rows.reshape(8, -1, *rows.shape[1:]) for name, rows in batch.items()}
+        )
+        return state, {name: value[0] for name, value in metrics.items()}
+
+    assert_same_run(run(per_device, tiny_state(tiny())), one_device)
+
+
+def test_compiled_step_only_all_reduces():
+    mesh = parallel.make_mesh()
+    state = parallel.replicate(tiny_state(tiny()), mesh)
+    batch = parallel.shard_batch(next(batches(1)), mesh)
+    hlo = parallel.map_train_step(bound_step(parallel.AXIS), mesh).lower(state, batch).compile().as_text()
+    assert set(re.findall(r"= \S+ (all-\w+|collective-\w+|reduce-scatter)", hlo)) == {"all-reduce"}
+
+
+@functools.cache
+def initialised(**fields):
+    """A tiny objective, its variables, and jitted (params, inputs) -> (loss, gradient)."""
+    model = tiny(**fields)
+    rngs = {name: jax.random.key(i) for i, name in enumerate(("params", "objective"))}
+    variables = jax.jit(functools.partial(model.init, train=False))(rngs, drawn_inputs())
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_and_gradient(params, inputs):
+        losses, _ = model.apply(variables | {"params": params}, inputs, train=False, rngs=rngs)
+        return global_mean(losses["code_loss"])
+
+    return model, variables, loss_and_gradient
+
+
+def drawn_inputs(**changes):
+    rng = np.random.default_rng(0)
+    layers = {f"block{i}": jnp.asarray(rng.normal(size=(4, 32, 16)), jnp.float32) for i in range(3)}
+    layers |= {f"layer{i}": 7 * layers[f"block{i}"] for i in range(3)} | changes
+    return Inputs(
+        x=jnp.asarray(rng.normal(size=(4, 64, 12)), jnp.float32), record_index=jnp.arange(4),
+        step=jnp.int32(0), teacher=layers | {"tokens": layers["block2"], "stem": layers["block0"]},
+    )  # fmt: skip
+
+
+def test_each_layer_has_a_codebook_and_a_block_of_logits():
+    _, variables, loss_and_gradient = initialised(idle_logits=5)
+
+    def decoder_gradient(inputs):
+        return np.asarray(loss_and_gradient(variables["params"], inputs)[1]["head"]["decoder"]["kernel"])
+
+    inputs = drawn_inputs()
+    before = decoder_gradient(inputs)
+    assert before.shape == (16, 2 * CODES + 5)
+    assert (before[:, 2 * CODES :] == 0).all()
+    assert (np.abs(before[:, : 2 * CODES]).max(axis=0) > 0).all()
+    blocks = {"block0": [], "block1": slice(0, CODES), "block2": slice(CODES, 2 * CODES)}
+    for name, own in blocks.items():
+        moved = drawn_inputs(**{name: -inputs.teacher[name]})
+        changed = np.abs(decoder_gradient(moved) - before).max(axis=0) > 1e-6
+        expected = np.zeros(2 * CODES + 5, bool)
+        expected[own] = True
+        np.testing.assert_array_equal(changed, expected, err_msg=name)
+
+
+def test_labels_come_from_the_codebook_before_the_update():
+    """A codeword on all tokens jumps away in the update, and still is their label in that step."""
+    model, variables, _ = initialised()
+    row = jnp.sin(jnp.arange(16.0))
+    inputs = drawn_inputs(**{f"block{i}": jnp.tile(row, (4, 32, 1)) for i in range(3)})
+    hit = np.array([[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]])  # in each codebook
+    features = dinosr_features([row])[0]
+    planted = variables["objective_state"] | {
+        "codebook": jnp.where(hit[..., None], features, -features),
+        "code_sum": jnp.where(hit[..., None], -100 * features, -features),
+    }
+    decoder = {"kernel": jnp.zeros((16, 2 * CODES)), "bias": 50.0 * hit.reshape(-1)}
+    params = variables["params"] | {"head": variables["params"]["head"] | {"decoder": decoder}}
+    rngs = {name: jax.random.key(i) for i, name in enumerate(("objective", "dropout"))}
+    step = functools.partial(model.apply, train=True, mutable=["batch_stats", "objective_state"])
+    (losses, metrics), updates = jax.jit(step)(
+        variables | {"params": params, "objective_state": planted}, inputs, rngs=rngs
+    )
+    assert global_mean(losses["code_loss"]) < 1e-6
+    assert global_mean(metrics["accuracy"]) == 1
+    after = updates["objective_state"]
+    np.testing.assert_allclose(after["code_count"], 0.9 + 0.1 * 128 * hit, rtol=1e-6)
+    moved_to = (0.9 * -100 + 0.1 * 128) / (0.9 + 0.1 * 128)
+    np.testing.assert_allclose(
+        after["codebook"], np.where(hit[..., None], moved_to * features, -features), rtol=1e-5
+    )
+
+
+def test_a_dead_codebook_shows(one_device):
+    """Codewords out of reach of every token: perplexity 1, and all but one of each codebook die."""
+    fields = {"codebook_momentum": 0.02}
+    state = tiny_state(tiny())
+    far = jnp.full_like(state.objective_state["codebook"], 1e3).at[:, 0].set(0.0)
+    state = state.replace(objective_state=state.objective_state | {"codebook": far, "code_sum": far})
+    _, log = run(jax.jit(bound_step(None, **fields)), state)
+    assert [float(entry["perplexity"]) for entry in log] == pytest.approx([1.0] * 3)
+    assert [int(entry["dead_codes"]) for entry in log] == [0, 2 * (CODES - 1), 2 * (CODES - 1)]
+    _, healthy = one_device
+    assert healthy[-1]["dead_codes"] == 0
+    assert healthy[-1]["perplexity"] > 2
+
+
+def test_no_masked_token_costs_nothing():
+    _, variables, loss_and_gradient = initialised(probability=0.0)
+    loss, gradient = loss_and_gradient(variables["params"], drawn_inputs())
+    assert loss == 0
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_evaluation_leaves_the_codebooks_alone():
+    model, variables, _ = initialised()
+    evaluate = functools.partial(model.apply, train=False, mutable=["objective_state"])
+    _, updates = jax.jit(evaluate)(variables, drawn_inputs(), rngs={"objective": jax.random.key(0)})
+    for name, before in variables["objective_state"].items():
+        np.testing.assert_array_equal(before, updates["objective_state"][name])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_k": 0}, {"codes": 1}, {"codebook_momentum": 1.0}, {"temperature": 0.0}, {"idle_logits": -1}],
+)
+def test_bad_values_are_refused(fields):
+    (name,) = fields
+    with pytest.raises(ValueError, match=f"{name}="):
+        tiny(**fields)
+
+
+def test_more_layers_than_the_teacher_has_are_refused():
+    with pytest.raises(ValueError, match="top_k=4"):
+        initialised(top_k=4)
