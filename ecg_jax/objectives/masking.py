@@ -15,7 +15,17 @@ import numpy as np
 
 from ecg_jax.models.encoder import tokens_of
 
-STRATEGIES = ("span", "block", "ratio", "time", "independent", "lead")
+#: Name of a strategy -> the fields of `Masking` that it reads.
+STRATEGIES = {
+    "span": ("probability", "span", "last_token"),
+    "block": (
+        "blocks", "target_min", "target_max", "context_min", "context_max", "min_keep", "last_token",
+    ),
+    "ratio": ("ratio", "patch"),
+    "time": ("ratio", "patch"),
+    "independent": ("ratio", "patch"),
+    "lead": ("ratio",),
+}  # fmt: skip
 
 # The key of a record is fold_in(key, its number); no record has this number.
 _WHOLE_BATCH = np.uint32(2**32 - 1)
@@ -47,14 +57,14 @@ class Mask(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """How masks are drawn: the fields of `config.objective.mask`. A strategy reads the fields named with it.
+    """How masks are drawn: the fields of `config.objective.mask`. A strategy reads those that `STRATEGIES` names.
 
     Tokens are masked by
         "span" (wav2vec 2.0, arXiv 2006.11477; spec §5.4): every token is the mid-point of a span with `probability`,
             and spans may overlap. p = 0.065 with 10 tokens hides about half of a window, the released 0.0065 a
-            sixteenth of it, and nothing in every seventh window. `last_token`.
+            sixteenth of it, and nothing in every seventh window.
         "block" (I-JEPA, arXiv 2301.08243; spec §5.6): the backbone sees a long block without `blocks` shorter ones,
-            which it predicts. `target_min`, `target_max`, `context_min`, `context_max`, `min_keep`, `last_token`.
+            which it predicts.
         "ratio": the share `ratio` of all tokens, in pieces of `patch` tokens.
     The signal is set to zero before the stem by
         "time": the share `ratio` of the window, in pieces of `patch` tokens, in all leads at once.
