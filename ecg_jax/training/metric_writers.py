@@ -15,9 +15,12 @@ from ecg_jax.files import read_jsonl, write_atomic
 
 LOG_NAME = "log.jsonl"
 
+#: Tag of a text that says what looks wrong; its lines hold nothing else but the step.
+WARNING = "warning"
+
 
 class JsonlWriter:
-    """One JSON object for each written step, appended and flushed line by line."""
+    """One JSON object for each written step and each text, appended and flushed line by line."""
 
     def __init__(self, workdir: Path):
         self._path = workdir / LOG_NAME
@@ -25,7 +28,14 @@ class JsonlWriter:
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Appends {"step": step, **scalars} as one line."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._append({"step": step, **scalars})
+
+    def write_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Appends {"step": step, **texts} as one line."""
+        self._append({"step": step, **texts})
+
+    def _append(self, entry: dict) -> None:
+        self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
     def flush(self) -> None:
@@ -38,7 +48,7 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """Scalars as TensorBoard event files under `workdir/tensorboard`."""
+    """Scalars and texts as TensorBoard event files under `workdir/tensorboard`."""
 
     def __init__(self, workdir: Path, start: int):
         """Begins a new event file; what earlier files hold after step `start` is marked as superseded."""
@@ -56,6 +66,15 @@ class TensorBoardWriter:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()]
+        self._writer.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+
+    def write_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Writes one event that holds every text."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.text.summary import text_pb
+
+        values = [value for tag, text in texts.items() for value in text_pb(tag, text).value]
         self._writer.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
 
     def flush(self) -> None:
@@ -78,6 +97,11 @@ class MultiWriter:
         for writer in self._writers:
             writer.write_scalars(step, scalars)
 
+    def write_texts(self, step: int, texts: dict[str, str]) -> None:
+        """Writes the texts to all writers."""
+        for writer in self._writers:
+            writer.write_texts(step, texts)
+
     def flush(self) -> None:
         """Flushes all writers."""
         for writer in self._writers:
@@ -90,7 +114,16 @@ class MultiWriter:
 
 
 def read_log(workdir: Path) -> list[dict]:
-    """The objects of log.jsonl in order, [] when there is none; errors as in `files.read_jsonl`."""
+    """The logged steps of log.jsonl in order, [] when there is none; errors as in `files.read_jsonl`."""
+    return [entry for entry in _read_lines(workdir) if WARNING not in entry]
+
+
+def read_warnings(workdir: Path) -> list[tuple[int, str]]:
+    """(step, sentence) of every warning in log.jsonl in order; errors as in `files.read_jsonl`."""
+    return [(entry["step"], entry[WARNING]) for entry in _read_lines(workdir) if WARNING in entry]
+
+
+def _read_lines(workdir: Path) -> list[dict]:
     path = workdir / LOG_NAME
     entries = read_jsonl(path) if path.exists() else []
     if any(not isinstance(entry.get("step"), int) for entry in entries):
@@ -105,7 +138,7 @@ def rewind_log(workdir: Path, step: int) -> None:
     """
     path = workdir / LOG_NAME
     try:
-        kept = [entry for entry in read_log(workdir) if entry["step"] <= step]
+        kept = [entry for entry in _read_lines(workdir) if entry["step"] <= step]
     except UserError as error:
         aside = path.with_name(f"{LOG_NAME}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
         path.rename(aside)
