@@ -14,6 +14,7 @@ COMMANDS = {
     "pretrain": "store + config -> run with checkpoints",
     "cluster": "store + features -> offline targets, one label for each token",
     "probe": "checkpoint + labelled store -> metrics with confidence intervals",
+    "sweep": "many runs, each pretrained and probed -> one table with intervals",
     "embed": "checkpoint + recordings -> one embedding for each",
 }
 

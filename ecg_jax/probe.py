@@ -237,9 +237,7 @@ def probe(config, workdir, checkpoint: str, store, test_store=None) -> dict:
     Raises:
         UserError: anything in the config, checkpoint, stores or workdir that does not fit.
     """
-    if config.mode != "linear":
-        raise UserError(f"mode={config.mode} is not available yet; use mode=linear.")
-    _check_config(config)
+    check_config(config)
     workdir = Path(workdir)
     task = tasks.get_task(config.task)
     encoder = restore_encoder(checkpoint)
@@ -298,12 +296,14 @@ def probe(config, workdir, checkpoint: str, store, test_store=None) -> dict:
     return results
 
 
-def _check_config(config) -> None:
+def check_config(config) -> None:
     """Refuses values that no probe can run with.
 
     Raises:
         UserError: names the field.
     """
+    if config.mode != "linear":
+        raise UserError(f"mode={config.mode} is not available yet; use mode=linear.")
     if config.bootstrap.undefined not in ("exclude", "half"):
         raise UserError(
             f'--config.bootstrap.undefined={config.bootstrap.undefined} must be "exclude" or "half".'

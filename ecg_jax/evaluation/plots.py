@@ -246,3 +246,77 @@ def auroc_forest(
     figure.legend(loc="lower right", ncols=len(models), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     _save(figure, path, dpi=130)
+
+
+def seeds_forest(
+    groups: Sequence[str],
+    intervals: Sequence[Sequence[float]],
+    seeds: Sequence[Sequence[float]],
+    baselines: Sequence[Sequence[float]],
+    chance: float,
+    path: str | Path,
+    title: str = "",
+    note: str = "",
+    level: float = 0.95,
+) -> None:
+    """Macro AUROC of groups of runs: the mean over seeds with its interval, and every seed as a small dot.
+
+    Args:
+        groups: G names, drawn from top to bottom.
+        intervals: G of (mean, low, high).
+        seeds: for each group the values of its seeds.
+        baselines: G of (value, low, high) of the randomly initialised encoder that a group is compared with, a
+            vertical line across the group's row with a shade as wide as its interval.
+        chance: value of the majority guess, a dashed line across all rows.
+        path: picture to write.
+        title: of the picture.
+        note: said below the picture.
+        level: of the intervals.
+    """
+    import textwrap
+
+    rows = -np.arange(len(groups), dtype=float)
+    lines = textwrap.wrap(note, 105)
+    figure = _figure(7.6, 1.75 + 0.46 * len(groups) + 0.17 * len(lines))
+    axes = figure.subplots()
+    for y, (value, low, high) in zip(rows, baselines, strict=True):
+        axes.fill_between([low, high], y - 0.5, y + 0.5, color=_ORANGE, alpha=0.13, linewidth=0, zorder=1)
+        axes.plot([value, value], [y - 0.5, y + 0.5], color=_ORANGE, linewidth=1.4, zorder=2)
+    for y, (mean, low, high), values in zip(rows, intervals, seeds, strict=True):
+        axes.plot([low, high], [y + 0.1] * 2, color=_BLUE, linewidth=2, solid_capstyle="butt", zorder=4)
+        axes.plot([mean], [y + 0.1], "o", color=_BLUE, markersize=7, zorder=5)
+        # White rims keep dots apart that nearly coincide.
+        axes.plot(
+            values, [y - 0.2] * len(values), "o", color=_BLUE, markersize=4.5, markeredgecolor="white",
+            markeredgewidth=0.6, alpha=0.75, zorder=4,
+        )  # fmt: skip
+    axes.axvline(chance, color=_GREY, linewidth=1, linestyle="--", zorder=1)
+    legend = (
+        ({"marker": "o", "markersize": 7, "color": _BLUE, "linewidth": 2}, "mean over seeds"),
+        ({"marker": "o", "markersize": 4.5, "color": _BLUE, "linestyle": "none", "alpha": 0.75}, "single seed"),
+        ({"color": _ORANGE, "linewidth": 1.4}, "random initialisation"),
+        ({"color": _GREY, "linewidth": 1, "linestyle": "--"}, "majority guess"),
+    )
+    for style, label in legend:
+        axes.plot([], [], label=label, **style)
+
+    everything = np.concatenate([np.ravel(intervals), np.ravel(baselines), *map(np.ravel, seeds), [chance]])
+    everything = everything[np.isfinite(everything)]
+    margin = 0.04 * (everything.max() - everything.min()) + 0.005
+    axes.set_xlim(everything.min() - margin, min(everything.max() + margin, 1.005))
+    axes.set_ylim(rows[-1] - 0.5, 0.5)
+    axes.set_yticks(rows, groups)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#E4E4E4", linewidth=0.6, zorder=0)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel(f"macro AUROC with {100 * level:g} % intervals over test patients and seeds")
+    axes.set_title(title, loc="left", fontsize=11)
+    height = figure.get_figheight()
+    figure.text(0.02, 0.1 / height, "\n".join(lines), fontsize=8, color=_GREY, va="bottom")
+    below = 0.12 + 0.17 * len(lines)
+    figure.legend(
+        loc="lower center", ncols=len(legend), frameon=False, fontsize=8.5, bbox_to_anchor=(0.5, below / height)
+    )
+    figure.tight_layout(rect=(0, (below + 0.3) / height, 1, 1))
+    _save(figure, path, dpi=130)

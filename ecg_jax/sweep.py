@@ -1,0 +1,562 @@
+"""`ecg-jax sweep`: many runs, one after another, each pretrained and probed, and one table of them all."""
+
+import argparse
+import difflib
+import json
+import re
+import runpy
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ecg_jax.cluster import cluster
+from ecg_jax.config_flags import load_config, override, shipped_configs
+from ecg_jax.data.store import Store
+from ecg_jax.data.targets import Targets, names
+from ecg_jax.errors import Stopped, UserError
+from ecg_jax.evaluation import plots
+from ecg_jax.files import read_jsonl, write_atomic
+from ecg_jax.prepare import prepare
+from ecg_jax.pretrain import pretrain
+from ecg_jax.probe import check_config as check_probe_config
+from ecg_jax.probe import probe
+from ecg_jax.quickstart import SAMPLE
+from ecg_jax.run_setup import check_config
+from ecg_jax.studies import comparison
+from ecg_jax.studies.comparison import FinishedRun
+from ecg_jax.training.checkpoint import finished_steps
+from ecg_jax.training.metric_writers import read_log
+
+DESCRIPTION = """\
+Pretrains and probes every run of a sweep file, one after another, and writes one table: macro AUROC of each
+group of seeds with an interval over test patients and seeds, beside random initialisation and the majority guess.
+Run the same command again after an interruption: finished runs are skipped, the interrupted one goes on. A run
+that fails is reported, and the others go on.
+
+  ecg-jax sweep configs/sweeps/objectives_quick.py --output=runs/objectives_quick
+
+Writes into DIR: NAME/run and NAME/probe of each run; results.json, results.csv, results.md and results.png,
+anew after every run.
+"""
+
+_FIELDS = ("name", "group", "config", "overrides", "probe", "targets")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
+# The files and folders of a sweep itself.
+_DECLARATION = "sweep.json"
+_STORE = "store"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder.
+        group: runs of a group differ in nothing but the seed.
+        declared: what the sweep file says, for people.
+        config, probe_config: loaded and overridden; the probe has the seed of the run, so that the randomly
+            initialised encoders that runs are compared with differ from seed to seed too.
+        targets: None, or how `ecg_jax.cluster` makes the offline targets, {"features", "codes"}.
+    """
+
+    name: str
+    group: str
+    declared: str
+    config: ConfigDict
+    probe_config: ConfigDict
+    targets: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep file: its path as given, its runs, and what it says about its results ("" for nothing)."""
+
+    path: str
+    runs: tuple[Run, ...]
+    note: str
+
+
+def load_sweep(path: str) -> Sweep:
+    """Reads a sweep file and checks every run of it.
+
+    The file is looked for as given and, when the path starts with `configs/`, among those that ship with the package.
+    It defines `def sweep()`, which yields a dict with the keys name, group, config (FILE[:ARGS]), overrides
+    (field -> value), probe (FILE[:ARGS]) and targets for each run; and, if it likes, a string NOTE for the foot
+    of the table, in which {recordings} stands for their number.
+
+    Raises:
+        UserError: names the run and what is wrong with it.
+    """
+    entries, note = _read(path)
+    runs = []
+    for number, entry in enumerate(entries, start=1):
+        _check_entry(path, number, entry)
+        where = f"{path}: run {entry['name']!r}"
+        if any(run.name == entry["name"] for run in runs):
+            raise UserError(f"{where} is there twice; give every run a name of its own")
+        try:
+            runs.append(_load_run(entry))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    if not runs:
+        raise UserError(f"{path}: sweep() yields no run")
+    _check_together(path, runs)
+    return Sweep(path, tuple(runs), note)
+
+
+def _read(path: str) -> tuple[list, str]:
+    """What sweep() yields, and NOTE."""
+    root, file = shipped_configs(), Path(path)
+    if not file.is_file():
+        file = root / path
+    if not file.is_file():
+        raise UserError(f"there is no sweep file {path}")
+    for folder in (root, file.parent.absolute()):  # for `from configs import common`, and for its neighbours
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+    try:
+        module = runpy.run_path(str(file))
+        if "sweep" not in module:
+            raise UserError(f"{path} defines no sweep()")
+        note = module["NOTE"] if "NOTE" in module else ""
+        made = module["sweep"]()
+        if not isinstance(made, Iterator | list | tuple) or not isinstance(note, str):
+            raise UserError(f"{path}: sweep() must yield dicts, one for each run, and NOTE be a string")
+        return list(made), note
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{path} line {error.lineno} is not valid Python: {error.msg}") from error
+    except Exception as error:  # whatever the file does
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+        line = f" line {lines[-1]}" if lines else ""
+        text = " ".join(str(error).split())
+        raise UserError(f"{path}{line}: {type(error).__name__}: {text}") from error
+
+
+def _check_entry(path: str, number: int, entry: Any) -> None:
+    """Refuses an entry whose keys or types are not those of a run."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: sweep() must yield dicts; entry {number} is a {type(entry).__name__}")
+    missing = [field for field in _FIELDS if field not in entry]
+    unknown = [str(field) for field in entry if field not in _FIELDS]
+    if missing or unknown:
+        problems = [f"lacks {', '.join(missing)}"] * bool(missing)
+        problems += [f"has the unknown {', '.join(unknown)}"] * bool(unknown)
+        raise UserError(f"{path}: entry {number} {' and '.join(problems)}; keys: {', '.join(_FIELDS)}")
+    for field in ("name", "group", "config", "probe"):
+        if not isinstance(entry[field], str):
+            raise UserError(f"{path}: entry {number}: {field}={entry[field]!r} must be a string")
+    name = entry["name"]
+    if not _NAME.fullmatch(name) or name == _STORE or name.startswith(("results.", _DECLARATION)):
+        raise UserError(
+            f"{path}: entry {number}: name={name!r} cannot name a folder of the sweep; use letters, digits and "
+            f"._=+- (and not {_STORE!r}, {_DECLARATION!r} or 'results.')"
+        )
+    if not isinstance(entry["overrides"], dict):
+        raise UserError(f"{path}: run {name!r}: overrides={entry['overrides']!r} must be a dict")
+    targets = entry["targets"]
+    if targets is not None and (not isinstance(targets, dict) or set(targets) != {"features", "codes"}):
+        raise UserError(
+            f"{path}: run {name!r}: targets={targets!r} must be None or a dict with features and codes"
+        )
+
+
+def _load_run(entry: dict[str, Any]) -> Run:
+    """The run of a checked entry.
+
+    Raises:
+        UserError: from the configs, the overrides or their checks.
+    """
+    config, probe_config = load_config(entry["config"]), load_config(entry["probe"])
+    for field in ("objective", "model", "store", "seed"):
+        if field not in config:
+            raise UserError(
+                f"config={entry['config']} is no config for `ecg-jax pretrain`: it has no {field}"
+            )
+    for field in ("task", "linear", "bootstrap", "seed"):
+        if field not in probe_config:
+            raise UserError(f"probe={entry['probe']} is no config for `ecg-jax probe`: it has no {field}")
+    for field, value in entry["overrides"].items():
+        override(config, str(field), str(value))
+    if config.store is not None:
+        raise UserError("the store belongs to the whole sweep; give it as --store and not as an override")
+    targets = entry["targets"]
+    if targets is not None:
+        if config.objective.name != "hubert":
+            raise UserError(
+                f"only the objective hubert reads targets, and this run's is {config.objective.name}"
+            )
+        if config.objective.codes != targets["codes"]:
+            raise UserError(
+                f"targets have {targets['codes']} codes and objective.codes is {config.objective.codes}; they must be equal"
+            )
+        config.data.targets = _targets_name(targets)
+    check_config(config)
+    probe_config.seed = config.seed
+    check_probe_config(probe_config)
+    return Run(
+        name=entry["name"],
+        group=entry["group"],
+        declared=" ".join([entry["config"], *(f"{key}={value}" for key, value in entry["overrides"].items())]),
+        config=config,
+        probe_config=probe_config,
+        targets=targets,
+    )
+
+
+def _targets_name(targets: dict[str, Any]) -> str:
+    return f"{targets['features']}{targets['codes']}"
+
+
+def _check_together(path: str, runs: list[Run]) -> None:
+    """Refuses runs that one table cannot hold: groups that differ in more than seeds, or several probes."""
+    first_of: dict[str, Run] = {}
+    for run in runs:
+        first = first_of.setdefault(run.group, run)
+        differ = _differences(_plain(first.config), _plain(run.config))
+        if run is not first and "seed" not in differ:
+            raise UserError(
+                f"{path}: the runs {first.name!r} and {run.name!r} of group {run.group!r} have the same seed; "
+                "override seed"
+            )
+        if differ - {"seed"}:
+            raise UserError(
+                f"{path}: the runs {first.name!r} and {run.name!r} of group {run.group!r} differ in "
+                f"{', '.join(sorted(differ - {'seed'}))}; runs of a group differ in nothing but the seed"
+            )
+        if _differences(_plain(runs[0].probe_config), _plain(run.probe_config)) - {"seed"}:
+            raise UserError(
+                f"{path}: the runs {runs[0].name!r} and {run.name!r} have different probes, so that they cannot stand "
+                "in one table; make a sweep of each"
+            )
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a config as JSON gives them back."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> set[str]:
+    """Dotted names of the fields in which two nested dicts differ."""
+    differ = set()
+    for name in one.keys() | other.keys():
+        pair = one.get(name), other.get(name)
+        if all(isinstance(value, dict) for value in pair):
+            differ |= _differences(*pair, f"{prefix}{name}.")
+        elif pair[0] != pair[1]:
+            differ.add(prefix + name)
+    return differ
+
+
+def select(sweep: Sweep, only: str | None) -> list[Run]:
+    """The runs that --only names, by their own names or those of their groups; all of them for None.
+
+    Raises:
+        UserError: there is no run and no group of a name.
+    """
+    if only is None:
+        return list(sweep.runs)
+    wanted = [name for name in only.split(",") if name]
+    known = {name for run in sweep.runs for name in (run.name, run.group)}
+    for name in wanted:
+        if name not in known:
+            match = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {match[0]!r}?" if match else "--list shows them"
+            raise UserError(f"--only={name}: {sweep.path} has no run and no group of that name; {hint}")
+    return [run for run in sweep.runs if run.name in wanted or run.group in wanted]
+
+
+def _claim(sweep: Sweep, output: Path) -> None:
+    """Makes the folder this sweep's, or refuses it.
+
+    A sweep may gain runs later; runs that are there already must not have changed.
+
+    Raises:
+        UserError: the folder holds something else; runs that differ, or are missing now, are named.
+    """
+    path = output / _DECLARATION
+    runs = {
+        run.name: {
+            "group": run.group,
+            "config": _plain(run.config),
+            "probe": _plain(run.probe_config),
+            "targets": run.targets,
+        }
+        for run in sweep.runs
+    }
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())["runs"]
+            gone = [name for name in before if name not in runs]
+            changed = {name: _differences(before[name], runs[name]) for name in before if name in runs}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged; choose another --output") from error
+        if gone:
+            raise UserError(
+                f"{output} belongs to another sweep: it has the runs {', '.join(gone[:5])}, which {sweep.path} has "
+                "not; choose another --output"
+            )
+        for name, differ in changed.items():
+            if differ:
+                raise UserError(
+                    f"{output} belongs to another sweep: its run {name} differs in {', '.join(sorted(differ)[:5])}; "
+                    "choose another --output, or give the run another name"
+                )
+    elif output.is_dir() and any(_STORE not in entry.name for entry in output.iterdir()):
+        raise UserError(f"{output} holds something else than a sweep; choose another --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into --output={output}: {error.strerror}") from error
+    write_atomic(path, (json.dumps({"sweep": sweep.path, "runs": runs}, indent=1) + "\n").encode())
+
+
+def _is_finished(output: Path, run: Run) -> bool:
+    """results.json is the last thing a probe writes."""
+    return (output / run.name / "probe" / "results.json").exists()
+
+
+def _state(output: Path | None, run: Run) -> str:
+    if output is None:
+        return ""
+    if _is_finished(output, run):
+        return "finished"
+    steps = finished_steps(output / run.name / "run")
+    return f"at step {max(steps)}" if steps else "not begun"
+
+
+def run_sweep(
+    sweep: Sweep, output: str | Path, store: str | Path | None = None, only: str | None = None
+) -> dict[str, Any]:
+    """Runs what is not finished yet, and writes the table after each run.
+
+    Args:
+        sweep: from `load_sweep`.
+        output: folder of the sweep, made if needed.
+        store: a labelled store; None prepares the PTB-XL sample that ships with the package.
+        only: names of runs or groups, separated by commas; None for all.
+
+    Returns:
+        What results.json holds: see `studies.comparison.compare`; and "failed", run -> reason.
+
+    Raises:
+        UserError: the folder or the store does not fit. A run that fails does not raise.
+        Stopped, KeyboardInterrupt: asked to stop; the same call goes on from there.
+    """
+    output = Path(output)
+    chosen = select(sweep, only)
+    _claim(sweep, output)
+    if store is None:
+        print(prepare("ptbxl", SAMPLE, output / _STORE))
+        store = output / _STORE
+    opened = Store(store)
+    _check_store(sweep, output, opened)
+    waiting = [run for run in chosen if not _is_finished(output, run)]
+    if len(waiting) < len(chosen):
+        print(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished already")
+    failed: dict[str, str] = {}
+    for number, run in enumerate(waiting, start=1):
+        print(f"\n[{number}/{len(waiting)}] {run.name}: {run.declared}", flush=True)
+        try:
+            _pretrain_and_probe(run, output / run.name, opened)
+        except (UserError, Exception) as error:
+            if isinstance(error, Stopped):
+                raise
+            failed[run.name] = _report(error, output / run.name)
+            print(f"{run.name} failed: {failed[run.name]}", file=sys.stderr, flush=True)
+        jax.clear_caches()  # each run compiles its own programs
+        results = _write_results(sweep, output, opened)
+    if not waiting:
+        results = _write_results(sweep, output, opened)
+    return results | {"failed": failed}
+
+
+def _check_store(sweep: Sweep, output: Path, store: Store) -> None:
+    """Refuses a store with another content than the finished runs had."""
+    for run in sweep.runs:
+        if _is_finished(output, run):
+            results = json.loads((output / run.name / "probe" / "results.json").read_text())
+            if results["store"]["fingerprint"] != store.fingerprint:
+                raise UserError(
+                    f"{output} belongs to another sweep: its run {run.name} used {results['store']['path']}, whose "
+                    f"content is not that of {store.path}; choose another --output"
+                )
+
+
+def _pretrain_and_probe(run: Run, folder: Path, store: Store) -> None:
+    """One run; what is there already is continued, and the probe done anew."""
+    config = run.config.copy_and_resolve_references()
+    config.store = str(store.path)
+    folder.mkdir(exist_ok=True)
+    (folder / "error.txt").unlink(missing_ok=True)
+    if run.targets is not None:
+        _make_targets(run, store)
+    begin = time.perf_counter()
+    try:
+        pretrain(config, folder / "run")
+    finally:
+        with (folder / "times.jsonl").open("a") as file:
+            file.write(json.dumps({"pretrain": time.perf_counter() - begin}) + "\n")
+    results = probe(run.probe_config, folder / "probe", folder / "run", store.path)
+    print(
+        f"{run.name}: macro AUROC {results['macro_auroc']:.3f} ({results['ci_low']:.3f} to {results['ci_high']:.3f}), "
+        f"random initialisation {results['baselines']['random_init']['macro_auroc']:.3f}",
+        flush=True,
+    )
+
+
+def _make_targets(run: Run, store: Store) -> None:
+    """Clusters the store once for all runs that read the same targets.
+
+    Raises:
+        UserError: targets of that name are there but were made otherwise.
+    """
+    name = _targets_name(run.targets)
+    val_folds = run.config.data.val_folds
+    if name not in names(store):
+        cluster(store.path, name, **run.targets, val_folds=val_folds)
+        return
+    meta = Targets(store, name).meta
+    folds = np.unique(store.column("fold"))
+    held_out = folds[len(folds) - min(val_folds, len(folds)) :].tolist()
+    wanted = {**run.targets, "held_out_folds": held_out}
+    differ = [key for key, value in wanted.items() if meta[key] != value]
+    if differ:
+        raise UserError(
+            f"the store {store.path} has targets {name} that were made with other {', '.join(differ)}; remove them"
+        )
+
+
+def _report(error: BaseException, folder: Path) -> str:
+    """The reason of a failure in one line; what is no mistake of the user's leaves its traceback in a file."""
+    if isinstance(error, UserError):
+        return str(error)
+    path = folder / "error.txt"
+    path.write_text("".join(traceback.format_exception(error)))
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''} (all of it in {path})"
+
+
+def read_finished(sweep: Sweep, output: Path) -> list[FinishedRun]:
+    """The finished runs of a sweep, in its order.
+
+    Raises:
+        UserError: a file of one of them is damaged.
+    """
+    finished = []
+    for run in sweep.runs:
+        if not _is_finished(output, run):
+            continue
+        folder = output / run.name
+        try:
+            results = json.loads((folder / "probe" / "results.json").read_text())
+            with np.load(folder / "probe" / "predictions.npz") as file:
+                predictions = dict(file)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{folder / 'probe'} is damaged ({error}); remove it, and it is made anew"
+            ) from error
+        times = folder / "times.jsonl"
+        seconds = sum(entry["pretrain"] for entry in read_jsonl(times)) if times.exists() else None
+        finished.append(
+            FinishedRun(run.name, run.group, results, predictions, read_log(folder / "run"), seconds)
+        )
+    return finished
+
+
+def _write_results(sweep: Sweep, output: Path, store: Store) -> dict[str, Any]:
+    """results.json, .csv, .md and .png of the finished runs, {} while there is none."""
+    finished = read_finished(sweep, output)
+    if not finished:
+        return {}
+    done = {run.name for run in finished}
+    results = {
+        "sweep": sweep.path,
+        "note": sweep.note.replace("{recordings}", str(len(store))),
+        "recordings": len(store),
+        "missing": [run.name for run in sweep.runs if run.name not in done],
+        **comparison.compare(finished),
+    }
+    write_atomic(output / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(output / "results.csv", comparison.to_csv(results).encode())
+    write_atomic(output / "results.md", comparison.to_markdown(results).encode())
+    _draw(results, output / "results.png")
+    return results
+
+
+def _draw(results: dict[str, Any], path: Path) -> None:
+    def interval(entry):
+        return tuple(
+            float("nan") if entry[name] is None else entry[name] for name in ("macro_auroc", "ci_low", "ci_high")
+        )
+
+    random = {
+        group: interval(entry)
+        for entry in results["baselines"]
+        if entry["baseline"] == comparison.RANDOM_INIT
+        for group in entry["groups"]
+    }
+    patients = f", {results['n_patients']} patients" if results["n_patients"] else ""
+    plots.seeds_forest(
+        [entry["group"] for entry in results["groups"]],
+        [interval(entry) for entry in results["groups"]],
+        [entry["each_seed"] for entry in results["groups"]],
+        [random[entry["group"]] for entry in results["groups"]],
+        next(e["macro_auroc"] for e in results["baselines"] if e["baseline"] == comparison.MAJORITY),
+        path,
+        title=f"{results['task']}: {results['n_records']} test records{patients}",
+        note=results["note"],
+        level=results["bootstrap"]["level"],
+    )
+
+
+def describe(runs: Sequence[Run], output: Path | None) -> str:
+    """One line for each run: name, group, state, config."""
+    rows = [(run.name, run.group, _state(output, run), run.declared) for run in runs]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(
+        "  ".join([cell.ljust(w) for cell, w in zip(row[:3], widths, strict=True) if w] + [row[3]])
+        for row in rows
+    )
+
+
+def main(argv: list[str]) -> int:
+    """`ecg-jax sweep`."""
+    parser = argparse.ArgumentParser(
+        prog="ecg-jax sweep",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("sweep", metavar="SWEEP.py", help="sweep file, e.g. configs/sweeps/objectives_quick.py")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of all runs and of the table")
+    parser.add_argument("--store", help="labelled store (default: the PTB-XL sample that ships with the package)")
+    parser.add_argument("--only", metavar="NAME,...", help="only these runs or groups")
+    parser.add_argument("--list", action="store_true", help="shows the runs and how far they are, and runs nothing")
+    options = parser.parse_args(argv)
+    sweep = load_sweep(options.sweep)
+    if options.list:
+        print(describe(select(sweep, options.only), options.output))
+        return 0
+    if options.output is None:
+        raise UserError("give the folder of the sweep: --output=DIR")
+    results = run_sweep(sweep, options.output, options.store, options.only)
+    failed = results.pop("failed")
+    if results:
+        print("\n" + "\n".join(comparison.group_table(results)))
+        if results["note"]:
+            print(f"\n{results['note']}")
+        print(f"\nwritten to {options.output}: results.md, results.csv, results.json, results.png")
+    if failed:
+        raise UserError(f"{len(failed)} runs failed, see above: {', '.join(failed)}")
+    return 0
