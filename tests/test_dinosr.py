@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 
 from conftest import assert_close, group, load_golden
 from ecg_jax.models.encoder import build_encoder
+from ecg_jax.objectives.clustering import nearest_code, update_codebook
 from ecg_jax.objectives.contract import Inputs, mean_over_tokens
 from ecg_jax.objectives.dinosr import DinoSR, dinosr_features, dinosr_loss
 from ecg_jax.objectives.masking import Masking
 from ecg_jax.objectives.teacher import Teacher
 from ecg_jax.training import parallel
 from ecg_jax.training.train_state import create_train_state, train_step
+from golden_steps import FixedMask, assert_after, assert_gradients, run_reference_steps, unpacked
 
 
 def global_mean(term):
@@ -45,6 +47,42 @@ def test_loss_parity(hooks, temperature):
     expected = group(golden, f"out/{hooks}_T{temperature}/")
     assert_close(loss, expected["loss"], 2e-6, "loss")
     assert_close(grad, expected["grad"], 2e-6, "grad")
+
+
+def test_two_steps_of_the_reference():
+    golden = load_golden("ssl_steps_dinosr")
+    tokens = golden["in/x"].shape[-1] // 2
+
+    def codebooks(prefix):
+        stored = group(golden, f"{prefix}/ts_encoder.ema.clustering.0.")
+        names = {"codebook": "codebook", "code_sum": "code_sum", "code_count": "code_cnt"}
+        return {ours: jnp.asarray(stored[theirs])[None] for ours, theirs in names.items()}
+
+    start, codes = codebooks("sd"), len(golden["sd/ts_encoder.ema.clustering.0.code_cnt"])
+    outputs = len(golden["sd/ts_encoder.head_ssl.s4.decoder.bias"])
+
+    def objective(encoder, width, step):
+        hidden = unpacked(golden["in/mask"][step], tokens)
+        return DinoSR(
+            encoder=encoder, width=width, mask=FixedMask(hidden, hidden), top_k=1, codes=codes,
+            idle_logits=outputs - codes, head_dropout=0.0,
+        )  # fmt: skip
+
+    results, gradients, state = run_reference_steps(golden, objective, objective_state=start)
+    codebook, code_sum, code_count = (start[name][0] for name in ("codebook", "code_sum", "code_count"))
+    for step, (metrics, teacher) in enumerate(results):
+        expected = group(golden, f"out/step{step}/")
+        assert_close(metrics["loss"], expected["total"], 1e-5, f"loss {step}")
+        (features,) = dinosr_features([teacher["tokens"]])
+        labels = nearest_code(features, codebook)
+        np.testing.assert_array_equal(labels, expected["assignments"])
+        codebook, code_sum, code_count = update_codebook(
+            code_sum, code_count, features, labels, momentum=0.9, axis_name=None
+        )
+    assert_gradients(golden, gradients)
+    assert_after(golden, state)
+    for name, expected in codebooks("after").items():
+        assert_close(state.objective_state[name], expected, 1e-4, name)
 
 
 def test_chance_level():
