@@ -15,12 +15,15 @@ from ml_collections import ConfigDict
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import Store
+from ecg_jax.data.targets import Targets
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
 from ecg_jax.models.encoder import build_encoder, tokens_of
 from ecg_jax.models.inputs import NORMALISATIONS
 from ecg_jax.objectives.cpc import CPC
 from ecg_jax.objectives.data2vec import Data2Vec
+from ecg_jax.objectives.dinosr import DinoSR
+from ecg_jax.objectives.hubert import Hubert, HubertPP
 from ecg_jax.objectives.jepa import JEPA
 from ecg_jax.objectives.masking import Masking
 from ecg_jax.objectives.teacher import Teacher
@@ -28,7 +31,14 @@ from ecg_jax.training import optim
 from ecg_jax.training.checkpoint import finished_steps
 from ecg_jax.training.train_state import TrainState, create_train_state
 
-OBJECTIVES = {"cpc": CPC, "jepa": JEPA, "data2vec": Data2Vec}
+OBJECTIVES = {
+    "cpc": CPC,
+    "jepa": JEPA,
+    "data2vec": Data2Vec,
+    "dinosr": DinoSR,
+    "hubertpp": HubertPP,
+    "hubert": Hubert,
+}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 _POSITIVE = (
@@ -57,7 +67,7 @@ _FREE_FIELDS = {
     "stop_on_collapse", "monitor.min_rankme", "monitor.min_feature_std", "monitor.min_perplexity",
     "monitor.max_dead_share", "monitor.probe_every", "monitor.probe_records", "monitor.task",
 }  # fmt: skip
-# The length of a run shapes its learning rates unless the schedule is constant.
+# The length of a run shapes its learning rates and the teacher's momentum unless they are constant.
 _LENGTH_FIELDS = {"steps", "epochs"}
 
 
@@ -104,6 +114,24 @@ def initial_state(
         l_max=config.model.l_max,
         teacher=teacher,
     )
+
+
+def open_targets(config: ConfigDict, store: Store) -> Targets | None:
+    """The offline targets of the run, None for objectives without.
+
+    Raises:
+        UserError: there are no such targets, they do not fit the store, or have another number of codes than
+            the config.
+    """
+    if not config.data.targets:
+        return None
+    targets = Targets(store, config.data.targets)
+    if targets.codes != config.objective.codes:
+        raise UserError(
+            f"config.objective.codes={config.objective.codes}, but the targets {targets.path} have {targets.codes} "
+            f"codes; set --config.objective.codes={targets.codes}"
+        )
+    return targets
 
 
 def open_store(config: ConfigDict) -> tuple[Store, Preprocessing]:
@@ -169,20 +197,7 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.model.state={config.model.state} must be even and at least 2")
     if not 0.0 <= config.model.dropout < 1.0:
         raise UserError(f"config.model.dropout={config.model.dropout} must be at least 0 and below 1")
-    if config.objective.name == "cpc":
-        for name in ("objective.negatives", "objective.temperature"):
-            if not fields[name] > 0:
-                raise UserError(f"config.{name}={fields[name]!r} must be positive")
-        tokens = tokens_of(round(config.data.window_s * config.data.rate_hz))
-        if not 0 < config.objective.steps_ahead < tokens:
-            raise UserError(
-                f"config.objective.steps_ahead={config.objective.steps_ahead} must lie between 1 and {tokens - 1}, "
-                f"one less than the tokens in a window of {config.data.window_s} s"
-            )
-        if config.model.bidirectional:
-            raise UserError(
-                "config.model.bidirectional=True lets CPC see the token it predicts; set it to False"
-            )
+    _check_objective(config)
     devices = jax.device_count()
     if config.batch_size % devices:
         raise UserError(
@@ -190,17 +205,79 @@ def check_config(config: ConfigDict) -> None:
         )
 
 
+def _check_objective(config: ConfigDict) -> None:
+    """Refuses an objective that its config, its window or its batch cannot feed, before anything is compiled."""
+    objective, samples = config.objective, round(config.data.window_s * config.data.rate_hz)
+    tokens = tokens_of(samples)
+    try:
+        build_objective(config, axis_name=None)
+        build_teacher(config, steps=1)
+        if "mask" in objective:
+            Masking(**objective.mask.to_dict()).check(samples, len(CANONICAL_LEADS))
+    except ValueError as error:
+        raise UserError(f"config.objective.{error}") from error
+    if objective.name == "cpc":
+        for name in ("negatives", "temperature"):
+            if not objective[name] > 0:
+                raise UserError(f"config.objective.{name}={objective[name]!r} must be positive")
+        if not 0 < objective.steps_ahead < tokens:
+            raise UserError(
+                f"config.objective.steps_ahead={objective.steps_ahead} must lie between 1 and {tokens - 1}, "
+                f"one less than the tokens in a window of {config.data.window_s} s"
+            )
+        if config.model.bidirectional:
+            raise UserError(
+                "config.model.bidirectional=True lets CPC see the token it predicts; set it to False"
+            )
+    if "top_k" in objective and not 1 <= objective.top_k <= config.model.layers:
+        raise UserError(
+            f"config.objective.top_k={objective.top_k} must lie between 1 and "
+            f"config.model.layers={config.model.layers}: the targets come from the last top_k layers of the teacher"
+        )
+    if objective.name in ("dinosr", "hubertpp"):
+        codes = objective.codes if isinstance(objective.codes, int) else max(objective.codes)
+        if codes > config.batch_size * tokens:
+            raise UserError(
+                f"config.objective.codes={objective.codes} asks for more codes than the "
+                f"{config.batch_size * tokens} tokens of a batch ({config.batch_size} windows of {tokens}); lower it or "
+                "raise config.batch_size"
+            )
+    if "head_state" in objective:
+        if objective.head_state < 2 or objective.head_state % 2:
+            raise UserError(f"config.objective.head_state={objective.head_state} must be even and at least 2")
+        if not 0.0 <= objective.head_dropout < 1.0:
+            raise UserError(
+                f"config.objective.head_dropout={objective.head_dropout} must be at least 0 and below 1"
+            )
+    if "beta" in objective and objective.beta < 0:
+        raise UserError(f"config.objective.beta={objective.beta} must not be negative")
+    if "target_norms" in objective and objective.target_norms not in (0, 1, 2):
+        raise UserError(f"config.objective.target_norms={objective.target_norms} must be 0, 1 or 2")
+    if (objective.name == "hubert") != bool(config.data.targets):
+        raise UserError(
+            "config.data.targets is not set; the objective hubert predicts offline targets: make them with "
+            "`ecg-jax cluster`, then give their name with --config.data.targets=NAME"
+            if objective.name == "hubert"
+            else f"config.data.targets={config.data.targets!r} is read by the objective hubert only "
+            "(configs/hubert.py:variant=offline); leave it empty"
+        )
+
+
 @contextlib.contextmanager
 def claim_workdir(
-    workdir: Path, config: ConfigDict, preprocessing: Preprocessing, store: Store
+    workdir: Path, config: ConfigDict, preprocessing: Preprocessing, store: Store, targets: Targets | None
 ) -> Iterator[None]:
-    """Holds the workdir for this run: locked against a second process, and known to belong to this very config.
+    """Holds the workdir for this run: locked against a second process, and known to belong to this very
+    config.
 
-    Writes config.json and preprocessing.json when no run with a checkpoint is there yet. A store is known by its
-    content: config.json holds its fingerprint beside the config, and the store may have moved when a run goes on.
+    Writes config.json and preprocessing.json when no run with a checkpoint is there yet. A store is known by
+    its
+    content: config.json holds its fingerprint beside the config, and the store may have moved when a run goes
+    on. So are offline targets.
 
     Raises:
-        UserError: the workdir belongs to another run (the differing fields are named), is in use, or is no folder.
+        UserError: the workdir belongs to another run (the differing fields are named), is in use, or is no
+            folder.
     """
     if jax.process_index() != 0:
         yield
@@ -218,13 +295,23 @@ def claim_workdir(
                 f"another `ecg-jax pretrain` is using {workdir}; choose another --workdir"
             ) from error
         wanted = json.loads(json.dumps(config.to_dict())) | {"store_fingerprint": store.fingerprint}
+        if targets:
+            wanted |= {"targets_fingerprint": targets.fingerprint}
         if finished_steps(workdir):
-            _check_same_run(workdir, wanted, constant_schedule=config.optimiser.schedule == "constant")
+            _check_same_run(workdir, wanted, constant_schedule=_is_constant(config))
         else:
             files = {"preprocessing.json": preprocessing.to_dict(), "config.json": wanted}
             for name, value in files.items():
                 write_atomic(workdir / name, (json.dumps(value, indent=2) + "\n").encode())
         yield
+
+
+def _is_constant(config: ConfigDict) -> bool:
+    """Whether a run of another length would have the same steps as far as both go."""
+    moving = "teacher" in config.objective and (
+        config.objective.teacher.momentum != config.objective.teacher.momentum_end
+    )
+    return config.optimiser.schedule == "constant" and not moving
 
 
 def _check_same_run(workdir: Path, wanted: dict[str, Any], constant_schedule: bool) -> None:

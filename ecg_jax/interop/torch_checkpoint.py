@@ -78,7 +78,9 @@ def convert_cpc(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def convert_s4_head(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """`s4.s4_layers.0.*`, `s4.norms.0.*`, `s4.decoder.*` -> {"params": ..., "ssm": ...} of `models.heads.S4Head`."""
+    """`s4.s4_layers.0.*`, `s4.norms.0.*`, `s4.decoder.*` -> {"params": ..., "ssm": ...} of
+    `models.heads.S4Head`.
+    """
     layer = convert_s4_layer(_under(sd, "s4.s4_layers.0."))
     params = {
         "layer": layer["params"],
@@ -94,7 +96,8 @@ def convert_mlp_head(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def convert_masked(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """A reference state dict of JEPA, data2vec, DinoSR or HuBERT++ -> `params`, `batch_stats` and `ssm` of the objective.
+    """A reference state dict of JEPA, data2vec, DinoSR or HuBERT++ -> `params`, `batch_stats` and `ssm` of
+    the objective.
 
     The head that enters no loss (`ts_encoder.head.*`) is left aside, the teacher is `convert_teacher`'s.
     """
