@@ -1,0 +1,189 @@
+"""A small linear probe during pretraining: are the features becoming useful, not only different?
+
+The first crop of some labelled training recordings is encoded in evaluation mode, tokens averaged; a linear head is
+fitted on one half of the recordings and scored on the other, whose patients are others. Both halves are *training*
+recordings. The folds with the highest numbers are what downstream probes test on, and a number that is looked at
+during pretraining must not come from there: neither a choice of checkpoint nor one of settings then leaks into a
+test score. The encoder has seen the scored signals (without labels), so the number compares steps and runs with
+each other; what the encoder is worth, `ecg-jax probe` says.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ecg_jax.data.store import Store
+from ecg_jax.evaluation import heads, metrics, tasks
+from ecg_jax.models.inputs import to_model_input
+from ecg_jax.training import parallel
+from ecg_jax.training.collapse import student_tokens
+from ecg_jax.training.train_state import TrainState
+
+#: Penalty of the linear head, see `evaluation.heads`. Fixed: a search would cost what it cannot repay here.
+L2 = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Labelled recordings that a probe looks at.
+
+    Attributes:
+        task: name of the task.
+        rows: int64 [n] of the store, those to fit first.
+        n_fit: how many to fit.
+        targets: float32 [n, K] of 0 and 1, classes that both halves have positives and negatives of.
+    """
+
+    task: str
+    rows: np.ndarray
+    n_fit: int
+    targets: np.ndarray
+
+
+def choose_slice(
+    store: Store, train_rows: np.ndarray, *, task: str, every: int, max_records: int
+) -> tuple[Slice | None, str]:
+    """The recordings of a probe, the same at every step and however often a run is interrupted.
+
+    Args:
+        store: of the run.
+        train_rows: rows trained on, without duplicates, each at least a window long. Those in the fold with the
+            highest number, which downstream probes test on, are left out here too if they are among them.
+        task: name of a task, or "auto" for the first that fits the store, or "" for none.
+        every: steps between probes, 0 for none.
+        max_records: at most so many, whole patients in an order given by a hash of their id.
+
+    Returns:
+        (the slice, or None where there can be none; one line for people that says which or why).
+
+    Raises:
+        UserError: there is no such task, or the store is not one of it.
+    """
+    if not task or not every:
+        return None, "no online probe: switched off by config.monitor"
+    if task == "auto":
+        fitting = [
+            t for t in tasks.TASKS.values() if t.corpus == store.corpus and t.label_set in store.classes
+        ]
+        if not fitting:
+            return (
+                None,
+                f"no online probe: the store, of corpus {store.corpus!r}, has labels of no known task",
+            )
+        chosen = fitting[0]
+    else:
+        chosen = tasks.get_task(task)
+        tasks.check_store(chosen, store.corpus, list(store.classes), f"the store {store.path}")
+
+    folds, labels = store.column("fold"), store.column(f"labels_{chosen.label_set}")
+    highest = np.unique(folds)[1:][-1:]  # a store of one fold keeps it
+    rows = train_rows[~np.isin(folds[train_rows], highest)]
+    if chosen.unlabelled == "exclude":
+        rows = rows[tasks.is_labelled(labels[rows])]
+    patients, records = store.column("patient_id"), store.column("record_id")
+    owner = {row: str(records[row] if patients[row] is None else patients[row]) for row in rows.tolist()}
+    order = sorted(
+        owner, key=lambda row: (hashlib.blake2b(owner[row].encode(), digest_size=8).digest(), row)
+    )[:max_records]
+    n_fit = len(order) // 2
+    while 0 < n_fit < len(order) and owner[order[n_fit]] == owner[order[n_fit - 1]]:
+        n_fit += 1
+    rows = np.array(order, np.int64)
+    targets = tasks.target_matrix(labels[rows], store.classes[chosen.label_set])
+    known = metrics.has_both_kinds(targets[:n_fit]) & metrics.has_both_kinds(targets[n_fit:])
+    if not known.any():
+        return None, (
+            f"no online probe: no class of {chosen.name} has positives and negatives in both halves of the "
+            f"{len(rows)} labelled recordings"
+        )
+    line = (
+        f"online probe on {chosen.name} every {every} steps: {known.sum()} classes, {n_fit} recordings to fit, "
+        f"{len(rows) - n_fit} to score"
+    )
+    return Slice(chosen.name, rows, n_fit, targets[:, known]), line
+
+
+def embed_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    model,
+    normalisation: str,
+    axis_name: str | None = parallel.AXIS,
+) -> jax.Array:
+    """Mean tokens of the student in evaluation mode, as seen by one device.
+
+    Args:
+        state, model, normalisation, axis_name: as in `training.train_state.train_step`.
+        batch: this device's rows: `signal` int16 [B, T, C], `record_index` int32 [B], their places in the global batch.
+
+    Returns:
+        float32 [N, D], all rows of the global batch in order, the same on every device and process.
+    """
+    record_index = batch["record_index"]
+    x = to_model_input(batch["signal"], normalisation)
+    mean = student_tokens(state, x, record_index, model).mean(axis=1)
+    if not axis_name:
+        return mean[jnp.argsort(record_index)]
+    rows = len(mean) * jax.lax.axis_size(axis_name)
+    return jax.lax.psum(jnp.zeros((rows, mean.shape[1])).at[record_index].set(mean), axis_name)
+
+
+class OnlineProbe:
+    """The probe of one run."""
+
+    def __init__(
+        self,
+        chosen: Slice,
+        store: Store,
+        mesh: Mesh,
+        *,
+        model,
+        normalisation: str,
+        batch_size: int,
+        window_samples: int,
+    ):
+        """Of one run.
+
+        Args:
+            chosen: what to look at.
+            store: that it is of.
+            mesh: all devices.
+            model, normalisation: as in `embed_step`.
+            batch_size: crops encoded at once over all processes, a multiple of the number of devices.
+            window_samples: T.
+        """
+        self._slice, self._store, self._mesh = chosen, store, mesh
+        step = functools.partial(embed_step, model=model, normalisation=normalisation)
+        self._embed = parallel.map_eval_step(step, mesh)
+        self._starts = store.column("offset")[chosen.rows]
+        self._batch_size, self._window_samples = batch_size, window_samples
+
+    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of every batch; the last is filled up with the first crop."""
+        record_index = np.arange(jax.process_index(), self._batch_size, jax.process_count(), dtype=np.int32)
+        for first in range(0, len(self._starts), self._batch_size):
+            number = first + record_index
+            starts = self._starts[np.where(number < len(self._starts), number, 0)]
+            signal = self._store.read_crops(starts, self._window_samples)
+            yield {"signal": signal, "record_index": record_index}
+
+    def embed(self, state: TrainState) -> list[jax.Array]:
+        """Starts encoding the slice, batch by batch, for `score`."""
+        return [self._embed(state, parallel.shard_batch(batch, self._mesh)) for batch in self._batches()]
+
+    def score(self, embedded: list[np.ndarray]) -> dict[str, float]:
+        """`probe_auroc`, the macro AUROC of the half that was not fitted; {} if a feature is not finite."""
+        features = np.concatenate(embedded)[: len(self._slice.rows)]
+        if not np.isfinite(features).all():
+            return {}
+        fit, scored = slice(None, self._slice.n_fit), slice(self._slice.n_fit, None)
+        targets = self._slice.targets
+        solution = heads.LogisticProblem(features[fit], targets[fit]).solve(L2, tolerance=1e-4, max_steps=100)
+        return {"probe_auroc": metrics.macro_auroc(targets[scored], solution.head.logits(features[scored]))}
