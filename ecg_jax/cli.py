@@ -11,6 +11,7 @@ from ecg_jax.errors import Stopped, UserError
 COMMANDS = {
     "quickstart": "prepare, pretrain and probe on the PTB-XL sample that ships with the package",
     "prepare": "raw recordings -> store",
+    "show-masks": "config -> a picture of what its objective hides and predicts",
     "pretrain": "store + config -> run with checkpoints",
     "cluster": "store + features -> offline targets, one label for each token",
     "probe": "checkpoint + labelled store -> metrics with confidence intervals",
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
         print(f"ecg-jax: error: unknown command {command!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f"ecg_jax.{command}").main(rest)
+        return importlib.import_module(f"ecg_jax.{command.replace('-', '_')}").main(rest)
     except UserError as error:
         print(f"ecg-jax {command}: error: {error}", file=sys.stderr)
         return 2
