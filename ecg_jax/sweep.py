@@ -126,7 +126,7 @@ def _read(path: str) -> tuple[list, str]:
         module = runpy.run_path(str(file))
         if "sweep" not in module:
             raise UserError(f"{path} defines no sweep()")
-        note = module["NOTE"] if "NOTE" in module else ""
+        note = module.get("NOTE", "")
         made = module["sweep"]()
         if not isinstance(made, Iterator | list | tuple) or not isinstance(note, str):
             raise UserError(f"{path}: sweep() must yield dicts, one for each run, and NOTE be a string")
@@ -198,7 +198,8 @@ def _load_run(entry: dict[str, Any]) -> Run:
             )
         if config.objective.codes != targets["codes"]:
             raise UserError(
-                f"targets have {targets['codes']} codes and objective.codes is {config.objective.codes}; they must be equal"
+                f"targets have {targets['codes']} codes and objective.codes is {config.objective.codes}; "
+                "they must be equal"
             )
         config.data.targets = _targets_name(targets)
     check_config(config)
@@ -207,7 +208,9 @@ def _load_run(entry: dict[str, Any]) -> Run:
     return Run(
         name=entry["name"],
         group=entry["group"],
-        declared=" ".join([entry["config"], *(f"{key}={value}" for key, value in entry["overrides"].items())]),
+        declared=" ".join(
+            [entry["config"], *(f"{key}={value}" for key, value in entry["overrides"].items())]
+        ),
         config=config,
         probe_config=probe_config,
         targets=targets,
@@ -497,7 +500,8 @@ def _write_results(sweep: Sweep, output: Path, store: Store) -> dict[str, Any]:
 def _draw(results: dict[str, Any], path: Path) -> None:
     def interval(entry):
         return tuple(
-            float("nan") if entry[name] is None else entry[name] for name in ("macro_auroc", "ci_low", "ci_high")
+            float("nan") if entry[name] is None else entry[name]
+            for name in ("macro_auroc", "ci_low", "ci_high")
         )
 
     random = {
@@ -538,11 +542,17 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("sweep", metavar="SWEEP.py", help="sweep file, e.g. configs/sweeps/objectives_quick.py")
+    parser.add_argument(
+        "sweep", metavar="SWEEP.py", help="sweep file, e.g. configs/sweeps/objectives_quick.py"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of all runs and of the table")
-    parser.add_argument("--store", help="labelled store (default: the PTB-XL sample that ships with the package)")
+    parser.add_argument(
+        "--store", help="labelled store (default: the PTB-XL sample that ships with the package)"
+    )
     parser.add_argument("--only", metavar="NAME,...", help="only these runs or groups")
-    parser.add_argument("--list", action="store_true", help="shows the runs and how far they are, and runs nothing")
+    parser.add_argument(
+        "--list", action="store_true", help="shows the runs and how far they are, and runs nothing"
+    )
     options = parser.parse_args(argv)
     sweep = load_sweep(options.sweep)
     if options.list:
@@ -558,5 +568,6 @@ def main(argv: list[str]) -> int:
             print(f"\n{results['note']}")
         print(f"\nwritten to {options.output}: results.md, results.csv, results.json, results.png")
     if failed:
-        raise UserError(f"{len(failed)} runs failed, see above: {', '.join(failed)}")
+        many = f"{len(failed)} runs" if len(failed) > 1 else "1 run"
+        raise UserError(f"{many} failed, see above: {', '.join(failed)}")
     return 0

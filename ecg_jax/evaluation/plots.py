@@ -276,12 +276,14 @@ def seeds_forest(
     import textwrap
 
     rows = -np.arange(len(groups), dtype=float)
-    lines = textwrap.wrap(note, 105)
+    lines = textwrap.wrap(note, 125)
     figure = _figure(7.6, 1.75 + 0.46 * len(groups) + 0.17 * len(lines))
     axes = figure.subplots()
     for y, (value, low, high) in zip(rows, baselines, strict=True):
         axes.fill_between([low, high], y - 0.5, y + 0.5, color=_ORANGE, alpha=0.13, linewidth=0, zorder=1)
-        axes.plot([value, value], [y - 0.5, y + 0.5], color=_ORANGE, linewidth=1.4, zorder=2)
+        axes.plot(
+            [value, value], [y - 0.5, y + 0.5], color=_ORANGE, linewidth=1.4, solid_capstyle="butt", zorder=2
+        )
     for y, (mean, low, high), values in zip(rows, intervals, seeds, strict=True):
         axes.plot([low, high], [y + 0.1] * 2, color=_BLUE, linewidth=2, solid_capstyle="butt", zorder=4)
         axes.plot([mean], [y + 0.1], "o", color=_BLUE, markersize=7, zorder=5)
@@ -293,7 +295,10 @@ def seeds_forest(
     axes.axvline(chance, color=_GREY, linewidth=1, linestyle="--", zorder=1)
     legend = (
         ({"marker": "o", "markersize": 7, "color": _BLUE, "linewidth": 2}, "mean over seeds"),
-        ({"marker": "o", "markersize": 4.5, "color": _BLUE, "linestyle": "none", "alpha": 0.75}, "single seed"),
+        (
+            {"marker": "o", "markersize": 4.5, "color": _BLUE, "linestyle": "none", "alpha": 0.75},
+            "single seed",
+        ),
         ({"color": _ORANGE, "linewidth": 1.4}, "random initialisation"),
         ({"color": _GREY, "linewidth": 1, "linestyle": "--"}, "majority guess"),
     )
@@ -316,7 +321,11 @@ def seeds_forest(
     figure.text(0.02, 0.1 / height, "\n".join(lines), fontsize=8, color=_GREY, va="bottom")
     below = 0.12 + 0.17 * len(lines)
     figure.legend(
-        loc="lower center", ncols=len(legend), frameon=False, fontsize=8.5, bbox_to_anchor=(0.5, below / height)
+        loc="lower center",
+        ncols=len(legend),
+        frameon=False,
+        fontsize=8.5,
+        bbox_to_anchor=(0.5, below / height),
     )
     figure.tight_layout(rect=(0, (below + 0.3) / height, 1, 1))
     _save(figure, path, dpi=130)

@@ -169,7 +169,11 @@ def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
         "classes": tested["classes"].tolist(),
         "n_records": len(targets),
         "n_patients": runs[0].results["n_patients"],
-        "bootstrap": {**settings, "unit": unit, "seeds": "drawn with replacement, stretched by sqrt(S/(S-1))"},
+        "bootstrap": {
+            **settings,
+            "unit": unit,
+            "seeds": "drawn with replacement, stretched by sqrt(S/(S-1))",
+        },
         "groups": groups,
         "baselines": baselines,
         "runs": [_row(run) for run in runs],
@@ -275,7 +279,9 @@ def group_table(results: dict[str, Any]) -> list[str]:
     header = [
         "group", "seeds", "macro AUROC", "each seed", f"minus {RANDOM_INIT}", "steps", "loss", "seconds"
     ]  # fmt: skip
-    logged = [name for name in ("rankme", "feature_std") if any(g[name] is not None for g in results["groups"])]
+    logged = [
+        name for name in ("rankme", "feature_std") if any(g[name] is not None for g in results["groups"])
+    ]
     header[7:7] = logged
 
     def each(entry):
@@ -329,7 +335,9 @@ def to_markdown(results: dict[str, Any]) -> str:
     if results["note"]:
         lines += ["", f"**{results['note']}**"]
     names = [
-        name for name in ("val_loss", "rankme", "feature_std") if any(r[name] is not None for r in results["runs"])
+        name
+        for name in ("val_loss", "rankme", "feature_std")
+        if any(r[name] is not None for r in results["runs"])
     ]
     header = ["run", "seed", "macro AUROC", RANDOM_INIT, "difference", "steps", "loss", *names, "seconds"]
     rows = [

@@ -1,0 +1,376 @@
+"""Sweeps: a small one through the command line, its refusals, and intervals over patients and seeds."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+
+from ecg_jax import cli, sweep
+from ecg_jax.errors import UserError
+from ecg_jax.evaluation import bootstrap, metrics
+from ecg_jax.pretrain import pretrain
+from ecg_jax.studies import comparison
+from ecg_jax.studies.comparison import FinishedRun, hierarchical_interval, seed_weights
+
+TINY = """
+NOTE = "A check on {recordings} recordings and no ranking."
+SMALL = {
+    "model.width": 16, "model.layers": 1, "batch_size": 16, "steps": 4, "log_every": 2, "checkpoint_every": 2,
+    "data.max_val_crops": 16,
+}
+PROBE = "configs/probe.py:mode=linear,task=ptbxl_super"
+
+def run(group, seed, config, targets=None, **fields):
+    overrides = {"seed": seed, **SMALL, **fields}
+    return {"name": f"{group}-{seed}", "group": group, "config": config, "overrides": overrides, "probe": PROBE,
+            "targets": targets}
+
+def sweep():
+    for seed in (0, 1):
+        yield run("cpc", seed, "configs/cpc.py")
+    for seed in (0, 1):
+        yield run("data2vec", seed, "configs/data2vec.py", **{"objective.top_k": 1})
+"""
+OFFLINE = """    yield run("offline", 0, "configs/hubert.py:variant=offline", {"features": "spectrum", "codes": 8},
+              **{"objective.codes": 8})
+"""
+NAMES = ["cpc-0", "cpc-1", "data2vec-0", "data2vec-1", "offline-0"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A sweep file, its folder, and what the command printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    path, output = folder / "tiny.py", folder / "out"
+    path.write_text(TINY + OFFLINE)
+    assert cli.main(["sweep", str(path), f"--output={output}"]) == 0
+    return path, output
+
+
+def _snapshot(output):
+    """Contents of what finished runs leave."""
+    return {
+        path: path.read_bytes()
+        for name in NAMES
+        for path in (output / name / "run" / "log.jsonl", output / name / "probe" / "results.json")
+    }
+
+
+def test_every_run_is_pretrained_and_probed(tiny, capsys):
+    path, output = tiny
+    for name in NAMES:
+        assert (output / name / "run" / "checkpoints" / "4").is_dir()
+        assert (output / name / "probe" / "results.json").exists()
+    assert (output / "results.png").stat().st_size > 10_000
+    assert cli.main(["sweep", str(path), f"--output={output}", "--list", "--only=cpc,offline-0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["cpc-0", "cpc-1", "offline-0"]
+    assert all(re.search(r"finished +configs/\w+\.py\S* seed=[01] model.width=16 ", line) for line in lines)
+
+
+def test_table_holds_what_the_probes_wrote(tiny):
+    _, output = tiny
+    results = json.loads((output / "results.json").read_text())
+    assert [run["name"] for run in results["runs"]] == NAMES
+    assert results["missing"] == []
+    with (output / "results.csv").open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file) if row["kind"] == "run"}
+    markdown = (output / "results.md").read_text()
+    for run in results["runs"]:
+        probed = json.loads((output / run["name"] / "probe" / "results.json").read_text())
+        for name in ("macro_auroc", "ci_low", "ci_high"):
+            assert run[name] == probed[name] == float(rows[run["name"]][name])
+            assert run["random_init"][name] == probed["baselines"]["random_init"][name]
+        last = json.loads((output / run["name"] / "run" / "log.jsonl").read_text().splitlines()[-1])
+        assert (run["step"], run["loss"], run["val_loss"]) == (4, last["loss"], last["val_loss"])
+        assert run["rankme"] == last["rankme"]
+        assert run["seconds"] > 0
+        assert probed["seed"] == run["seed"] == probed["pretraining_config"]["seed"]
+        interval = "{macro_auroc:.3f} ({ci_low:.3f} to {ci_high:.3f})".format(**probed)
+        assert f"| {run['name']} " in markdown
+        assert interval in markdown
+    for group in results["groups"]:
+        seeds = [run["macro_auroc"] for run in results["runs"] if run["group"] == group["group"]]
+        assert group["each_seed"] == seeds
+        assert group["macro_auroc"] == pytest.approx(np.mean(seeds), abs=1e-12)
+        assert group["ci_low"] < group["macro_auroc"] < group["ci_high"]
+        loss = [run["loss"] for run in results["runs"] if run["group"] == group["group"]]
+        assert group["loss"] == pytest.approx(np.mean(loss))
+
+
+def test_baselines_stand_in_the_table(tiny):
+    """A causal and a bidirectional encoder have different random twins, two bidirectional ones the same."""
+    _, output = tiny
+    results = json.loads((output / "results.json").read_text())
+    assert [(b["baseline"], b["groups"]) for b in results["baselines"]] == [
+        (comparison.RANDOM_INIT, ["cpc"]),
+        (comparison.RANDOM_INIT, ["data2vec", "offline"]),
+        (comparison.MAJORITY, ["cpc", "data2vec", "offline"]),
+    ]
+    assert results["baselines"][-1]["macro_auroc"] == 0.5
+    twins = [run["random_init"]["macro_auroc"] for run in results["runs"]]
+    assert results["baselines"][0]["each_seed"] == pytest.approx(twins[:2])
+    assert results["baselines"][1]["each_seed"] == pytest.approx(twins[2:4])
+    assert twins[2] == pytest.approx(twins[4])
+    markdown = (output / "results.md").read_text()
+    assert "random initialisation (data2vec, offline)" in markdown
+    assert "A check on 304 recordings and no ranking." in markdown
+    assert "A single seed, so the interval is over patients only: offline." in markdown
+
+
+def test_again_does_nothing(tiny, capsys):
+    path, output = tiny
+    before, results = _snapshot(output), (output / "results.json").read_bytes()
+    assert cli.main(["sweep", str(path), f"--output={output}"]) == 0
+    assert "5 of 5 runs are finished already" in capsys.readouterr().out
+    assert _snapshot(output) == before
+    assert (output / "results.json").read_bytes() == results
+
+
+def test_interrupted_sweep_goes_on_exactly(tiny, tmp_path, monkeypatch):
+    """The first run is cut off in the middle of pretraining, the second one before its probe."""
+    path, whole = tiny
+    args = ["sweep", str(path), f"--output={tmp_path / 'out'}", f"--store={whole / 'store'}", "--only=cpc"]
+    probe = sweep.probe
+
+    def cut_short(config, workdir):
+        config.steps = 2
+        pretrain(config, workdir)
+        raise KeyboardInterrupt
+
+    def no_probe(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "pretrain", cut_short)
+    assert cli.main(args) == 130
+    monkeypatch.setattr(sweep, "pretrain", pretrain)
+    monkeypatch.setattr(sweep, "probe", lambda *args: probe(*args) if "cpc-0" in str(args[1]) else no_probe())
+    assert cli.main(args) == 130
+    first = tmp_path / "out" / "cpc-0" / "probe" / "results.json"
+    log = tmp_path / "out" / "cpc-1" / "run" / "log.jsonl"
+    before = first.read_bytes(), log.read_bytes()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["missing"] == NAMES[1:]
+
+    monkeypatch.setattr(sweep, "probe", probe)
+    assert cli.main(args) == 0
+    assert (first.read_bytes(), log.read_bytes()) == before
+    ours, theirs = (json.loads((f / "results.json").read_text())["runs"] for f in (tmp_path / "out", whole))
+    assert [run["name"] for run in ours] == NAMES[:2]
+    for one, other in zip(ours, theirs, strict=False):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_failing_run_does_not_stop_the_others(tiny, tmp_path, capsys, monkeypatch):
+    _, whole = tiny
+    path, output = tmp_path / "some_fail.py", tmp_path / "out"
+    path.write_text(
+        TINY
+        + '    yield run("long", 0, "configs/cpc.py", **{"data.window_s": 60.0})\n'
+        + '    yield run("broken", 0, "configs/cpc.py", **{"model.width": 32})\n'
+    )
+
+    def fails_for_broken(config, workdir):
+        if config.model.width == 32:
+            raise RuntimeError("out of something\nsecond line")
+        return pretrain(config, workdir)
+
+    monkeypatch.setattr(sweep, "pretrain", fails_for_broken)
+    args = [
+        "sweep",
+        str(path),
+        f"--output={output}",
+        f"--store={whole / 'store'}",
+        "--only=long,broken,cpc-1",
+    ]
+    assert cli.main(args) == 2
+    err = capsys.readouterr().err
+    assert "long-0 failed: The store" in err
+    assert "broken-0 failed: RuntimeError: out of something (all of it in" in err
+    assert err.splitlines()[-1] == "ecg-jax sweep: error: 2 runs failed, see above: long-0, broken-0"
+    assert "second line" in (output / "broken-0" / "error.txt").read_text()
+    results = json.loads((output / "results.json").read_text())
+    assert [run["name"] for run in results["runs"]] == ["cpc-1"]
+
+
+def test_folder_of_another_sweep_is_refused(tiny, tmp_path, synthetic_store, capsys):
+    path, output = tiny
+    changed = tmp_path / "changed.py"
+    for text, message in (
+        ((TINY + OFFLINE).replace('"steps": 4', '"steps": 5'), "its run cpc-0 differs in config.steps"),
+        (TINY, f"it has the runs offline-0, which {changed} has not"),
+    ):
+        changed.write_text(text)
+        assert cli.main(["sweep", str(changed), f"--output={output}"]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["sweep", str(path), f"--output={output}", f"--store={synthetic_store}"]) == 2
+    assert "its run cpc-0 used" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    assert cli.main(["sweep", str(path), f"--output={tmp_path / 'full'}"]) == 2
+    assert "holds something else than a sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("def sweep():", "def sweeps():"), "defines no sweep()"),
+        (("def sweep():", "def sweep(:"), "line 14 is not valid Python"),
+        (("for seed in (0, 1):", "for seed in 3:"), "line 15: TypeError: 'int' object is not iterable"),
+        (("    yield run", "    return run"), "sweep() must yield dicts"),
+        (('yield run("cpc"', 'yield "cpc"; run("cpc"'), "entry 1 is a str"),
+        (('"group": group, ', ""), "entry 1 lacks group"),
+        (('"group": group, ', '"group": group, "extra": 1, '), "entry 1 has the unknown extra"),
+        (('{"name": f"{group}-{seed}"', '{"name": group'), "run 'cpc' is there twice"),
+        (('{"name": f"{group}-{seed}"', '{"name": f"../{group}-{seed}"'), "cannot name a folder"),
+        (('"model.width"', '"model.widht"'), "run 'cpc-0': --config.model.widht: model has no field 'widht'"),
+        (('"model.width": 16', '"model.width": -1'), "run 'cpc-0': config.model.width=-1 must be positive"),
+        (("configs/cpc.py", "configs/cpx.py"), "run 'cpc-0': --config=configs/cpx.py: there is no file"),
+        (("configs/cpc.py", "configs/probe.py"), "is no config for `ecg-jax pretrain`"),
+        (("configs/probe.py:", "configs/cpc.py:#"), "'#mode' is unknown"),
+        (("task=ptbxl_super", "task=ptbxl_supper"), "did you mean 'ptbxl_super'"),
+        (("mode=linear", "mode=finetune"), "mode=finetune is not available yet"),
+        (('"seed": seed, ', ""), "'cpc-0' and 'cpc-1' of group 'cpc' have the same seed"),
+        (('"configs/cpc.py")', '"configs/cpc.py", batch_size=16 + 8 * seed)'), "differ in batch_size"),
+        (('"configs/cpc.py")', '"configs/cpc.py", {"codes": 8})'), "must be None or a dict"),
+        (
+            ('"configs/cpc.py")', '"configs/cpc.py", {"features": "spectrum", "codes": 8})'),
+            "only the objective hubert reads targets",
+        ),
+        (('"objective.codes": 8', '"objective.codes": 9'), "targets have 8 codes and objective.codes is 9"),
+        (('"configs/cpc.py")', '"configs/cpc.py", store="here")'), "give it as --store"),
+    ],
+)
+def test_bad_sweep_file_is_refused(tmp_path, capsys, change, message):
+    path = tmp_path / "mine.py"
+    text = (TINY + OFFLINE).replace(*change)
+    path.write_text(text)
+    assert cli.main(["sweep", str(path), "--list"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_unknown_names_are_refused(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(TINY)
+    assert cli.main(["sweep", str(path), "--list", "--only=data2vek"]) == 2
+    assert "did you mean 'data2vec" in capsys.readouterr().err
+    assert cli.main(["sweep", "nothing.py", "--list"]) == 2
+    assert "there is no sweep file nothing.py" in capsys.readouterr().err
+    assert cli.main(["sweep", str(path)]) == 2
+    assert "--output=DIR" in capsys.readouterr().err
+
+
+def test_shipped_sweep_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = sweep.load_sweep("configs/sweeps/objectives_quick.py")
+    objectives = {run.config.objective.name for run in loaded.runs}
+    assert objectives == {"cpc", "jepa", "data2vec", "dinosr", "hubertpp", "hubert"}
+    assert len(loaded.runs) == 18
+    assert "no ranking of objectives" in loaded.note
+    for run in loaded.runs:
+        if "teacher" in run.config.objective:
+            assert 1 / (1 - run.config.objective.teacher.momentum) < run.config.steps
+
+
+# Intervals on planted scores.
+
+N_PATIENTS, PER_PATIENT = 40, 2
+
+
+def planted(group: str, noises: list[float], twin_noise: float | None = 3.0) -> list[FinishedRun]:
+    """Runs of one group, a seed for each noise; a twin noise of None makes the twin the run itself."""
+    n = N_PATIENTS * PER_PATIENT
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 2, (n, 2)).astype(float)
+    error, twin_error = rng.normal(size=(2, n, 2))
+    runs = []
+    for seed, noise in enumerate(noises):
+        scores = targets + noise * error
+        twin = scores if twin_noise is None else targets + twin_noise * twin_error
+        values = {"macro_auroc": metrics.macro_auroc(targets, scores), "ci_low": 0.0, "ci_high": 1.0}
+        results = {
+            **values,
+            "seed": seed,
+            "task": "planted",
+            "n_patients": N_PATIENTS,
+            "pretraining_config": {"seed": seed, "model": {"width": 1}},
+            "preprocessing": {},
+            "baselines": {"random_init": values, "majority": values},
+            "difference_to_random_init": values,
+            "bootstrap": {"resamples": 400, "level": 0.95, "undefined": "exclude", "unit": "patient"},
+        }
+        predictions = {
+            "record_id": np.arange(n).astype(str),
+            "patient_id": np.repeat(np.arange(N_PATIENTS), PER_PATIENT).astype(str),
+            "targets": targets,
+            "probabilities": scores,
+            "probabilities_random_init": twin,
+            "classes": np.array(["a", "b"]),
+        }
+        runs.append(FinishedRun(f"{group}-{seed}", group, results, predictions, [], None))
+    return runs
+
+
+def width(entry):
+    return entry["ci_high"] - entry["ci_low"]
+
+
+def test_interval_holds_its_point_and_widens_when_seeds_disagree():
+    agree = comparison.compare(planted("agree", [1.0, 1.0, 1.0]))["groups"][0]
+    disagree = comparison.compare(planted("disagree", [0.2, 1.0, 4.0]))["groups"][0]
+    for group in (agree, disagree):
+        assert group["ci_low"] < group["macro_auroc"] < group["ci_high"]
+    assert width(disagree) > 1.5 * width(agree)
+
+
+def test_seeds_that_agree_leave_the_interval_over_patients():
+    """Three times the same scores are known no better and no worse than once."""
+    runs = planted("group", [1.0, 1.0, 1.0])
+    group = comparison.compare(runs)["groups"][0]
+    codes, _ = bootstrap.units(runs[0].predictions["patient_id"].tolist(), N_PATIENTS * PER_PATIENT)
+    counts = bootstrap.draw(codes, 400, seed=0)
+    model = bootstrap.bootstrap_auroc(
+        runs[0].predictions["targets"], runs[0].predictions["probabilities"], counts
+    )
+    expected = model.macro()
+    assert (group["macro_auroc"], group["ci_low"], group["ci_high"]) == pytest.approx(tuple(expected))
+
+
+def test_difference_is_paired():
+    """A run that is its own twin differs by exactly nothing, however uncertain both are."""
+    group = comparison.compare(planted("group", [0.5, 1.0, 4.0], twin_noise=None))["groups"][0]
+    assert group["difference_to_random_init"] == {"macro_auroc": 0.0, "ci_low": 0.0, "ci_high": 0.0}
+    better = comparison.compare(planted("group", [0.2, 0.3, 0.2], twin_noise=9.0))["groups"][0]
+    assert better["difference_to_random_init"]["ci_low"] > 0
+
+
+def test_seed_weights_give_the_standard_error():
+    """The variance of a mean of S values is their unbiased variance over S."""
+    values = np.array([1.0, 2.0, 5.0])
+    weights = seed_weights(3, 20_000, np.random.default_rng(0))
+    assert weights.sum(axis=1) == pytest.approx(1.0)
+    means = weights @ values
+    assert means.mean() == pytest.approx(values.mean(), abs=0.03)
+    assert means.var() == pytest.approx(values.var(ddof=1) / 3, rel=0.03)
+    assert (seed_weights(1, 5, np.random.default_rng(0)) == 1).all()
+
+
+def test_interval_carries_patients_and_seeds():
+    """With independent spreads of patients and seeds the variances add up."""
+    rng = np.random.default_rng(1)
+    points, R = np.array([0.70, 0.74, 0.78]), 40_000
+    resampled = points[:, None] + 0.03 * rng.normal(size=R)
+    value = hierarchical_interval(points, resampled, seed_weights(3, R, rng))
+    spread = (points.var(ddof=1) / 3 + 0.03**2) ** 0.5
+    assert value.point == pytest.approx(points.mean())
+    assert (value.high - value.low) / 2 == pytest.approx(1.96 * spread, rel=0.05)
+
+
+def test_runs_tested_on_other_records_are_refused():
+    first, second = planted("group", [1.0, 1.0])
+    other = second.predictions | {"record_id": second.predictions["record_id"][::-1]}
+    with pytest.raises(UserError, match="group-0 and group-1 were probed on other test records"):
+        comparison.compare([first, second._replace(predictions=other)])
