@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from clu.parameter_overview import count_parameters
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -19,7 +20,9 @@ from ecg_jax.config_flags import parse_command
 from ecg_jax.data.pipeline import Selection, select_records, train_batches, val_batches
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.store import Store
+from ecg_jax.data.targets import Targets
 from ecg_jax.errors import Stopped, UserError
+from ecg_jax.evaluation import online_probe
 from ecg_jax.run_setup import (
     build_objective,
     build_optimiser,
@@ -28,10 +31,12 @@ from ecg_jax.run_setup import (
     claim_workdir,
     initial_state,
     open_store,
+    open_targets,
 )
-from ecg_jax.training import distributed, parallel
+from ecg_jax.training import collapse, distributed, parallel
 from ecg_jax.training.checkpoint import Checkpoints
 from ecg_jax.training.metric_writers import (
+    WARNING,
     JsonlWriter,
     MultiWriter,
     RateMeter,
@@ -47,7 +52,8 @@ Pretrains an encoder on a prepared store. Run the same command again to continue
 
 Writes into the workdir: config.json, preprocessing.json, log.jsonl, tensorboard/, checkpoints/STEP/.
 SIGTERM or Ctrl-C saves and stops (exit code 0 or 130). A loss that is not finite stops the run and names the
-last good checkpoint.
+last good checkpoint. Features that collapse are warned of, on stderr and in the log; with
+--config.stop_on_collapse=True they stop the run too.
 """
 
 
@@ -67,11 +73,13 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     Raises:
         UserError: the config, the store, the workdir and the devices do not fit together; or a loss or
-            gradient norm was not finite (no checkpoint of that step is written).
+            gradient norm was not finite, or the features collapsed and `stop_on_collapse` is set (no checkpoint
+            of that step is written).
         Stopped: SIGTERM, Ctrl-C or a preemption came, and the state is saved.
     """
     check_config(config)
     store, preprocessing = open_store(config)
+    targets = open_targets(config, store)
     selection = select_records(
         store,
         window_samples=preprocessing.window_samples,
@@ -83,8 +91,15 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
         raise UserError(
             f"config.optimiser.warmup_steps={config.optimiser.warmup_steps} exceeds the {steps} steps of the run"
         )
-    with claim_workdir(Path(workdir), config, preprocessing, store):
-        return _run(config, Path(workdir), store, preprocessing, selection, steps)
+    labelled = online_probe.choose_slice(
+        store,
+        selection.train,
+        task=config.monitor.task,
+        every=config.monitor.probe_every,
+        max_records=config.monitor.probe_records,
+    )
+    with claim_workdir(Path(workdir), config, preprocessing, store, targets):
+        return _run(config, Path(workdir), store, preprocessing, selection, targets, labelled, steps)
 
 
 def _run(
@@ -93,6 +108,8 @@ def _run(
     store: Store,
     preprocessing: Preprocessing,
     selection: Selection,
+    targets: Targets | None,
+    labelled: tuple[online_probe.Slice | None, str],
     steps: int,
 ) -> TrainState:
     """The run itself, in a workdir that is this process's."""
@@ -129,6 +146,7 @@ def _run(
         "window_samples": preprocessing.window_samples,
         "process": jax.process_index(),
         "processes": jax.process_count(),
+        "targets": targets,
     }
     batches = train_batches(
         store,
@@ -145,9 +163,15 @@ def _run(
         sums = jax.device_get([eval_fn(state, parallel.shard_batch(batch, mesh)) for batch in crops])
         return {f"val_{name}": value for name, value in mean_of_sums(sums).items()}
 
+    monitor = _monitor(config, store, preprocessing, labelled[0], mesh, bound)
+
+    def is_logged(step: int) -> bool:
+        return step % config.log_every == 0 or step % config.checkpoint_every == 0 or step == steps
+
     primary = jax.process_index() == 0
     if primary:
         _announce(config, store, selection, state, steps)
+        print(labelled[1])
     writer = _open_writer(workdir, start, config.tensorboard) if primary else MultiWriter()
     progress = tqdm(
         total=steps,
@@ -158,7 +182,7 @@ def _run(
         mininterval=0.1 if sys.stderr.isatty() else 30.0,  # seconds; a log file wants few lines
     )
     meter = RateMeter(config.batch_size)
-    unread: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+    unread: collections.deque[tuple[int, dict[str, jax.Array], dict[str, Any]]] = collections.deque()
     saved = start if start else None
 
     with contextlib.ExitStack() as stack:
@@ -171,23 +195,29 @@ def _run(
 
         # The order of this loop: log the previous step, save if due, check preemption, next batch, step. A
         # checkpoint at step s has consumed exactly s batches, and a step is logged while the next one runs,
-        # so that the loop never waits for the device.
+        # so that the loop never waits for the device; what the log needs of its state is started beside it.
         for step in range(start, steps + 1):
             stopping = stop.received is not None or checkpoints.reached_preemption(step)
             last = stopping or step == steps
             due = step > start and (last or step % config.checkpoint_every == 0)
             while len(unread) > (0 if due else 1):
-                done, metrics = unread.popleft()
+                done, metrics, seen = unread.popleft()
                 scalars = _finite(jax.device_get(metrics), done, workdir, saved)
                 if done == start + 1:
                     meter.restart(done)  # the first step compiles
                 save_now = due and done == step
-                if save_now or done % config.log_every == 0:
+                if save_now or seen:
                     scalars |= {"learning_rate": float(schedule(done - 1))} | meter.read(done)
+                    scalars |= monitor.read(seen)
                     if save_now and not stopping:
                         scalars |= validate(state)
                     writer.write_scalars(done, scalars)
                     progress.set_postfix_str(_summary(scalars))
+                    collapsed = _warn(monitor, scalars, done, writer)
+                    if collapsed and config.stop_on_collapse:
+                        raise UserError(
+                            f"collapse at step {done}: {collapsed[0]}; {_last_good(workdir, saved)}"
+                        )
                 if save_now:
                     checkpoints.save(state, val_loss=scalars.get("val_loss"))
                     saved = step
@@ -196,8 +226,12 @@ def _run(
                 break
             with meter.waiting_for_data():
                 batch = next(batches)
-            state, metrics = step_fn(state, parallel.shard_batch(_device_part(batch), mesh))
-            unread.append((step + 1, metrics))
+            batch = parallel.shard_batch(_device_part(batch), mesh)
+            state, metrics = step_fn(state, batch)
+            if step == start:
+                monitor.compile(state, batch)  # before any step is timed
+            seen = monitor.watch(state, batch, step + 1, is_logged(step + 1))
+            unread.append((step + 1, metrics, seen))
             progress.update()
 
     if stopping:
@@ -211,7 +245,7 @@ def _run(
 
 
 def _device_part(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: batch[name] for name in ("signal", "record_index")}
+    return {name: rows for name, rows in batch.items() if name != "row"}
 
 
 def _finite(metrics: dict[str, Any], step: int, workdir: Path, saved: int | None) -> dict[str, float]:
@@ -219,12 +253,55 @@ def _finite(metrics: dict[str, Any], step: int, workdir: Path, saved: int | None
     scalars = {name: float(value) for name, value in metrics.items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(scalars[name]):
-            good = f"the last good checkpoint is {workdir / 'checkpoints' / str(saved)}"
             raise UserError(
-                f"{name} is {scalars[name]} at step {step}; {good if saved else 'no checkpoint was written yet'}. "
+                f"{name} is {scalars[name]} at step {step}; {_last_good(workdir, saved)}. "
                 "A lower optimiser.learning_rate, or optimiser.clip_norm, may help"
             )
     return scalars
+
+
+def _warn(monitor: collapse.Monitor, scalars: dict[str, float], step: int, writer: MultiWriter) -> list[str]:
+    """Writes what looks like a collapse into the log at every step it holds, and on stderr when it is news."""
+    collapsed, news = monitor.judge(scalars)
+    for sentence in collapsed:
+        writer.write_texts(step, {WARNING: sentence})
+    for sentence in news if jax.process_index() == 0 else ():
+        tqdm.write(f"warning: step {step}: {sentence}", file=sys.stderr)
+    return collapsed
+
+
+def _last_good(workdir: Path, saved: int | None) -> str:
+    if saved is None:
+        return "no checkpoint was written yet"
+    return f"the last good checkpoint is {workdir / 'checkpoints' / str(saved)}"
+
+
+def _monitor(
+    config: ConfigDict,
+    store: Store,
+    preprocessing: Preprocessing,
+    labelled: online_probe.Slice | None,
+    mesh: Mesh,
+    bound: dict[str, Any],
+) -> collapse.Monitor:
+    """What watches a run as `config.monitor` says."""
+    probe = labelled and online_probe.OnlineProbe(
+        labelled,
+        store,
+        mesh,
+        model=bound["model"],
+        normalisation=bound["normalisation"],
+        batch_size=config.batch_size,
+        window_samples=preprocessing.window_samples,
+    )
+    limits = collapse.Limits(
+        min_rankme=config.monitor.min_rankme,
+        min_feature_std=config.monitor.min_feature_std,
+        min_perplexity=config.monitor.min_perplexity,
+        max_dead_share=config.monitor.max_dead_share,
+        codes=collapse.number_of_codes(config.objective.to_dict()),
+    )
+    return collapse.Monitor(limits, mesh, probe=probe, probe_every=config.monitor.probe_every, **bound)
 
 
 def _open_writer(workdir: Path, start: int, tensorboard: bool) -> MultiWriter:
