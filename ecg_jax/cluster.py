@@ -247,6 +247,7 @@ def fit_centroids(vectors: np.ndarray, codes: int, seed: int) -> np.ndarray:
         UserError: more codes than vectors.
     """
     from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
 
     if codes > len(vectors):
         raise UserError(
@@ -262,7 +263,10 @@ def fit_centroids(vectors: np.ndarray, codes: int, seed: int) -> np.ndarray:
         random_state=seed,
         compute_labels=False,
     )
-    return kmeans.fit(vectors).cluster_centers_.astype(np.float32)
+    # The hundreds of small batches gain little from threads, which on a busy machine wait for each other ten times
+    # longer than they work; and with one the result does not depend on the number of cores.
+    with threadpool_limits(1):
+        return kmeans.fit(vectors).cluster_centers_.astype(np.float32)
 
 
 def label_store(

@@ -14,6 +14,7 @@ from ecg_jax.data.pipeline import (
     val_batches,
 )
 from ecg_jax.data.store import Store
+from ecg_jax.data.targets import Targets, TargetsWriter, label_range
 from ecg_jax.errors import UserError
 
 WINDOW = 600
@@ -221,3 +222,63 @@ def test_validation_is_cut_evenly(store):
     batches = list(val_batches(store, rows, batch_size=4, window_samples=WINDOW, max_crops=6))
     assert sum(batch["weight"].sum() for batch in batches) == 6
     assert len(batches) == 2
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A store whose signal tells record and position of each sample, and targets that tell the same."""
+    from test_targets import numbered, write_store
+
+    lengths = (901, 650, 1201, 777, 777, 1001, 602)
+    path = write_store(
+        tmp_path_factory.mktemp("labelled") / "store", [numbered(i, n) for i, n in enumerate(lengths)]
+    )
+    store = Store(path)
+    offset, length = store.column("offset"), store.column("length")
+    with TargetsWriter(store, "positions") as writer:
+        for row, (first, last) in enumerate(zip(*label_range(offset, length), strict=True)):
+            writer.labels[first:last] = 2000 * row + 2 * np.arange(last - first)
+        writer.finish(np.zeros((16000, 1), np.float32), {})
+    return store, Targets(store, "positions")
+
+
+@pytest.mark.parametrize("window", [WINDOW, 601])
+def test_labels_belong_to_the_crops(labelled, window):
+    store, targets = labelled
+    rows = np.flatnonzero(store.column("length") > 601)
+    train = train_batches(store, rows, batch_size=8, window_samples=window, seed=0, targets=targets)
+    batches = list(itertools.islice(train, 20))
+    train.close()
+    val = val_batches(store, rows, batch_size=3, window_samples=window, max_crops=99, targets=targets)
+    for batch in [*batches, *val]:
+        labels, signal = batch["labels"], batch["signal"][:, ::2, 0].astype(int)
+        assert labels.dtype == np.int32
+        assert labels.shape == (len(signal), -(-window // 2))
+        # The sample after the last whole pair of a record has no label; an even window never holds it.
+        missing = labels == -1
+        assert not missing[:, :-1].any()
+        assert window % 2 or not missing.any()
+        assert np.abs(labels - signal)[~missing].max() <= 1
+    assert len({int(start) % 2 for batch in batches for start in batch["signal"][:, 0, 0]}) == 2
+
+
+def test_labels_cost_nothing_else(labelled):
+    store, targets = labelled
+    rows = np.arange(4)
+    plain, with_labels = take(5, store, rows, seed=1), take(5, store, rows, seed=1, targets=targets)
+    assert all(batch.pop("labels").shape == (8, WINDOW // 2) for batch in with_labels)
+    assert_equal_batches(with_labels, plain)
+    assert all("labels" not in batch for batch in plain)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_labels_do_not_depend_on_the_number_of_processes(labelled, processes):
+    store, targets = labelled
+    rows = np.arange(4)
+    [whole] = take(1, store, rows, seed=1, start_step=3, targets=targets)
+    parts = [
+        take(1, store, rows, seed=1, start_step=3, targets=targets, process=p, processes=processes)[0]
+        for p in range(processes)
+    ]
+    for p, part in enumerate(parts):
+        np.testing.assert_array_equal(part["labels"], whole["labels"][p::processes])
