@@ -98,22 +98,18 @@ def test_block_size_parity():
 
 def test_block_parity():
     golden = load_golden("jepa_mask")
-    place = jax.vmap(
-        functools.partial(place_blocks, tokens=int(golden["meta/timesteps"])), (0, None, 0, None)
-    )
-    for step, (starts, context_starts) in enumerate(
-        zip(golden["out/target_start"], golden["out/context_start"], strict=True)
-    ):
-        context, targets = place(
-            starts, golden["out/target_size"][step], context_starts, golden["out/context_size"][step]
-        )
-        own = ~golden["out/fallback"][step]
-        np.testing.assert_array_equal((targets > 0).sum(axis=1), golden["out/target_union_count"][step])
-        np.testing.assert_array_equal(context.sum(axis=1)[own], golden["out/context_count"][step][own])
-        assert (context.sum(axis=1)[~own] < 64).all()
-        if step < len(golden["out/masks_pred"]):
-            np.testing.assert_array_equal(targets, unpack(golden["out/masks_pred"][step]).sum(axis=1))
-            np.testing.assert_array_equal(context[own], unpack(golden["out/masks_enc"][step])[own])
+    place = functools.partial(place_blocks, tokens=int(golden["meta/timesteps"]))
+    of_steps = jax.jit(jax.vmap(jax.vmap(place, (0, None, 0, None))))
+    names = ("target_start", "target_size", "context_start", "context_size")
+    context, targets = jax.device_get(of_steps(*(golden[f"out/{name}"].astype(np.int32) for name in names)))
+    own = ~golden["out/fallback"]
+    np.testing.assert_array_equal((targets > 0).sum(axis=2), golden["out/target_union_count"])
+    np.testing.assert_array_equal(context.sum(axis=2)[own], golden["out/context_count"][own])
+    assert (context.sum(axis=2)[~own] < 64).all()
+    blocks, contexts = unpack(golden["out/masks_pred"]), unpack(golden["out/masks_enc"])
+    own = own[: len(blocks)]
+    np.testing.assert_array_equal(targets[: len(blocks)], blocks.sum(axis=2))
+    np.testing.assert_array_equal(context[: len(contexts)][own], contexts[own])
 
 
 # Distributions.
@@ -151,7 +147,6 @@ def _rate_per_token(sizes, *, last_token):
 
 def test_released_blocks():
     """The facts of the reference sampler, over 2000 steps of 8 records: sizes are drawn once a step."""
-    golden = load_golden("jepa_mask")
     mask = draw_batches(RELEASED_BLOCKS, 2000, 8)
     targets, context = np.asarray(mask.targets), ~np.asarray(mask.hidden)
     assert (targets.sum(axis=1) == 4 * 64).all()
@@ -161,9 +156,9 @@ def test_released_blocks():
     assert (context.sum(axis=1)[replaced] == 64).all()
     assert replaced.mean() == pytest.approx(0.106, abs=0.01)
     inside = (context & (targets > 0))[replaced].sum(axis=1).mean()
-    assert inside == pytest.approx(golden["stats/fallback_overlap_with_targets"], abs=1)
-    assert (targets > 0).mean() == pytest.approx(golden["stats/target_union_fraction"], abs=0.005)
-    assert context.mean() == pytest.approx(golden["stats/context_fraction"], abs=0.005)
+    assert inside == pytest.approx(48, abs=1)
+    assert (targets > 0).mean() == pytest.approx(0.586, abs=0.005)
+    assert context.mean() == pytest.approx(0.348, abs=0.005)
     # Starts are uniform in 0..235.
     expected = 1 - (1 - _rate_per_token([64], last_token=False)[0]) ** 4
     deviation = np.sqrt(expected * (1 - expected) / len(targets))
@@ -319,7 +314,7 @@ def maskings(draw):
         sorted(draw(st.tuples(share, st.just(1.0) | share))),
     )
     return Masking(
-        strategy=draw(st.sampled_from(STRATEGIES)),
+        strategy=draw(st.sampled_from(list(STRATEGIES))),
         probability=draw(share),
         span=draw(st.integers(1, 40)),
         last_token=draw(st.booleans()),
@@ -342,7 +337,7 @@ def _accepted(masking, samples, leads):
     return True
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(maskings(), st.integers(15, 800), st.integers(1, 12))
 def test_any_window(masking, samples, leads):
     """What `check` lets pass can be drawn, and leaves something to see."""
