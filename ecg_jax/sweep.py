@@ -33,7 +33,7 @@ from ecg_jax.run_setup import check_config
 from ecg_jax.studies import comparison
 from ecg_jax.studies.comparison import FinishedRun
 from ecg_jax.training.checkpoint import finished_steps
-from ecg_jax.training.metric_writers import read_log
+from ecg_jax.training.metric_writers import read_log, read_warnings
 
 DESCRIPTION = """\
 Pretrains and probes every run of a sweep file, one after another, and writes one table: macro AUROC of each
@@ -472,7 +472,15 @@ def read_finished(sweep: Sweep, output: Path) -> list[FinishedRun]:
         times = folder / "times.jsonl"
         seconds = sum(entry["pretrain"] for entry in read_jsonl(times)) if times.exists() else None
         finished.append(
-            FinishedRun(run.name, run.group, results, predictions, read_log(folder / "run"), seconds)
+            FinishedRun(
+                name=run.name,
+                group=run.group,
+                results=results,
+                predictions=predictions,
+                log=read_log(folder / "run"),
+                warnings=read_warnings(folder / "run"),
+                seconds=seconds,
+            )
         )
     return finished
 

@@ -13,6 +13,7 @@ from ecg_jax.evaluation import bootstrap, metrics
 from ecg_jax.pretrain import pretrain
 from ecg_jax.studies import comparison
 from ecg_jax.studies.comparison import FinishedRun, hierarchical_interval, seed_weights
+from ecg_jax.training.metric_writers import read_log, read_warnings
 
 TINY = """
 NOTE = "A check on {recordings} recordings and no ranking."
@@ -83,10 +84,11 @@ def test_table_holds_what_the_probes_wrote(tiny):
         for name in ("macro_auroc", "ci_low", "ci_high"):
             assert run[name] == probed[name] == float(rows[run["name"]][name])
             assert run["random_init"][name] == probed["baselines"]["random_init"][name]
-        last = json.loads((output / run["name"] / "run" / "log.jsonl").read_text().splitlines()[-1])
+        last = read_log(output / run["name"] / "run")[-1]
         assert (run["step"], run["loss"], run["val_loss"]) == (4, last["loss"], last["val_loss"])
         assert run["rankme"] == last["rankme"]
         assert run["seconds"] > 0
+        assert len(run["warnings"]) == len(read_warnings(output / run["name"] / "run"))
         assert probed["seed"] == run["seed"] == probed["pretraining_config"]["seed"]
         interval = "{macro_auroc:.3f} ({ci_low:.3f} to {ci_high:.3f})".format(**probed)
         assert f"| {run['name']} " in markdown
@@ -310,7 +312,7 @@ def planted(group: str, noises: list[float], twin_noise: float | None = 3.0) -> 
             "probabilities_random_init": twin,
             "classes": np.array(["a", "b"]),
         }
-        runs.append(FinishedRun(f"{group}-{seed}", group, results, predictions, [], None))
+        runs.append(FinishedRun(f"{group}-{seed}", group, results, predictions, [], [], None))
     return runs
 
 

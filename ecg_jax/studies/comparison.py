@@ -34,7 +34,9 @@ class FinishedRun(NamedTuple):
     predictions: dict[str, np.ndarray]
     """The probe's predictions.npz."""
     log: list[dict[str, Any]]
-    """Lines of the run's log.jsonl."""
+    """The logged steps of the run's log.jsonl."""
+    warnings: list[tuple[int, str]]
+    """(step, sentence) of what looked like a collapse."""
     seconds: float | None
     """That pretraining took; None when it was not measured."""
 
@@ -212,6 +214,7 @@ def _row(run: FinishedRun) -> dict[str, Any]:
         },
         **_last(run.log),
         "seconds": run.seconds,
+        "warnings": [{"step": step, "warning": sentence} for step, sentence in run.warnings],
     }
 
 
@@ -330,6 +333,13 @@ def to_markdown(results: dict[str, Any]) -> str:
     single = [entry["group"] for entry in results["groups"] if len(entry["seeds"]) == 1]
     if single:
         lines += ["", f"A single seed, so the interval is over patients only: {', '.join(single)}."]
+    warned = [
+        f"{run['name']} ({len(run['warnings'])} times, first at step {run['warnings'][0]['step']})"
+        for run in results["runs"]
+        if run["warnings"]
+    ]
+    if warned:
+        lines += ["", f"Warned of a collapse during pretraining, see log.jsonl: {', '.join(warned)}."]
     if results["missing"]:
         lines += ["", f"Not finished: {', '.join(results['missing'])}."]
     if results["note"]:
