@@ -77,9 +77,9 @@ def get_config() -> ConfigDict:
 
     config.monitor = ConfigDict()  # at every logging step; see ecg_jax/training/collapse.py
     config.monitor.min_rankme = 2.0  # effective dimensions of the features; a warning below, 0: never
-    config.monitor.min_feature_std = 0.02  # relative to the features' rms; of student and teacher
-    config.monitor.min_perplexity = 2.0  # codes in use, of objectives with codes
-    config.monitor.max_dead_share = 0.95  # share of the codes that may be dead
+    config.monitor.min_feature_std = 0.03  # relative to the features' rms; of student and teacher
+    config.monitor.min_perplexity = 1.5  # codes in use, of objectives with codes; mean over codebooks
+    config.monitor.max_dead_share = 0.9  # share of the codes that may be dead
     config.monitor.probe_every = 500  # steps between linear probes on labelled recordings; 0: none
     config.monitor.probe_records = 512  # recordings, half of them to fit and half to score
     config.monitor.task = "auto"  # one of `ecg-jax probe`; auto: the first that fits the store; "": none
