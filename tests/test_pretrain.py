@@ -19,7 +19,14 @@ from ecg_jax.config_flags import load_config, override
 from ecg_jax.errors import UserError
 from ecg_jax.pretrain import pretrain
 from ecg_jax.training.checkpoint import resolve_checkpoint
-from ecg_jax.training.metric_writers import read_log
+from ecg_jax.training.metric_writers import (
+    JsonlWriter,
+    MultiWriter,
+    TensorBoardWriter,
+    read_log,
+    read_warnings,
+    rewind_log,
+)
 
 TINY = {
     "model.width": "16",
@@ -92,8 +99,13 @@ def test_run_writes_what_it_promises(finished):
     assert [entry["step"] for entry in log] == list(range(1, 25))
     for entry in log:
         assert np.isfinite([entry["loss"], entry["accuracy"], entry["grad_norm"]]).all()
+        assert 2 < entry["rankme"] <= 16
+        assert 0.03 < entry["feature_std"] < 2
+        assert "probe_auroc" not in entry, "the store has no labels of a known task"
         assert ("val_loss" in entry) == (entry["step"] in (5, 10, 15, 20, 24))
     assert log[-1]["loss"] < log[0]["loss"]
+    assert read_warnings(workdir) == []
+    assert "no online probe: the store, of corpus 'synthetic', has labels of no known task" in out
     assert "continu" not in out
     kept = {int(p.name) for p in (workdir / "checkpoints").iterdir()}
     best = min((entry for entry in log if "val_loss" in entry), key=lambda entry: entry["val_loss"])["step"]
@@ -119,6 +131,28 @@ def assert_tensorboard_equals_log(workdir):
 
 def test_tensorboard_reads_the_events(finished):
     assert_tensorboard_equals_log(finished[0])
+
+
+def test_warnings_are_kept_apart_from_numbers_and_rewound_with_them(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MultiWriter(JsonlWriter(tmp_path), TensorBoardWriter(tmp_path, 0))
+    for step in (1, 2, 3):
+        writer.write_scalars(step, {"loss": 1.0 / step})
+        for text in ("first", "second"):
+            writer.write_texts(step, {"warning": f"{text} at {step}"})
+    writer.close()
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2, 3]
+    rewind_log(tmp_path, 2)
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2]
+    assert read_warnings(tmp_path) == [
+        (1, "first at 1"), (1, "second at 1"), (2, "first at 2"), (2, "second at 2"),
+    ]  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.tensor_proto.string_val[0]) for e in events.Tensors("warning")][:2] == [
+        (1, b"first at 1"), (1, b"second at 1"),
+    ]  # fmt: skip
 
 
 def kill_when(process, condition):
@@ -288,6 +322,10 @@ def test_divergence_after_a_checkpoint_names_it(tmp_path, finished, synthetic_st
         ({"optimiser__warmup_steps": 1000}, "config.optimiser.warmup_steps=1000 exceeds the 24 steps"),
         ({"seed": 10**22}, "must be below 2^63"),
         ({"recipe": "released"}, "the config has no field 'recipe'"),
+        ({"monitor__task": "sex"}, "There is no task 'sex'; choose one of ptbxl_super"),
+        ({"monitor__task": "ptbxl_super"}, "Task ptbxl_super needs a store of corpus 'ptbxl'"),
+        ({"monitor__probe_records": 0}, "config.monitor.probe_records=0 must be positive"),
+        ({"monitor__min_rankme": -1}, "config.monitor.min_rankme=-1.0 must not be negative"),
     ],
 )
 def test_bad_config_is_refused_in_one_sentence(tmp_path, synthetic_store, capsys, changes, message):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ecg_jax.training.metric_writers import read_log
+from test_online_probe import as_ptbxl
 from test_pretrain import arguments, checksums, environment, finish
 
 LOCAL = Path(__file__).parents[1] / "launch" / "local.py"
@@ -24,23 +25,28 @@ def launch_two(args):
 
 
 def test_two_processes_equal_one_and_hand_over(tmp_path, synthetic_store):
+    store = as_ptbxl(synthetic_store, tmp_path / "store")  # with labels for the online probe
     # SGD-like settings: a large epsilon keeps Adam from turning rounding noise into full-size steps.
-    changes = {"optimiser__eps": 1.0, "steps": 12}
+    changes = {"optimiser__eps": 1.0, "steps": 12, "monitor__probe_every": 6}
     one, two = tmp_path / "one", tmp_path / "two"
-    code, _, err = finish(arguments(one, synthetic_store, **changes))
+    code, _, err = finish(arguments(one, store, **changes))
     assert code == 0, err
-    process = launch_two(arguments(two, synthetic_store, **changes))
+    process = launch_two(arguments(two, store, **changes))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     logs = [read_log(workdir) for workdir in (one, two)]
     assert [entry["step"] for entry in logs[1]] == list(range(1, 13))
-    for name in ("loss", "accuracy", "grad_norm"):
+    for name in ("loss", "accuracy", "grad_norm", "rankme", "feature_std"):
         values = [[entry[name] for entry in log] for log in logs]
         np.testing.assert_allclose(values[1], values[0], rtol=1e-4, err_msg=name)
     assert np.isclose(logs[1][-1]["val_loss"], logs[0][-1]["val_loss"], rtol=1e-4)
+    probed = [[(e["step"], e["probe_auroc"]) for e in log if "probe_auroc" in e] for log in logs]
+    # Ranks of scores that differ by rounding: near ties may fall the other way.
+    np.testing.assert_allclose(probed[1], probed[0], atol=0.01)
+    assert [step for step, _ in probed[1]] == [6, 12]
 
     # The same run goes on in one process.
-    code, out, err = finish(arguments(two, synthetic_store, **(changes | {"steps": 14})))
+    code, out, err = finish(arguments(two, store, **(changes | {"steps": 14})))
     assert code == 0, err
     assert "continuing at step 12 of 14" in out
 
