@@ -259,7 +259,8 @@ def test_prototypes_are_tokens_of_the_first_batch_and_of_no_other():
         np.testing.assert_allclose(prototypes, tokens[nearest], atol=1e-6)
         assert len(set(nearest.tolist())) == codes
         assert not np.allclose(prototypes, variables["objective_state"][f"prototypes{j}"], atol=0.1)
-    later = apply(variables | {"objective_state": chosen}, drawn_inputs(step=1))[2]["objective_state"]
+    other = drawn_inputs(step=1, tokens=inputs.teacher["tokens"][:, ::-1] + 0.5)
+    later = apply(variables | {"objective_state": chosen}, other)[2]["objective_state"]
     for name, before in chosen.items():
         np.testing.assert_allclose(later[name], before, atol=1e-6)
 
@@ -294,11 +295,13 @@ def test_temperatures_follow_the_step():
 def test_constant_features_show_as_dead_prototypes():
     """All tokens have the same nearest prototype, though Sinkhorn's targets stay balanced."""
     _, variables, apply = initialised()
-    constant = jnp.tile(jnp.sin(jnp.arange(16.0)), (4, 32, 1))
+    noise = 1e-3 * jax.random.normal(jax.random.key(0), (4, 32, 16))
+    constant = jnp.sin(jnp.arange(16.0)) + noise
     (_, metrics), gradient, _ = apply(variables, drawn_inputs(step=1, tokens=constant))
     assert metrics["perplexity"] == pytest.approx(1.0)
     assert metrics["dead_codes"] == (4 - 1) + (7 - 1)
-    (losses, metrics), gradient, _ = apply(variables, drawn_inputs(step=0, tokens=constant))
+    same = jnp.broadcast_to(constant[0, 0], constant.shape)
+    (losses, metrics), gradient, _ = apply(variables, drawn_inputs(step=0, tokens=same))
     assert metrics["perplexity"] == pytest.approx(1.0)
     assert all(np.isfinite(loss) for loss in losses.values())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
@@ -377,19 +380,18 @@ def offline_apply(labels, variables=None, **fields):
     return apply(variables or initial, drawn_inputs(labels=labels))
 
 
-def test_tokens_without_label_count_nowhere():
-    """Whatever the model does there: the mean is over the labelled masked tokens."""
-    fields = {"probability": 1.0}  # every token masked
+@pytest.mark.parametrize(("term", "probability"), [("masked_loss", 1.0), ("visible_loss", 0.0)])
+def test_tokens_without_label_count_nowhere(term, probability):
+    """The means are over the labelled tokens, here all of them masked or all of them visible."""
+    fields = {"probability": probability, "alpha": 0.25}
     labels = jnp.asarray(np.random.default_rng(0).integers(0, 5, (4, 32)), jnp.int32)
     (everywhere, _), _, _ = offline_apply(labels, **fields)
     (half, _), _, _ = offline_apply(labels.at[2:].set(-1), **fields)
     (other, _), _, _ = offline_apply(labels.at[:2].set(-1), **fields)
-    np.testing.assert_allclose(
-        (half["masked_loss"] + other["masked_loss"]) / 2, everywhere["masked_loss"], rtol=1e-5
-    )
-    assert half["masked_loss"] != other["masked_loss"]
+    np.testing.assert_allclose((half[term] + other[term]) / 2, everywhere[term], rtol=1e-5)
+    assert half[term] != other[term]
     (none, metrics), gradient, _ = offline_apply(jnp.full((4, 32), -1), **fields)
-    assert none == {"masked_loss": 0}
+    assert none == {"masked_loss": 0, "visible_loss": 0}
     assert metrics["accuracy"] == 0
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
 
