@@ -13,6 +13,7 @@ from ecg_jax.evaluation import bootstrap, metrics
 from ecg_jax.pretrain import pretrain
 from ecg_jax.studies import comparison
 from ecg_jax.studies.comparison import FinishedRun, hierarchical_interval, seed_weights
+from ecg_jax.sweep_file import load_sweep
 from ecg_jax.training.metric_writers import read_log, read_warnings
 
 TINY = """
@@ -267,7 +268,7 @@ def test_unknown_names_are_refused(tmp_path, capsys):
 
 def test_shipped_sweep_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    loaded = sweep.load_sweep("configs/sweeps/objectives_quick.py")
+    loaded = load_sweep("configs/sweeps/objectives_quick.py")
     objectives = {run.config.objective.name for run in loaded.runs}
     assert objectives == {"cpc", "jepa", "data2vec", "dinosr", "hubertpp", "hubert"}
     assert len(loaded.runs) == 18
