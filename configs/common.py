@@ -78,10 +78,10 @@ def get_config() -> ConfigDict:
     config.monitor = ConfigDict()  # at every logging step; see ecg_jax/training/collapse.py
     config.monitor.min_rankme = 2.0  # effective dimensions of the features; a warning below, 0: never
     config.monitor.min_feature_std = 0.03  # relative to the features' rms; of student and teacher
-    config.monitor.min_perplexity = 1.5  # codes in use, of objectives with codes; mean over codebooks
+    config.monitor.min_perplexity = 1.25  # codes in use, of objectives with codes; mean over codebooks
     config.monitor.max_dead_share = 0.9  # share of the codes that may be dead
     config.monitor.probe_every = 500  # steps between linear probes on labelled recordings; 0: none
-    config.monitor.probe_records = 512  # recordings, half of them to fit and half to score
+    config.monitor.probe_records = 512  # recordings, half to fit and half to score; each costs a forward pass
     config.monitor.task = "auto"  # one of `ecg-jax probe`; auto: the first that fits the store; "": none
     config.stop_on_collapse = False  # True: a warning ends the run, with exit code 2
     return config.lock()  # a misspelt field is an error, in a config file too

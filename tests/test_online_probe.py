@@ -72,10 +72,10 @@ def test_halves_share_no_patient_and_leave_the_test_fold_alone(labelled_store):
     )
 
 
-def test_duplicates_are_left_out(tmp_path):
-    write_synthetic_store(tmp_path / "synthetic", n_records=60, seconds=3.0)
-    store = Store(as_ptbxl(tmp_path / "synthetic", tmp_path / "ptbxl"))
-    rows = train_rows(store)[1:]  # as if the first were a duplicate
+def test_only_rows_that_are_trained_on_are_looked_at(labelled_store):
+    """Duplicates and records shorter than a window are not among them."""
+    store = Store(labelled_store)
+    rows = train_rows(store)[1::2]
     assert set(choose(store, rows)[0].rows) == set(rows)
 
 
@@ -181,6 +181,19 @@ def test_features_that_are_not_finite_have_no_score(labelled_store):
     spoilt[3, 0] = np.nan
     assert probe.score([spoilt, *features[1:]]) == {}
     assert probe.score([np.ones_like(part) for part in features]) == {"probe_auroc": 0.5}
+
+
+def test_ridge_scores_are_those_of_the_primal_solution():
+    rng = np.random.default_rng(1)
+    fitted, scored = rng.normal(size=(30, 7)) * 5 + 2, rng.normal(size=(11, 7)) * 5 + 2
+    fitted[:, 3], scored[:, 3] = 4.0, 4.0  # a dead feature
+    targets = (rng.random((30, 2)) < 0.4).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        X, x = (np.nan_to_num((f - fitted.mean(0)) / fitted.std(0)) for f in (fitted, scored))
+    weight = np.linalg.solve(X.T @ X + 0.1 * 7 * np.eye(7), X.T @ (targets - targets.mean(0)))
+    np.testing.assert_allclose(
+        online_probe.ridge_scores(fitted, targets, scored, 0.1), x @ weight, atol=1e-10
+    )
 
 
 def test_resumed_run_scores_the_same_and_training_does_not_notice(tmp_path, labelled_store, capsys):

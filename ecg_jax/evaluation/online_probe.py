@@ -1,11 +1,11 @@
 """A small linear probe during pretraining: are the features becoming useful, not only different?
 
-The first crop of some labelled training recordings is encoded in evaluation mode, tokens averaged; a linear head is
-fitted on one half of the recordings and scored on the other, whose patients are others. Both halves are *training*
-recordings. The folds with the highest numbers are what downstream probes test on, and a number that is looked at
-during pretraining must not come from there: neither a choice of checkpoint nor one of settings then leaks into a
-test score. The encoder has seen the scored signals (without labels), so the number compares steps and runs with
-each other; what the encoder is worth, `ecg-jax probe` says.
+The first crop of some labelled training recordings is encoded in evaluation mode, tokens averaged; a ridge
+regression is fitted on one half of the recordings and scored on the other, whose patients are others. Both halves
+are *training* recordings, none of them a duplicate. The folds with the highest numbers are what downstream probes
+test on, and a number that is looked at during pretraining must not come from there: neither a choice of checkpoint
+nor one of settings then leaks into a test score. The encoder has seen the scored signals (without labels), so the
+number compares steps and runs with each other; what the encoder is worth, `ecg-jax probe` says.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecg_jax.data.store import Store
-from ecg_jax.evaluation import heads, metrics, tasks
+from ecg_jax.evaluation import metrics, tasks
 from ecg_jax.models.inputs import to_model_input
 from ecg_jax.training import parallel
 from ecg_jax.training.collapse import student_tokens
 from ecg_jax.training.train_state import TrainState
 
-#: Penalty of the linear head, see `evaluation.heads`. Fixed: a search would cost what it cannot repay here.
-L2 = 0.1
+#: Ridge penalty, see `ridge_scores`. Fixed: a search would cost more than it gives here.
+PENALTY = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,31 @@ class OnlineProbe:
         features = np.concatenate(embedded)[: len(self._slice.rows)]
         if not np.isfinite(features).all():
             return {}
-        fit, scored = slice(None, self._slice.n_fit), slice(self._slice.n_fit, None)
-        targets = self._slice.targets
-        solution = heads.LogisticProblem(features[fit], targets[fit]).solve(L2, tolerance=1e-4, max_steps=100)
-        return {"probe_auroc": metrics.macro_auroc(targets[scored], solution.head.logits(features[scored]))}
+        targets, n = self._slice.targets, self._slice.n_fit
+        scores = ridge_scores(features[:n], targets[:n], features[n:], PENALTY)
+        return {"probe_auroc": metrics.macro_auroc(targets[n:], scores)}
+
+
+def ridge_scores(fitted: np.ndarray, targets: np.ndarray, scored: np.ndarray, penalty: float) -> np.ndarray:
+    """Ridge regression of targets on standardised features, solved among the n records: milliseconds at any width.
+
+    With X the standardised features and K = X Xᵀ / D, the scores of new features x are
+    (x Xᵀ / D) (K + penalty I)⁻¹ (y - mean of y).
+
+    Args:
+        fitted: [n, D].
+        targets: [n, K].
+        scored: [m, D].
+        penalty: above 0; the diagonal of K is 1 on average.
+
+    Returns:
+        float64 [m, K].
+    """
+    fitted, scored = fitted.astype(np.float64), scored.astype(np.float64)
+    mean, deviation = fitted.mean(axis=0), fitted.std(axis=0)
+    # A feature that never varies says nothing, and its rounding noise must not be blown up to size 1.
+    scale = np.where(deviation > 1e-6 * np.abs(mean), deviation, np.inf)
+    X, x = (fitted - mean) / scale, (scored - mean) / scale
+    K = X @ X.T / X.shape[1]
+    dual = np.linalg.solve(K + penalty * np.eye(len(K)), targets - targets.mean(axis=0))
+    return x @ (X.T @ dual) / X.shape[1]
