@@ -57,15 +57,17 @@ def run_reference_steps(golden, make_objective, *, objective_state=None):
         objective_state: the collection at the beginning; None for none.
 
     Returns:
-        A list of (metrics, teacher features) of each step, the gradients of the first one as a tree, and the last state.
+        A list of (metrics, teacher features) of each step, the gradients of the first one as a tree, and the last
+        state.
     """
     sd = group(golden, "sd/")
     variables = jax.tree.map(jnp.asarray, convert_masked(sd))
     if objective_state is not None:
         variables["objective_state"] = jax.tree.map(jnp.asarray, objective_state)
     width, tokens = variables["params"]["mask_token"].shape[0], golden["in/x"].shape[-1] // 2
+    half = variables["params"]["encoder"]["backbone"]["layer0"]["C"].shape[2]
     encoder = build_encoder(
-        backbone="s4", width=width, state=2 * variables["params"]["encoder"]["backbone"]["layer0"]["C"].shape[2], layers=4,
+        backbone="s4", width=width, state=2 * half, layers=4,
         l_max=tokens, bidirectional=True, trainable_ssm=False, dropout=0.0,
     )  # fmt: skip
     tx = reference_optimiser()
@@ -82,8 +84,8 @@ def run_reference_steps(golden, make_objective, *, objective_state=None):
             state.teacher_variables(),
             x,
             jnp.arange(len(x)),
+            step=state.step,
             dropout_key=jax.random.key(0),
-            train=True,
         )
         if step == 0:
             gradients = jax.jit(functools.partial(_gradients, model))(state, x, features)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import assert_close, group, load_golden
+from ecg_jax.models.encoder import build_encoder
 from ecg_jax.objectives.teacher import Teacher, ema
 
 FOLLOWING = Teacher(
@@ -48,19 +49,63 @@ def test_following_teacher_begins_as_the_student_and_lags_behind():
     teacher = FOLLOWING.initial(student, variables(5.0))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, teacher, student))
     assert teacher["params"]["w"] is not student["params"]["w"]  # a step donates its state
-    after = FOLLOWING.follow(teacher, variables(2.0), jnp.int32(0))
+    after = FOLLOWING.follow(teacher, student, variables(2.0), jnp.int32(0))
     np.testing.assert_allclose(after["params"]["w"], 1.01, rtol=1e-6)
-    np.testing.assert_array_equal(after["batch_stats"]["mean"], 20.0)
     np.testing.assert_array_equal(after["ssm"]["log_dt"], 1.0)
-    averaged = dataclasses.replace(FOLLOWING, batch_stats="ema").follow(teacher, variables(2.0), jnp.int32(0))
-    np.testing.assert_allclose(averaged["batch_stats"]["mean"], 10.1, rtol=1e-6)
+
+
+def test_teacher_has_the_mean_statistics_of_the_students_batches():
+    """From the first batch on, with the window of a BatchNorm once there are ten."""
+    running, teacher = variables(0.0), FOLLOWING.initial(variables(0.0), {})
+    batches = np.arange(5.0, 25.0)
+    for step, batch in enumerate(batches):
+        after = running | {"batch_stats": {"mean": 0.9 * running["batch_stats"]["mean"] + 0.1 * batch}}
+        teacher = FOLLOWING.follow(teacher, running, after, jnp.int32(step))
+        running = after
+        if step < 10:
+            np.testing.assert_allclose(teacher["batch_stats"]["mean"], batches[: step + 1].mean(), rtol=1e-5)
+    expected = batches[:10].mean()
+    for batch in batches[10:]:
+        expected += 0.1 * (batch - expected)
+    np.testing.assert_allclose(teacher["batch_stats"]["mean"], expected, rtol=1e-5)
+
+
+def test_statistics_may_be_averaged_like_parameters():
+    teacher = FOLLOWING.initial(variables(1.0), {})
+    averaging = dataclasses.replace(FOLLOWING, batch_stats="ema")
+    after = averaging.follow(teacher, variables(1.0), variables(2.0), jnp.int32(0))
+    np.testing.assert_allclose(after["batch_stats"]["mean"], 10.1, rtol=1e-6)
+
+
+def test_first_targets_do_not_see_the_initial_statistics():
+    """On millivolts the initial running variance of 1 would make all tokens nearly equal."""
+    encoder = build_encoder(
+        backbone="s4", width=16, state=4, layers=1, l_max=32, bidirectional=True, trainable_ssm=False, dropout=0.0
+    )  # fmt: skip
+    walk = np.random.default_rng(0).normal(scale=0.03, size=(8, 64, 12)).cumsum(axis=1)
+    x = jnp.asarray(walk, jnp.float32)
+    fresh = encoder.init(jax.random.key(0), x, train=False)
+
+    def spread(settings, step):
+        features, statistics = settings.features(
+            encoder, fresh, x, jnp.arange(8), step=jnp.int32(step), dropout_key=jax.random.key(0)
+        )
+        return float(features["stem"].std()), statistics["stem"]["norm0"]["mean"]
+
+    std, mean = spread(FOLLOWING, 0)
+    assert std > 0.3
+    assert jnp.abs(mean).max() > 1e-3
+    for settings, step in ((FOLLOWING, 1), (dataclasses.replace(FOLLOWING, batch_stats="ema"), 0)):
+        std, mean = spread(settings, step)  # what is stored counts from then on
+        assert std < 0.1
+        np.testing.assert_array_equal(mean, 0.0)
 
 
 def test_frozen_teacher_is_random_and_never_moves():
     frozen = dataclasses.replace(FOLLOWING, mode="frozen_random", train_mode=True, batch_stats="own")
     teacher = frozen.initial(variables(1.0), variables(5.0))
     np.testing.assert_array_equal(teacher["params"]["w"], 5.0)
-    after = frozen.follow(teacher, variables(2.0), jnp.int32(0))
+    after = frozen.follow(teacher, variables(1.0), variables(2.0), jnp.int32(0))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, teacher, after))
 
 
@@ -70,7 +115,8 @@ def test_frozen_teacher_is_random_and_never_moves():
         ("mode", "mean", "teacher.mode='mean' is unknown"),
         ("momentum", 0.0, "teacher without momentum"),
         ("momentum_end", 1.5, "teacher.momentum_end=1.5"),
-        ("batch_stats", "own", "belong together"),
+        ("batch_stats", "own", "teacher.batch_stats='own' needs"),
+        ("mode", "frozen_random", "teacher.mode='frozen_random' needs"),
         ("batch_stats", "batch", "teacher.batch_stats='batch' is unknown"),
     ],
 )

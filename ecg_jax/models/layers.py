@@ -2,6 +2,8 @@
 record.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,15 @@ def standardise(x: jax.Array) -> jax.Array:
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPSILON)
 
 
+#: Weight of the old running statistics of a BatchNorm (torch's 0.1 is 0.9 here).
+STATISTICS_MOMENTUM = 0.9
+
+
+def batch_statistics(before: Any, after: Any) -> Any:
+    """What one training call measured, from the running statistics before and after it, trees of any shape."""
+    return jax.tree.map(lambda b, a: b + (a - b) / (1.0 - STATISTICS_MOMENTUM), before, after)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over batch and time, with the reference's running statistics.
 
@@ -62,11 +73,11 @@ class BatchNorm(nn.Module):
 
     Attributes:
         axis_name: mapped axis over which statistics are averaged; None for a single device.
-        momentum: weight of the old running statistics (torch's 0.1 is 0.9 here).
+        momentum: weight of the old running statistics.
     """
 
     axis_name: str | None = None
-    momentum: float = 0.9
+    momentum: float = STATISTICS_MOMENTUM
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:

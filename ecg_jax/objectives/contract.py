@@ -18,9 +18,12 @@ device: sums over tokens that enter it go through `Inputs.psum`. It is saved wit
 
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from ecg_jax.objectives.masking import Mask
 
 Terms = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -48,6 +51,25 @@ class Inputs(flax.struct.PyTreeNode):
     def psum(self, tree: Any) -> Any:
         """Sum over all devices."""
         return jax.lax.psum(tree, self.axis_name) if self.axis_name else tree
+
+
+def encode_masked(objective: nn.Module, inputs: Inputs, *, train: bool) -> tuple[jax.Array, Mask]:
+    """What the student makes of a batch of which it sees a part: tokens [B, L, D], and the masks.
+
+    Args:
+        objective: with the fields `encoder`, `width` and `mask`, inside its compact `__call__`; gets the parameter
+            `mask_token` [D], drawn from N(0, 1).
+        inputs, train: as given to it.
+    """
+    x, record_index = inputs.x, inputs.record_index
+    mask = objective.mask.draw(
+        objective.make_rng("objective"), record_index, samples=x.shape[1], leads=x.shape[2]
+    )
+    mask_token = objective.param("mask_token", nn.initializers.normal(1.0), (objective.width,))
+    tokens, _ = objective.encoder(
+        mask.hide(x), record_index, train=train, hidden=mask.hidden, mask_token=mask_token
+    )
+    return tokens, mask
 
 
 def mean_over_tokens(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

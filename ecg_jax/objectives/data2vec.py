@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ecg_jax.models.encoder import Encoder
 from ecg_jax.models.heads import S4Head
 from ecg_jax.models.layers import standardise
-from ecg_jax.objectives.contract import Inputs, Terms, last_layers, mean_over_tokens
+from ecg_jax.objectives.contract import Inputs, Terms, encode_masked, last_layers, mean_over_tokens
 from ecg_jax.objectives.masking import Masking
 
 
@@ -65,12 +65,7 @@ class Data2Vec(nn.Module):
     @nn.compact
     def __call__(self, inputs: Inputs, *, train: bool) -> tuple[Terms, Terms]:
         """`regression_loss` over masked tokens and the metric `masked_share`, see `objectives.contract`."""
-        x, record_index = inputs.x, inputs.record_index
-        mask = self.mask.draw(self.make_rng("objective"), record_index, samples=x.shape[1], leads=x.shape[2])
-        mask_token = self.param("mask_token", nn.initializers.normal(1.0), (self.width,))
-        tokens, _ = self.encoder(
-            mask.hide(x), record_index, train=train, hidden=mask.hidden, mask_token=mask_token
-        )
+        tokens, mask = encode_masked(self, inputs, train=train)
         predicted = S4Head(
             width=self.width,
             out=self.width,
@@ -79,7 +74,7 @@ class Data2Vec(nn.Module):
             dropout=self.head_dropout,
             dtype=self.dtype,
             name="head",
-        )(tokens, record_index, train=train)
+        )(tokens, inputs.record_index, train=train)
         targets = data2vec_targets(last_layers(inputs.teacher, "layer", self.top_k))
         loss = data2vec_loss(predicted, targets, beta=self.beta)
         masked = mask.targets > 0

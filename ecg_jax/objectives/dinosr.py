@@ -12,7 +12,14 @@ from ecg_jax.models.encoder import Encoder
 from ecg_jax.models.heads import S4Head
 from ecg_jax.models.layers import standardise
 from ecg_jax.objectives.clustering import code_usage, nearest_code, perplexity, update_codebook
-from ecg_jax.objectives.contract import Inputs, Terms, global_metric, last_layers, mean_over_tokens
+from ecg_jax.objectives.contract import (
+    Inputs,
+    Terms,
+    encode_masked,
+    global_metric,
+    last_layers,
+    mean_over_tokens,
+)
 from ecg_jax.objectives.masking import Masking
 
 #: A codeword whose moving count of tokens is below this is dead: at a momentum of 0.9, no token for some 70 steps.
@@ -91,12 +98,7 @@ class DinoSR(nn.Module):
         codebooks; `dead_codes`, codewords of all codebooks together whose moving count is below `DEAD_COUNT`;
         `masked_share`.
         """
-        x, record_index = inputs.x, inputs.record_index
-        mask = self.mask.draw(self.make_rng("objective"), record_index, samples=x.shape[1], leads=x.shape[2])
-        mask_token = self.param("mask_token", nn.initializers.normal(1.0), (self.width,))
-        tokens, _ = self.encoder(
-            mask.hide(x), record_index, train=train, hidden=mask.hidden, mask_token=mask_token
-        )
+        tokens, mask = encode_masked(self, inputs, train=train)
         predicted = S4Head(
             width=self.width,
             out=self.top_k * self.codes + self.idle_logits,
@@ -105,7 +107,7 @@ class DinoSR(nn.Module):
             dropout=self.head_dropout,
             dtype=self.dtype,
             name="head",
-        )(tokens, record_index, train=train)
+        )(tokens, inputs.record_index, train=train)
         used = predicted[..., : self.top_k * self.codes]
         logits = jnp.moveaxis(used.reshape(*used.shape[:2], self.top_k, self.codes), 2, 0)
 
@@ -119,8 +121,8 @@ class DinoSR(nn.Module):
         dead = (self.get_variable("objective_state", "code_count") < DEAD_COUNT).sum()
         return {"code_loss": mean_over_tokens(loss, masked)}, {
             "accuracy": mean_over_tokens(hits, masked),
-            "perplexity": global_metric(perplexity(usage).mean(), len(x)),
-            "dead_codes": global_metric(dead, len(x)),
+            "perplexity": global_metric(perplexity(usage).mean(), len(masked)),
+            "dead_codes": global_metric(dead, len(masked)),
             "masked_share": mean_over_tokens(masked, jnp.ones_like(loss)),
         }
 

@@ -21,7 +21,7 @@ from ecg_jax.objectives.clustering import (
     unit_rows,
     update_prototypes,
 )
-from ecg_jax.objectives.contract import Inputs, Terms, global_metric, mean_over_tokens
+from ecg_jax.objectives.contract import Inputs, Terms, encode_masked, global_metric, mean_over_tokens
 from ecg_jax.objectives.masking import Masking
 
 #: The reference multiplies the student's log-probabilities by this when alpha is 1 (spec §5.8).
@@ -135,12 +135,7 @@ class HubertPP(nn.Module):
         Raises:
             ValueError: in training, more codes than tokens in the global batch.
         """
-        x, record_index, axis_name = inputs.x, inputs.record_index, inputs.axis_name
-        mask = self.mask.draw(self.make_rng("objective"), record_index, samples=x.shape[1], leads=x.shape[2])
-        mask_token = self.param("mask_token", nn.initializers.normal(1.0), (self.width,))
-        tokens, _ = self.encoder(
-            mask.hide(x), record_index, train=train, hidden=mask.hidden, mask_token=mask_token
-        )
+        tokens, mask = encode_masked(self, inputs, train=train)
         predicted = MLPHead(width=self.width, out=sum(self.codes), dtype=self.dtype, name="head")(tokens)
         *starts, _ = [sum(self.codes[:j]) for j in range(len(self.codes) + 1)]
         features = unit_rows(inputs.teacher["tokens"])
@@ -165,7 +160,7 @@ class HubertPP(nn.Module):
                 entropy_weight=self.entropy_weight,
             )
             losses |= {f"{name}{j}": term for name, term in terms.items()}
-            usage = code_usage(nearest, codes, axis_name)
+            usage = code_usage(nearest, codes, inputs.axis_name)
             metrics.append(
                 {
                     "hits": logits.argmax(axis=-1) == targets.argmax(axis=-1),
@@ -179,8 +174,8 @@ class HubertPP(nn.Module):
         return losses, {
             "accuracy": mean_over_tokens(total["hits"] / len(self.codes), masked),
             "kl": mean_over_tokens(total["kl"] / len(self.codes), every),
-            "perplexity": global_metric(total["perplexity"] / len(self.codes), len(x)),
-            "dead_codes": global_metric(total["dead_codes"], len(x)),
+            "perplexity": global_metric(total["perplexity"] / len(self.codes), len(masked)),
+            "dead_codes": global_metric(total["dead_codes"], len(masked)),
             "masked_share": mean_over_tokens(masked, every),
         }
 
@@ -272,12 +267,7 @@ class Hubert(nn.Module):
         Raises:
             ValueError: no labels, other than at initialisation.
         """
-        x, record_index, labels = inputs.x, inputs.record_index, inputs.labels
-        mask = self.mask.draw(self.make_rng("objective"), record_index, samples=x.shape[1], leads=x.shape[2])
-        mask_token = self.param("mask_token", nn.initializers.normal(1.0), (self.width,))
-        tokens, _ = self.encoder(
-            mask.hide(x), record_index, train=train, hidden=mask.hidden, mask_token=mask_token
-        )
+        tokens, mask = encode_masked(self, inputs, train=train)
         projected = nn.Dense(
             self.width,
             kernel_init=uniform_fan_in,
@@ -287,6 +277,7 @@ class Hubert(nn.Module):
         )(tokens)
         embeddings = self.param("code_embeddings", nn.initializers.normal(1.0), (self.codes, self.width))
         logits = cosines(unit_rows(projected), unit_rows(embeddings)) / self.temperature
+        labels = inputs.labels
         if labels is None:
             if not self.is_initializing():
                 raise ValueError("the objective hubert needs offline labels, and the batch has none")
@@ -302,8 +293,8 @@ class Hubert(nn.Module):
         usage = code_usage(jnp.where(masked, predicted, -1), self.codes, inputs.axis_name)
         return losses, {
             "accuracy": mean_over_tokens(predicted == labels, masked),
-            "perplexity": global_metric(perplexity(usage), len(x)),
-            "dead_codes": global_metric((usage == 0).sum(), len(x)),
+            "perplexity": global_metric(perplexity(usage), len(masked)),
+            "dead_codes": global_metric((usage == 0).sum(), len(masked)),
             "masked_share": mean_over_tokens(mask.targets > 0, jnp.ones_like(loss)),
         }
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ecg_jax.models.encoder import Encoder
 from ecg_jax.models.heads import S4Head
 from ecg_jax.models.layers import standardise
-from ecg_jax.objectives.contract import Inputs, Terms, mean_over_tokens
+from ecg_jax.objectives.contract import Inputs, Terms, encode_masked, mean_over_tokens
 from ecg_jax.objectives.data2vec import smooth_l1
 from ecg_jax.objectives.masking import Masking
 
@@ -58,12 +58,7 @@ class JEPA(nn.Module):
     @nn.compact
     def __call__(self, inputs: Inputs, *, train: bool) -> tuple[Terms, Terms]:
         """`prediction_loss` over target blocks and the metric `masked_share`, see `objectives.contract`."""
-        x, record_index = inputs.x, inputs.record_index
-        mask = self.mask.draw(self.make_rng("objective"), record_index, samples=x.shape[1], leads=x.shape[2])
-        mask_token = self.param("mask_token", nn.initializers.normal(1.0), (self.width,))
-        tokens, _ = self.encoder(
-            mask.hide(x), record_index, train=train, hidden=mask.hidden, mask_token=mask_token
-        )
+        tokens, mask = encode_masked(self, inputs, train=train)
         predicted = S4Head(
             width=self.width,
             out=self.width,
@@ -72,7 +67,7 @@ class JEPA(nn.Module):
             dropout=self.head_dropout,
             dtype=self.dtype,
             name="head",
-        )(tokens, record_index, train=train)
+        )(tokens, inputs.record_index, train=train)
         loss = jepa_loss(predicted, jepa_targets(inputs.teacher["tokens"], self.target_norms), beta=self.beta)
         return {"prediction_loss": mean_over_tokens(loss, mask.targets)}, {
             "masked_share": mean_over_tokens(mask.targets > 0, jnp.ones_like(loss))

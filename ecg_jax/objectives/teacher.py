@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ecg_jax.models.layers import STATISTICS_MOMENTUM, batch_statistics
+
 MODES = ("ema", "frozen_random")
 STATISTICS = ("student", "ema", "own")
 
@@ -27,10 +29,11 @@ class Teacher:
             constant m.
         steps: length of the run.
         train_mode: targets with dropout and batch statistics instead of evaluation mode.
-        batch_stats: running statistics of the teacher's BatchNorms. "student": the student's, copied. "ema":
-            averaged with m like the parameters; at m = 0.9996 they keep the initial variance of 1 for
-            thousands of steps, which shrinks the features of millivolt signals. "own": those of the teacher's
-            own forward passes (train_mode only).
+        batch_stats: running statistics of the teacher's BatchNorms. "student": of the batches that the student has
+            seen, from the first one on, which the very first targets use already. "ema": the student's running
+            statistics averaged with m like the parameters; at m = 0.9996 these keep the initial variance of 1 for
+            thousands of steps, which shrinks the features of millivolt signals until tokens hardly differ. "own":
+            those of the teacher's own forward passes, for `train_mode`.
     """
 
     mode: str
@@ -53,10 +56,14 @@ class Teacher:
                     f"teacher.{name}={getattr(self, name)} must be above 0 and at most 1; a teacher without momentum "
                     "is the student itself"
                 )
-        if (self.batch_stats == "own") != (self.train_mode and self.mode == "frozen_random"):
+        if self.mode == "frozen_random" and not (self.train_mode and self.batch_stats == "own"):
             raise ValueError(
-                "teacher.batch_stats='own' and the pair teacher.mode='frozen_random', teacher.train_mode=True belong "
-                "together: a teacher that follows the student takes 'student' or 'ema', a random one has only its own"
+                "teacher.mode='frozen_random' needs teacher.train_mode=True and teacher.batch_stats='own': a random "
+                "teacher has no statistics but those of its own batches"
+            )
+        if self.batch_stats == "own" and not self.train_mode:
+            raise ValueError(
+                "teacher.batch_stats='own' needs teacher.train_mode=True: in evaluation mode no batch is measured"
             )
 
     def rate_at(self, step: jax.Array) -> jax.Array:
@@ -76,38 +83,64 @@ class Teacher:
         x: jax.Array,
         record_index: jax.Array,
         *,
-        dropout_key: jax.Array | None,
-        train: bool,
+        step: jax.Array,
+        dropout_key: jax.Array,
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """Features of unmasked x [B, T, C], and the teacher's running statistics after it.
+        """Features of unmasked x [B, T, C] in training, and the teacher's running statistics with which to go on.
 
         Args:
             encoder: `models.encoder.Encoder`.
             variables: collections of the teacher, with the kernel `basis`.
-            x, record_index: as in `Inputs`.
-            dropout_key: needed in train mode.
-            train: False during validation, where the teacher is always in evaluation mode.
+            x, record_index, step: as in `Inputs`.
+            dropout_key: for `train_mode`.
         """
-        if not (train and self.train_mode):
-            tokens, out = encoder.apply(variables, x, record_index, train=False)
-            return {"tokens": tokens, **out}, variables["batch_stats"]
-        (tokens, out), updates = encoder.apply(
-            variables, x, record_index, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
-        )
-        return {"tokens": tokens, **out}, updates["batch_stats"]
 
-    def follow(self, teacher: dict[str, Any], student: dict[str, Any], step: jax.Array) -> dict[str, Any]:
-        """The teacher after the student's update number `step`; trees of {"params", "batch_stats", ...}."""
+        def train_call():
+            return encoder.apply(
+                variables, x, record_index, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
+            )
+
+        statistics = variables["batch_stats"]
+        if self.train_mode:
+            (tokens, out), updates = train_call()
+            return {"tokens": tokens, **out}, updates["batch_stats"]
+        if self.batch_stats == "student":
+            statistics = jax.lax.cond(
+                step == 0,
+                lambda: batch_statistics(statistics, train_call()[1]["batch_stats"]),
+                lambda: variables["batch_stats"],
+            )
+        return self.eval_features(encoder, variables | {"batch_stats": statistics}, x), statistics
+
+    def eval_features(self, encoder, variables: dict[str, Any], x: jax.Array) -> dict[str, jax.Array]:
+        """Features of unmasked x [B, T, C] in evaluation mode, as in validation."""
+        tokens, out = encoder.apply(variables, x, train=False)
+        return {"tokens": tokens, **out}
+
+    def follow(
+        self, teacher: dict[str, Any], before: dict[str, Any], after: dict[str, Any], step: jax.Array
+    ) -> dict[str, Any]:
+        """The teacher after the student's update number `step`.
+
+        Args:
+            teacher: its collections.
+            before, after: `params` and `batch_stats` of the student's encoder before and after the update.
+            step: 0 for the first.
+        """
         if self.mode == "frozen_random":
             return teacher
         rate = self.rate_at(step)
-        statistics = student["batch_stats"]
         if self.batch_stats == "ema":
-            statistics = ema(teacher["batch_stats"], statistics, rate)
-        return teacher | {
-            "params": ema(teacher["params"], student["params"], rate),
-            "batch_stats": statistics,
-        }
+            statistics = ema(teacher["batch_stats"], after["batch_stats"], rate)
+        elif self.batch_stats == "student":
+            measured = batch_statistics(before["batch_stats"], after["batch_stats"])
+            # The mean of the batches so far, until it is long enough for the running average of a BatchNorm.
+            statistics = ema(
+                teacher["batch_stats"], measured, jnp.maximum(1.0 - STATISTICS_MOMENTUM, 1.0 / (step + 1))
+            )
+        else:
+            statistics = teacher["batch_stats"]
+        return teacher | {"params": ema(teacher["params"], after["params"], rate), "batch_stats": statistics}
 
 
 def ema(average: Any, value: Any, rate: jax.Array | float) -> Any:

@@ -53,9 +53,7 @@ def observe_step(
     x, record_index = to_model_input(batch["signal"], normalisation), batch["record_index"]
     seen = {"student": moments(student_tokens(state, x, record_index, model), axis_name)}
     if teacher:
-        features, _ = teacher.features(
-            model.encoder, state.teacher_variables(), x, record_index, dropout_key=None, train=False
-        )
+        features = teacher.eval_features(model.encoder, state.teacher_variables(), x)
         seen["teacher"] = moments(features["tokens"].astype(jnp.float32), axis_name)
     return seen
 

@@ -184,8 +184,8 @@ def train_step(
             state.teacher_variables(),
             inputs.x,
             inputs.record_index,
+            step=state.step,
             dropout_key=jax.random.fold_in(dropout_key, 1),
-            train=True,
         )
         inputs = inputs.replace(teacher=features)
         next_teacher = state.teacher | {"batch_stats": statistics}
@@ -210,8 +210,11 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if teacher:
-        student = {"params": params["encoder"], "batch_stats": changed["batch_stats"]["encoder"]}
-        next_teacher = teacher.follow(next_teacher, student, state.step)
+        before, after = (
+            {"params": p["encoder"], "batch_stats": statistics["encoder"]}
+            for p, statistics in ((state.params, state.batch_stats), (params, changed["batch_stats"]))
+        )
+        next_teacher = teacher.follow(next_teacher, before, after, state.step)
     state = state.replace(
         step=state.step + 1,
         params=params,
@@ -246,14 +249,7 @@ def eval_step(
     """
     inputs = _inputs(state, batch, normalisation, axis_name)
     if teacher:
-        features, _ = teacher.features(
-            model.encoder,
-            state.teacher_variables(),
-            inputs.x,
-            inputs.record_index,
-            dropout_key=None,
-            train=False,
-        )
+        features = teacher.eval_features(model.encoder, state.teacher_variables(), inputs.x)
         inputs = inputs.replace(teacher=features)
     losses, metrics = model.apply(state.variables(), inputs, train=False, rngs={"objective": state.rng})
 

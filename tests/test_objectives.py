@@ -1,0 +1,400 @@
+"""What holds for every objective: the same numbers on any number of devices, exact resume, and clear
+refusals.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from ecg_jax import cli
+from ecg_jax.cluster import cluster
+from ecg_jax.config_flags import load_config, override
+from ecg_jax.data.store import Store
+from ecg_jax.errors import UserError
+from ecg_jax.models.layers import batch_statistics
+from ecg_jax.objectives.contract import Inputs
+from ecg_jax.pretrain import pretrain
+from ecg_jax.run_setup import OBJECTIVES, build_objective, build_teacher, check_config, initial_state
+from ecg_jax.training import parallel
+from ecg_jax.training.train_state import TrainState, eval_step, train_step
+
+SPECS = {
+    "cpc": "configs/cpc.py",
+    "jepa": "configs/jepa.py",
+    "data2vec": "configs/data2vec.py",
+    "dinosr": "configs/dinosr.py",
+    "hubertpp": "configs/hubert.py",
+    "hubert": "configs/hubert.py:variant=offline",
+}
+MASKED = [name for name in SPECS if name != "cpc"]
+WITH_TEACHER = ["jepa", "data2vec", "dinosr", "hubertpp"]
+
+TOKENS = 40
+TINY = {
+    "model.width": "16",
+    "model.state": "4",
+    "model.layers": "2",
+    "model.l_max": str(TOKENS),
+    "data.window_s": str(2 * TOKENS / 240),
+    "batch_size": "16",
+    "steps": "6",
+    "log_every": "1",
+    "checkpoint_every": "3",
+    "data.max_val_crops": "16",
+}
+MOMENTUM = {"objective.teacher.momentum": "0.9", "objective.teacher.momentum_end": "0.9"}
+OWN = {
+    "cpc": {"objective.steps_ahead": "4", "objective.negatives": "8"},
+    "dinosr": {"objective.codes": "12", "objective.head_state": "8", **MOMENTUM},
+    "jepa": {"objective.head_state": "8", **MOMENTUM},
+    "data2vec": {"objective.head_state": "8", **MOMENTUM},
+    "hubertpp": {"objective.codes": "(8,12)", "objective.temperature_steps": "4", **MOMENTUM},
+    "hubert": {"objective.codes": "10", "data.targets": "spectrum10"},
+}
+
+
+def overrides(name, **changes):
+    return TINY | OWN[name] | {field.replace("__", "."): str(value) for field, value in changes.items()}
+
+
+def tiny_config(name, recipe="described", **changes):
+    spec = SPECS[name]
+    config = load_config(f"{spec}{',' if ':' in spec else ':'}recipe={recipe}")
+    for field, value in overrides(name, **changes).items():
+        override(config, field, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def labelled_store(synthetic_store):
+    """The synthetic store with offline targets."""
+    if "spectrum10" not in [p.name for p in (synthetic_store / "targets").glob("*")]:
+        cluster(synthetic_store, "spectrum10", codes=10, features="spectrum", fit_tokens=2000)
+    return synthetic_store
+
+
+def batches(n, size=16):
+    rng = np.random.default_rng(0)
+    for _ in range(n):
+        walk = rng.normal(scale=30, size=(size, 2 * TOKENS, 12)).cumsum(axis=1)
+        yield {
+            "signal": walk.astype(np.int16),
+            "record_index": np.arange(size, dtype=np.int32),
+            "labels": rng.integers(-1, 10, size=(size, TOKENS)).astype(np.int32),
+        }
+
+
+# SGD: Adam turns gradients that are zero up to rounding into full-size steps, so that two correct runs would
+# differ.
+SGD = optax.sgd(1e-2)
+
+
+def first_state(config, teacher):
+    class Contract:
+        window_samples, leads = 2 * TOKENS, range(12)
+
+    return initial_state(config, SGD, Contract, teacher)
+
+
+def bound_step(config, teacher, axis_name=parallel.AXIS):
+    return functools.partial(
+        train_step,
+        model=build_objective(config, axis_name),
+        tx=SGD,
+        normalisation=config.data.normalisation,
+        teacher=teacher,
+        axis_name=axis_name,
+    )
+
+
+def plain(state):
+    """On the host, without the key."""
+    return jax.device_get(state.replace(rng=jnp.zeros(8)))
+
+
+@dataclasses.dataclass
+class Run:
+    """Three steps: the states before, after the first and after the last, metrics of each, and the compiled
+    program.
+    """
+
+    start: TrainState
+    first: TrainState
+    last: TrainState
+    log: list[dict]
+    hlo: str
+
+
+@functools.cache
+def run_mapped(name, recipe, devices):
+    config = small_blocks(name, recipe)
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), (parallel.AXIS,))
+    teacher = build_teacher(config, 3)
+    state = parallel.replicate(first_state(config, teacher), mesh)
+    states, log, sharded = [plain(state)], [], [parallel.shard_batch(batch, mesh) for batch in batches(3)]
+    step_fn = parallel.map_train_step(bound_step(config, teacher), mesh).lower(state, sharded[0]).compile()
+    for batch in sharded:
+        state, metrics = step_fn(state, batch)
+        states.append(plain(state))
+        log.append(jax.device_get(metrics))
+    return Run(states[0], states[1], states[-1], log, step_fn.as_text())
+
+
+def small_blocks(name, recipe):
+    """The released JEPA wants 64 tokens for a block, more than a tiny window has."""
+    changes = {"objective__mask__min_keep": 4} if recipe == "released" and name != "cpc" else {}
+    return tiny_config(name, recipe, **changes)
+
+
+def assert_same_run(state, log, reference):
+    """Metrics of every step, and the whole last state, agree up to the order of float32 sums."""
+    for entry, expected in zip(log, reference.log, strict=True):
+        assert entry.keys() == expected.keys()
+        for name in entry:
+            np.testing.assert_allclose(entry[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    for field in ("params", "batch_stats", "objective_state", "teacher"):
+        ours, theirs = getattr(state, field), getattr(reference.last, field)
+        for (path, leaf), expected in zip(
+            jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+        ):
+            np.testing.assert_allclose(
+                leaf, expected, rtol=1e-4, atol=5e-6, err_msg=field + jax.tree_util.keystr(path)
+            )
+
+
+def test_every_objective_is_tested_here():
+    assert SPECS.keys() == OBJECTIVES.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [*((name, "described") for name in SPECS), *((name, "released") for name in WITH_TEACHER)],
+)
+def test_one_and_eight_devices_agree(name, recipe):
+    one, eight = run_mapped(name, recipe, 1), run_mapped(name, recipe, 8)
+    assert_same_run(eight.last, eight.log, one)
+    losses = [entry["loss"] for entry in one.log]
+    assert np.isfinite(losses).all()
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_pmap_of_the_same_step_agrees(name):
+    config = tiny_config(name)
+    teacher = build_teacher(config, 3)
+    step = bound_step(config, teacher)
+    step_fn = jax.pmap(step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, 0))
+    state, log = first_state(config, teacher), []
+    for batch in batches(3):
+        split = {field: rows.reshape(8, -1, *rows.shape[1:]) for field, rows in batch.items()}
+        state, metrics = step_fn(state, split)
+        log.append({key: value[0] for key, value in jax.device_get(metrics).items()})
+    assert_same_run(plain(state), log, run_mapped(name, "described", 8))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_compiled_step_only_all_reduces(name):
+    """No device ever gathers the batch of the others."""
+    hlo = run_mapped(name, "described", 8).hlo
+    assert set(re.findall(r"= \S+ (all-\w+|collective-\w+|reduce-scatter)", hlo)) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_teacher_of_the_described_recipe_follows_the_student(name):
+    run = run_mapped(name, "described", 1)
+    before, after = run.start.params["encoder"], run.first.params["encoder"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, run.start.teacher["params"], before))
+    expected = jax.tree.map(lambda start, end: 0.9 * start + 0.1 * end, before, after)
+    for (path, leaf), value in zip(
+        jax.tree.leaves_with_path(run.first.teacher["params"]), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(leaf, value, rtol=1e-5, atol=1e-7, err_msg=jax.tree_util.keystr(path))
+    measured = batch_statistics(run.start.batch_stats["encoder"], run.first.batch_stats["encoder"])
+    statistics = run.first.teacher["batch_stats"]
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-5), statistics, measured))
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_teacher_of_the_released_recipe_is_random_and_only_its_statistics_move(name):
+    run = run_mapped(name, "released", 1)
+    before, after = run.start.teacher, run.first.teacher
+    conv = before["params"]["stem"]["conv0"]["kernel"]
+    assert not np.array_equal(conv, run.start.params["encoder"]["stem"]["conv0"]["kernel"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, before["params"], after["params"]))
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before["batch_stats"], after["batch_stats"])
+    assert jax.tree.all(moved)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_student_does_not_see_what_is_hidden(name):
+    """With the teacher's features held fixed, the loss reacts to the samples that are not hidden, and to no
+    other.
+    """
+    config = tiny_config(name, objective__mask__strategy="time", objective__mask__patch=4)
+    model, teacher = build_objective(config, None), build_teacher(config, 1)
+    state, batch = first_state(config, teacher), next(batches(1))
+    x = jnp.asarray(batch["signal"], jnp.float32) * 1e-3
+    features = None
+    if teacher:
+        features = teacher.eval_features(model.encoder, state.teacher_variables(), x)
+    inputs = Inputs(
+        x=x, record_index=batch["record_index"], step=state.step, teacher=features, labels=batch["labels"]
+    )
+
+    @jax.jit
+    def total(x):
+        losses, _ = model.apply(
+            state.variables(), inputs.replace(x=x), train=False, rngs={"objective": jax.random.key(3)}
+        )
+        return sum((values * weights).sum() for values, weights in losses.values())
+
+    reacts = np.asarray(jnp.abs(jax.grad(total)(x)).max(axis=-1) > 0)
+    assert 0.4 < reacts.mean() < 0.6  # half of the samples are hidden, in all leads at once
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_validation_uses_a_teacher_in_evaluation_mode(name):
+    """The same batch twice gives the same numbers, and nothing of the state is touched."""
+    config = small_blocks(name, "released")
+    teacher = build_teacher(config, 1)
+    state, batch = first_state(config, teacher), next(batches(1)) | {"weight": np.ones(16, np.float32)}
+    evaluate = jax.jit(
+        functools.partial(
+            eval_step,
+            model=build_objective(config, None),
+            normalisation="none",
+            teacher=teacher,
+            axis_name=None,
+        )
+    )
+    first, second = jax.device_get([evaluate(state, batch), evaluate(state, batch)])
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
+    other = {"record_index": batch["record_index"][::-1].copy()}
+    swapped = jax.device_get(evaluate(state, batch | other))
+    assert swapped["losses"] != first["losses"]  # masks belong to the record's number
+
+
+def command(name, workdir, store, **changes):
+    fields = overrides(name, store=store, **changes)
+    return [
+        "pretrain", f"--config={SPECS[name]}", f"--workdir={workdir}",
+        *(f"--config.{field}={value}" for field, value in fields.items()),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_killed_run_continues_bit_for_bit(name, tmp_path, labelled_store):
+    """SIGKILL right after the checkpoint of step 3 is complete; teacher, codebooks, prototypes and schedules
+    go on.
+    """
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    config = tiny_config(name, store=labelled_store)
+    expected = pretrain(config, whole)
+    code = (
+        "import os, signal, ecg_jax.pretrain as p\n"
+        "save = p.Checkpoints.save\n"
+        "def saving(self, state, **kw):\n"
+        "    save(self, state, **kw); self._manager.wait_until_finished(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "p.Checkpoints.save = saving\n"
+        "from ecg_jax.cli import entry_point; entry_point()"
+    )
+    arguments = command(name, killed, labelled_store)
+    process = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=os.environ, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert [p.name for p in (killed / "checkpoints").iterdir()] == ["3"]
+    resumed = pretrain(tiny_config(name, store=labelled_store), killed)
+    assert int(resumed.step) == 6
+    for field in ("params", "opt_state", "batch_stats", "ssm", "objective_state", "teacher"):
+        ours, theirs = getattr(resumed, field), getattr(expected, field)
+        for (path, leaf), other in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_array_equal(leaf, other, err_msg=field + jax.tree_util.keystr(path))
+
+
+def test_steps_may_not_change_while_the_momentum_moves(tmp_path, labelled_store):
+    moving = {"objective__teacher__momentum": 0.9, "objective__teacher__momentum_end": 1.0}
+    pretrain(tiny_config("jepa", store=labelled_store, steps=3, **moving), tmp_path)
+    with pytest.raises(UserError, match="holds another run: it differs in steps"):
+        pretrain(tiny_config("jepa", store=labelled_store, steps=6, **moving), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("data2vec", {"objective__mask__span": 500}, "objective.mask.span=500 must lie between 1 and 40"),
+        ("jepa", {"objective__mask__min_keep": 64}, "objective.mask.min_keep=64 must lie between 1 and 39"),
+        ("hubertpp", {"objective__mask__strategy": "holes"}, "objective.mask.strategy='holes' is unknown"),
+        ("dinosr", {"objective__codes": 1000}, "more codes than the 640 tokens of a batch"),
+        ("hubertpp", {"objective__codes": "(8,1000)"}, "more codes than the 640 tokens of a batch"),
+        ("hubertpp", {"objective__codes": "(8,1)"}, "objective.codes=.* at least 2"),
+        ("data2vec", {"objective__top_k": 3}, "objective.top_k=3 must lie between 1 and config.model.layers=2"),
+        ("dinosr", {"objective__top_k": 0}, "objective.top_k=0 must"),
+        ("jepa", {"objective__teacher__momentum": 0.0}, "objective.teacher.momentum=0.0 .* without momentum"),
+        ("jepa", {"objective__teacher__mode": "none"}, "objective.teacher.mode='none' is unknown"),
+        ("jepa", {"objective__head_state": 3}, "objective.head_state=3 must be even"),
+        ("data2vec", {"objective__head_dropout": 1.0}, "objective.head_dropout=1.0"),
+        ("data2vec", {"objective__beta": -1.0}, "objective.beta=-1.0 must not be negative"),
+        ("jepa", {"objective__target_norms": 5}, "objective.target_norms=5"),
+        ("hubertpp", {"objective__teacher_temperature": 0.0}, "objective.teacher_temperature=0.0 must be positive"),
+        ("hubert", {"data__targets": ""}, "config.data.targets is not set"),
+        ("cpc", {"data__targets": "spectrum10"}, "is read by the objective hubert only"),
+        ("cpc", {"objective__negatives": 0}, "objective.negatives=0 must be positive"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_one_sentence_before_anything_compiles(name, changes, words):
+    config = tiny_config(name, **changes)
+    with pytest.raises(UserError, match=words) as refusal:
+        check_config(config)
+    assert "\n" not in str(refusal.value)
+
+
+def test_targets_that_do_not_fit_are_refused(tmp_path, labelled_store, capsys):
+    assert cli.main(command("hubert", tmp_path / "a", labelled_store, objective__codes=11)) == 2
+    assert "objective.codes=11, but the targets" in capsys.readouterr().err
+    assert cli.main(command("hubert", tmp_path / "b", labelled_store, data__targets="missing")) == 2
+    assert "has no targets 'missing'" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.fixture(scope="module")
+def real_store(tmp_path_factory):
+    """The PTB-XL sample that ships with the package."""
+    from ecg_jax.prepare import prepare
+    from ecg_jax.quickstart import SAMPLE
+
+    path = tmp_path_factory.mktemp("real") / "store"
+    prepare("ptbxl", SAMPLE, path)
+    cluster(path, "spectrum10", codes=10, features="spectrum", fit_tokens=2000)
+    return path
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_smoke_run_on_real_recordings(name, tmp_path, real_store):
+    """Through the command line, at the paper's window: losses are finite and the checkpoint can be probed."""
+    changes = {"data__window_s": 2.5, "model__l_max": 300, "steps": 4, "checkpoint_every": 4}
+    assert cli.main(command(name, tmp_path / "run", real_store, **changes)) == 0
+    from ecg_jax.training.metric_writers import read_log
+    from ecg_jax.training.pretrained import encode_fn, restore_encoder
+
+    log = [entry for entry in read_log(tmp_path / "run") if "loss" in entry]
+    assert len(log) == 4
+    assert np.isfinite([entry["loss"] for entry in log]).all()
+    assert np.isfinite(log[-1]["val_loss"])
+    encoder = restore_encoder(tmp_path / "run")
+    expected = "none" if name == "cpc" else "ptbxl_canonical"
+    assert encoder.preprocessing.normalisation == expected
+    store = Store(real_store)
+    crops = store.read_crops(store.column("offset")[:2], encoder.preprocessing.window_samples)
+    assert np.isfinite(encode_fn(encoder)(crops)).all()
