@@ -111,7 +111,6 @@ def set_recipe(config: ConfigDict, recipe: str) -> None:
     if recipe == "released" and "teacher" in config.objective:
         config.objective.teacher.mode = "frozen_random"
         config.objective.teacher.train_mode = True
-        config.objective.teacher.batch_stats = "own"
 
 
 def masking(strategy: str) -> ConfigDict:
@@ -139,9 +138,7 @@ def teacher() -> ConfigDict:
     config.momentum = 0.9996
     config.momentum_end = 0.9996  # at the last step, reached along half a cosine
     config.train_mode = False  # True: targets with dropout and batch statistics
-    config.batch_stats = (
-        "student"  # running statistics: the student's; or averaged like the parameters, "ema"; or "own"
-    )
+    config.batch_stats = "own"  # running statistics of its own activations; "ema": the student's, averaged
     return config
 
 

@@ -129,7 +129,7 @@ def tiny(axis_name=None):
 
 
 TEACHER = Teacher(
-    mode="ema", momentum=0.9, momentum_end=0.9, train_mode=False, batch_stats="student", steps=10
+    mode="ema", momentum=0.9, momentum_end=0.9, train_mode=False, batch_stats="own", steps=10
 )
 SGD = optax.sgd(1e-2)
 

@@ -220,9 +220,12 @@ def test_teacher_of_the_described_recipe_follows_the_student(name):
         jax.tree.leaves_with_path(run.first.teacher["params"]), jax.tree.leaves(expected), strict=True
     ):
         np.testing.assert_allclose(leaf, value, rtol=1e-5, atol=1e-7, err_msg=jax.tree_util.keystr(path))
+    # The student's first batch is the teacher's, and so far their weights are the same.
     measured = batch_statistics(run.start.batch_stats["encoder"], run.first.batch_stats["encoder"])
-    statistics = run.first.teacher["batch_stats"]
-    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-5), statistics, measured))
+    for (path, leaf), value in zip(
+        jax.tree.leaves_with_path(run.first.teacher["batch_stats"]), jax.tree.leaves(measured), strict=True
+    ):
+        np.testing.assert_allclose(leaf, value, rtol=1e-3, atol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("name", WITH_TEACHER)

@@ -81,7 +81,11 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Normalises x [B, L, D]; in training mode updates the `batch_stats` collection when it is mutable."""
+        """Normalises x [B, L, D]: in training by the statistics of the batch, else by the running ones.
+
+        In either mode the running statistics move towards those of the batch when the collection `batch_stats` is
+        mutable; in evaluation mode that is how a teacher follows its own activations.
+        """
         width = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (width,))
         bias = self.param("bias", nn.initializers.zeros, (width,))
@@ -89,15 +93,17 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, (width,))
         dtype = x.dtype
         x = x.astype(jnp.float32)
+        mean, var = running_mean.value, running_var.value
+        moves = not self.is_initializing() and self.is_mutable_collection("batch_stats")
+        if train or moves:
+            batch_mean = self._average(x.mean((0, 1)))
+            batch_var = self._average(jnp.square(x - batch_mean).mean((0, 1)))
+        if moves:
+            count = x.shape[0] * x.shape[1] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
+            running_mean.value = self._update(mean, batch_mean)
+            running_var.value = self._update(var, batch_var * count / (count - 1))
         if train:
-            mean = self._average(x.mean((0, 1)))
-            var = self._average(jnp.square(x - mean).mean((0, 1)))
-            if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
-                count = x.shape[0] * x.shape[1] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
-                running_mean.value = self._update(running_mean.value, mean)
-                running_var.value = self._update(running_var.value, var * count / (count - 1))
-        else:
-            mean, var = running_mean.value, running_var.value
+            mean, var = batch_mean, batch_var
         return ((x - mean) * (scale * jax.lax.rsqrt(var + NORM_EPSILON)) + bias).astype(dtype)
 
     def _average(self, x: jax.Array) -> jax.Array:

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ecg_jax.models.layers import STATISTICS_MOMENTUM, batch_statistics
+from ecg_jax.models.layers import batch_statistics
 
 MODES = ("ema", "frozen_random")
-STATISTICS = ("student", "ema", "own")
+STATISTICS = ("own", "ema")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,10 @@ class Teacher:
             constant m.
         steps: length of the run.
         train_mode: targets with dropout and batch statistics instead of evaluation mode.
-        batch_stats: running statistics of the teacher's BatchNorms. "student": of the batches that the student has
-            seen, from the first one on, which the very first targets use already. "ema": the student's running
-            statistics averaged with m like the parameters; at m = 0.9996 these keep the initial variance of 1 for
-            thousands of steps, which shrinks the features of millivolt signals until tokens hardly differ. "own":
-            those of the teacher's own forward passes, for `train_mode`.
+        batch_stats: running statistics of the teacher's BatchNorms. "own": of its own activations, from the first batch
+            on, which the very first targets use already. "ema": the student's, averaged with m like the parameters;
+            at m = 0.9996 they keep the initial variance of 1 for thousands of steps. Neither they nor a copy of the
+            student's, whose weights run ahead, are those of the teacher's activations: its features shrink.
     """
 
     mode: str
@@ -56,14 +55,10 @@ class Teacher:
                     f"teacher.{name}={getattr(self, name)} must be above 0 and at most 1; a teacher without momentum "
                     "is the student itself"
                 )
-        if self.mode == "frozen_random" and not (self.train_mode and self.batch_stats == "own"):
+        if self.batch_stats != "own" and (self.mode == "frozen_random" or self.train_mode):
             raise ValueError(
-                "teacher.mode='frozen_random' needs teacher.train_mode=True and teacher.batch_stats='own': a random "
-                "teacher has no statistics but those of its own batches"
-            )
-        if self.batch_stats == "own" and not self.train_mode:
-            raise ValueError(
-                "teacher.batch_stats='own' needs teacher.train_mode=True: in evaluation mode no batch is measured"
+                f"teacher.batch_stats={self.batch_stats!r} needs teacher.mode='ema' and teacher.train_mode=False; a "
+                "random teacher follows nobody, and in training mode the statistics of the batch count: take 'own'"
             )
 
     def rate_at(self, step: jax.Array) -> jax.Array:
@@ -95,52 +90,42 @@ class Teacher:
             dropout_key: for `train_mode`.
         """
 
-        def train_call():
+        statistics = variables["batch_stats"]
+        if self.batch_stats == "ema":
+            return self.eval_features(encoder, variables, x), statistics
+
+        def call(statistics, train):
             return encoder.apply(
-                variables, x, record_index, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
+                variables | {"batch_stats": statistics},
+                x,
+                record_index,
+                train=train,
+                rngs={"dropout": dropout_key},
+                mutable=["batch_stats"],
             )
 
-        statistics = variables["batch_stats"]
-        if self.train_mode:
-            (tokens, out), updates = train_call()
-            return {"tokens": tokens, **out}, updates["batch_stats"]
-        if self.batch_stats == "student":
+        if not self.train_mode:
+            # Before any batch the running statistics say nothing.
             statistics = jax.lax.cond(
                 step == 0,
-                lambda: batch_statistics(statistics, train_call()[1]["batch_stats"]),
+                lambda: batch_statistics(statistics, call(statistics, True)[1]["batch_stats"]),
                 lambda: variables["batch_stats"],
             )
-        return self.eval_features(encoder, variables | {"batch_stats": statistics}, x), statistics
+        (tokens, out), updates = call(statistics, self.train_mode)
+        return {"tokens": tokens, **out}, updates["batch_stats"]
 
     def eval_features(self, encoder, variables: dict[str, Any], x: jax.Array) -> dict[str, jax.Array]:
         """Features of unmasked x [B, T, C] in evaluation mode, as in validation."""
         tokens, out = encoder.apply(variables, x, train=False)
         return {"tokens": tokens, **out}
 
-    def follow(
-        self, teacher: dict[str, Any], before: dict[str, Any], after: dict[str, Any], step: jax.Array
-    ) -> dict[str, Any]:
-        """The teacher after the student's update number `step`.
-
-        Args:
-            teacher: its collections.
-            before, after: `params` and `batch_stats` of the student's encoder before and after the update.
-            step: 0 for the first.
-        """
+    def follow(self, teacher: dict[str, Any], student: dict[str, Any], step: jax.Array) -> dict[str, Any]:
+        """The teacher after the student's update number `step`, 0 for the first; collections of the two encoders."""
         if self.mode == "frozen_random":
             return teacher
         rate = self.rate_at(step)
-        if self.batch_stats == "ema":
-            statistics = ema(teacher["batch_stats"], after["batch_stats"], rate)
-        elif self.batch_stats == "student":
-            measured = batch_statistics(before["batch_stats"], after["batch_stats"])
-            # The mean of the batches so far, until it is long enough for the running average of a BatchNorm.
-            statistics = ema(
-                teacher["batch_stats"], measured, jnp.maximum(1.0 - STATISTICS_MOMENTUM, 1.0 / (step + 1))
-            )
-        else:
-            statistics = teacher["batch_stats"]
-        return teacher | {"params": ema(teacher["params"], after["params"], rate), "batch_stats": statistics}
+        following = ("params", "batch_stats") if self.batch_stats == "ema" else ("params",)
+        return teacher | {name: ema(teacher[name], student[name], rate) for name in following}
 
 
 def ema(average: Any, value: Any, rate: jax.Array | float) -> Any:

@@ -210,11 +210,8 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if teacher:
-        before, after = (
-            {"params": p["encoder"], "batch_stats": statistics["encoder"]}
-            for p, statistics in ((state.params, state.batch_stats), (params, changed["batch_stats"]))
-        )
-        next_teacher = teacher.follow(next_teacher, before, after, state.step)
+        student = {"params": params["encoder"], "batch_stats": changed["batch_stats"]["encoder"]}
+        next_teacher = teacher.follow(next_teacher, student, state.step)
     state = state.replace(
         step=state.step + 1,
         params=params,
