@@ -4,12 +4,15 @@ import jax
 import numpy as np
 import pytest
 
+from configs import common
 from ecg_jax import cli
 from ecg_jax.config_flags import load_config, override, parse_arg, shipped_configs
 from ecg_jax.errors import UserError
+from ecg_jax.objectives import masking
 from ecg_jax.pretrain import pretrain
 from ecg_jax.run_setup import check_config
 from ecg_jax.training.metric_writers import read_log
+from test_objectives import SPECS
 
 PRETRAINING = ["configs/cpc.py", "configs/cpc.py:data=11m,recipe=released", "configs/quickstart.py"]
 
@@ -21,7 +24,7 @@ def test_every_shipped_config_is_known():
         "__init__.py",
         "common.py",
     }
-    tested = {spec.partition(":")[0].removeprefix("configs/") for spec in PRETRAINING}
+    tested = {spec.partition(":")[0].removeprefix("configs/") for spec in [*PRETRAINING, *SPECS.values()]}
     assert names == tested | {"probe.py"}
     assert load_config("configs/probe.py").mode == "linear"
 
@@ -49,6 +52,40 @@ def test_recipes_differ_in_the_learning_rate_groups():
     assert described.optimiser.factors.to_dict() == {"head": 1.0, "backbone": 1.0, "stem": 1.0, "ssm": 0.1}
     assert released.optimiser.factors.to_dict() == {"head": 1.0, "backbone": 0.1, "stem": 0.01, "ssm": 0.01}
     assert load_config("configs/cpc.py:data=753k").data.max_records == 753_000
+
+
+def test_released_recipe_sets_every_switch_of_the_published_code():
+    """Spec §11.1."""
+    for name in ("jepa", "data2vec", "dinosr", "hubert"):
+        described, released = (
+            load_config(f"configs/{name}.py:recipe={r}") for r in ("described", "released")
+        )
+        assert described.data.normalisation == "ptbxl_canonical"
+        assert released.data.normalisation == "ptbxl_misordered"
+        teacher = described.objective.teacher
+        assert (teacher.mode, teacher.train_mode, teacher.momentum) == ("ema", False, 0.9996)
+        teacher = released.objective.teacher
+        assert (teacher.mode, teacher.train_mode, teacher.batch_stats) == ("frozen_random", True, "own")
+        masks = [
+            (c.objective.mask.probability, c.objective.mask.min_keep, c.objective.mask.last_token)
+            for c in (described, released)
+        ]
+        assert masks == [(0.065, 1, True), (0.0065, 64, False)]
+        assert released.optimiser.factors.to_dict() == {
+            "head": 1.0, "backbone": 0.1, "stem": 0.01, "ssm": 0.01,
+        }  # fmt: skip
+        check_config(described)
+        check_config(released)
+    norms = [load_config(f"configs/jepa.py:recipe={r}").objective.target_norms for r in common.RECIPES]
+    assert norms == [1, 2]
+    codebooks = [load_config(f"configs/dinosr.py:recipe={r}").objective for r in common.RECIPES]
+    assert [(c.top_k, c.idle_logits, c.codes) for c in codebooks] == [(2, 0, 256), (1, 256, 256)]
+
+
+def test_mask_strategies_of_the_configs_are_those_there_are():
+    assert set(common.STRATEGIES) == set(masking.STRATEGIES)
+    assert load_config("configs/jepa.py").objective.mask.strategy == "block"
+    assert load_config("configs/data2vec.py:mask=time").objective.mask.strategy == "time"
 
 
 def test_defaults_are_the_papers():

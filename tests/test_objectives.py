@@ -266,6 +266,20 @@ def test_student_does_not_see_what_is_hidden(name):
     assert 0.4 < reacts.mean() < 0.6  # half of the samples are hidden, in all leads at once
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_bfloat16_keeps_state_and_loss_in_float32(name):
+    config = tiny_config(name, precision="bfloat16")
+    teacher, batch = build_teacher(config, 1), next(batches(1))
+    state = first_state(config, teacher)
+    after, metrics = jax.eval_shape(bound_step(config, teacher, axis_name=None), state, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(metrics)} == {jnp.dtype("float32")}
+    for field in ("params", "batch_stats", "objective_state", "teacher"):
+        for before, leaf in zip(
+            jax.tree.leaves(getattr(state, field)), jax.tree.leaves(getattr(after, field)), strict=True
+        ):
+            assert leaf.dtype == before.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("name", WITH_TEACHER)
 def test_validation_uses_a_teacher_in_evaluation_mode(name):
     """The same batch twice gives the same numbers, and nothing of the state is touched."""

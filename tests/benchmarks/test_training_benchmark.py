@@ -17,6 +17,7 @@ from ecg_jax.config_flags import load_config, override
 from ecg_jax.data.pipeline import train_batches
 from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.models.inputs import to_model_input
+from ecg_jax.objectives.contract import Inputs
 from ecg_jax.run_setup import build_objective, build_optimiser, initial_state, open_store
 from ecg_jax.training import parallel
 from ecg_jax.training.train_state import train_step
@@ -36,7 +37,7 @@ def setup(tmp_path_factory):
     store, contract = open_store(config)
     mesh = Mesh(np.asarray(jax.devices()[:1]), (parallel.AXIS,))
     _, tx = build_optimiser(config, steps=1)
-    state = parallel.replicate(initial_state(config, tx, contract), mesh)
+    state = parallel.replicate(initial_state(config, tx, contract, teacher=None), mesh)
     batches = train_batches(
         store, np.arange(len(store)), batch_size=BATCH, window_samples=contract.window_samples, seed=0
     )
@@ -52,8 +53,11 @@ def device_part(batch):
 def forward(model, normalisation, state, batch, params):
     (losses, _), _ = model.apply(
         {**state.variables(), "params": params},
-        to_model_input(batch["signal"], normalisation),
-        batch["record_index"],
+        Inputs(
+            x=to_model_input(batch["signal"], normalisation),
+            record_index=batch["record_index"],
+            step=state.step,
+        ),
         train=True,
         rngs={"objective": state.rng, "dropout": state.rng},
         mutable=["batch_stats"],
