@@ -238,9 +238,8 @@ def _check_objective(config: ConfigDict) -> None:
         codes = objective.codes if isinstance(objective.codes, int) else max(objective.codes)
         if codes > config.batch_size * tokens:
             raise UserError(
-                f"config.objective.codes={objective.codes} asks for more codes than the "
-                f"{config.batch_size * tokens} tokens of a batch ({config.batch_size} windows of {tokens}); lower it or "
-                "raise config.batch_size"
+                f"config.objective.codes={objective.codes} asks for more codes than the {config.batch_size * tokens} "
+                f"tokens of a batch ({config.batch_size} windows of {tokens}); lower it or raise config.batch_size"
             )
     if "head_state" in objective:
         if objective.head_state < 2 or objective.head_state % 2:

@@ -121,9 +121,7 @@ def small(encoder=None, probability=0.2, **fields):
     return DinoSR(encoder=encoder, width=16, mask=mask, head_state=8, **{"codes": CODES} | fields)
 
 
-TEACHER = Teacher(
-    mode="ema", momentum=0.9, momentum_end=0.9, train_mode=False, batch_stats="own", steps=10
-)
+TEACHER = Teacher(mode="ema", momentum=0.9, momentum_end=0.9, train_mode=False, batch_stats="own", steps=10)
 SGD = optax.sgd(1e-2)
 
 

@@ -128,9 +128,7 @@ def tiny(axis_name=None):
     return HubertPP(encoder=encoder, width=16, mask=Masking(probability=0.2, span=4), codes=(4, 7))
 
 
-TEACHER = Teacher(
-    mode="ema", momentum=0.9, momentum_end=0.9, train_mode=False, batch_stats="own", steps=10
-)
+TEACHER = Teacher(mode="ema", momentum=0.9, momentum_end=0.9, train_mode=False, batch_stats="own", steps=10)
 SGD = optax.sgd(1e-2)
 
 
