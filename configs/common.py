@@ -7,8 +7,15 @@ from types import SimpleNamespace
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from ecg_jax.config_flags import parse_arg
+
 #: The pretraining ladder: name -> largest number of recordings a run of that size uses.
 DATA_SIZES = {"18k": 18_000, "45k": 45_000, "106k": 106_000, "753k": 753_000, "11m": 11_000_000}
+
+BACKBONES = ("s4",)
+
+#: The masking strategies of ecg_jax/objectives/masking.py.
+STRATEGIES = ("span", "block", "ratio", "time", "independent", "lead")
 
 #: `described` is what the paper describes; `released` reproduces the released code as it is.
 RECIPES = ("described", "released")
@@ -142,8 +149,12 @@ def teacher() -> ConfigDict:
     return config
 
 
-#: The masking strategies of ecg_jax/objectives/masking.py.
-STRATEGIES = ("span", "block", "ratio", "time", "independent", "lead")
+def parse_masked(arg: str, mask: str, **choices: tuple[str, ...]) -> SimpleNamespace:
+    """The argument of a masked objective's config; `mask` is its default strategy, `choices` its own keys."""
+    strategies = (mask, *(name for name in STRATEGIES if name != mask))
+    return parse_arg(
+        arg, **choices, backbone=BACKBONES, data=tuple(DATA_SIZES), recipe=RECIPES, mask=strategies
+    )
 
 
 def masked_objective(arg: SimpleNamespace, objective: dict) -> ConfigDict:

@@ -14,7 +14,7 @@ from ecg_jax.config_flags import parse_arg
 
 
 def get_config(arg=""):
-    arg = parse_arg(arg, backbone=("s4",), data=tuple(common.DATA_SIZES), recipe=common.RECIPES)
+    arg = parse_arg(arg, backbone=common.BACKBONES, data=tuple(common.DATA_SIZES), recipe=common.RECIPES)
     config = common.get_config()
     with config.unlocked():
         config.objective = ConfigDict(

@@ -7,17 +7,10 @@ mask=span|block|ratio|time|independent|lead.
 """
 
 from configs import common
-from ecg_jax.config_flags import parse_arg
 
 
 def get_config(arg=""):
-    arg = parse_arg(
-        arg,
-        backbone=("s4",),
-        data=tuple(common.DATA_SIZES),
-        recipe=common.RECIPES,
-        mask=common.STRATEGIES,
-    )
+    arg = common.parse_masked(arg, mask="span")
     config = common.masked_objective(
         arg,
         {

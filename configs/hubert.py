@@ -15,18 +15,10 @@ mask=span|block|ratio|time|independent|lead.
 from ml_collections import ConfigDict
 
 from configs import common
-from ecg_jax.config_flags import parse_arg
 
 
 def get_config(arg=""):
-    arg = parse_arg(
-        arg,
-        variant=("online", "offline"),
-        backbone=("s4",),
-        data=tuple(common.DATA_SIZES),
-        recipe=common.RECIPES,
-        mask=common.STRATEGIES,
-    )
+    arg = common.parse_masked(arg, mask="span", variant=("online", "offline"))
     if arg.variant == "offline":
         return _offline(arg)
     return common.masked_objective(

@@ -8,17 +8,10 @@ mask=block|span|ratio|time|independent|lead.
 """
 
 from configs import common
-from ecg_jax.config_flags import parse_arg
 
 
 def get_config(arg=""):
-    arg = parse_arg(
-        arg,
-        backbone=("s4",),
-        data=tuple(common.DATA_SIZES),
-        recipe=common.RECIPES,
-        mask=("block", *(name for name in common.STRATEGIES if name != "block")),
-    )
+    arg = common.parse_masked(arg, mask="block")
     config = common.masked_objective(
         arg,
         {

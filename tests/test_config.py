@@ -12,7 +12,7 @@ from ecg_jax.objectives import masking
 from ecg_jax.pretrain import pretrain
 from ecg_jax.run_setup import check_config
 from ecg_jax.training.metric_writers import read_log
-from test_objectives import SPECS
+from tiny_runs import SPECS
 
 PRETRAINING = ["configs/cpc.py", "configs/cpc.py:data=11m,recipe=released", "configs/quickstart.py"]
 

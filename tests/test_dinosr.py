@@ -1,4 +1,4 @@
-"""DinoSR: parity of loss and whole steps, its codebooks on any number of devices, and a collapse that shows."""
+"""DinoSR: parity of loss and whole steps, its codebooks, and a collapse that shows."""
 
 import functools
 
@@ -6,20 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import Mesh
 
 from conftest import assert_close, group, load_golden
-from ecg_jax.models.encoder import build_encoder
 from ecg_jax.objectives.clustering import nearest_code, update_codebook
 from ecg_jax.objectives.contract import Inputs, mean_over_tokens
 from ecg_jax.objectives.dinosr import DinoSR, dinosr_features, dinosr_loss
 from ecg_jax.objectives.masking import Masking
-from ecg_jax.objectives.teacher import Teacher
-from ecg_jax.training import parallel
-from ecg_jax.training.train_state import create_train_state, train_step
 from golden_steps import FixedMask, assert_after, assert_gradients, run_reference_steps, unpacked
+from tiny_runs import OWN, TOKENS, run_mapped
 
 
 def global_mean(term):
@@ -121,79 +116,22 @@ def small(encoder=None, probability=0.2, **fields):
     return DinoSR(encoder=encoder, width=16, mask=mask, head_state=8, **{"codes": CODES} | fields)
 
 
-TEACHER = Teacher(mode="ema", momentum=0.9, momentum_end=0.9, train_mode=False, batch_stats="own", steps=10)
-SGD = optax.sgd(1e-2)
-
-
-def with_encoder(axis_name, **fields):
-    encoder = build_encoder(
-        backbone="s4", width=16, state=4, layers=2, l_max=32, bidirectional=True,
-        trainable_ssm=False, dropout=0.2, axis_name=axis_name,
-    )  # fmt: skip
-    return small(encoder, **fields)
-
-
-def first_state():
-    return create_train_state(
-        with_encoder(None), SGD, seed=0, window_samples=64, leads=12, tokens=32, l_max=32, teacher=TEACHER
-    )
-
-
-def batches(n, size=16):
-    rng = np.random.default_rng(0)
-    for _ in range(n):
-        walk = rng.normal(scale=600, size=(size, 64, 12)).cumsum(axis=1)
-        yield {"signal": walk.astype(np.int16), "record_index": np.arange(size, dtype=np.int32)}
-
-
-def run_mapped(devices, n=3):
-    mesh = Mesh(np.asarray(jax.devices()[:devices]), (parallel.AXIS,))
-    step = functools.partial(
-        train_step, model=with_encoder(parallel.AXIS), tx=SGD, normalisation="none", teacher=TEACHER
-    )
-    step_fn = parallel.map_train_step(step, mesh)
-    state, log = parallel.replicate(first_state(), mesh), []
-    for batch in batches(n):
-        state, metrics = step_fn(state, parallel.shard_batch(batch, mesh))
-        log.append(jax.device_get(metrics))
-    return state, log
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    return run_mapped(1)
-
-
-def test_eight_devices_equal_one(one_device):
-    (state, log), (expected_state, expected_log) = run_mapped(8), one_device
-    for entry, other in zip(log, expected_log, strict=True):
-        assert entry.keys() == other.keys()
-        for name in entry:
-            np.testing.assert_allclose(entry[name], other[name], rtol=5e-5, atol=1e-6, err_msg=name)
-    for field in ("params", "objective_state"):
-        leaves = jax.tree.leaves_with_path(getattr(state, field))
-        others = jax.tree.leaves(getattr(expected_state, field))
-        for (path, leaf), other in zip(leaves, others, strict=True):
-            where = field + jax.tree_util.keystr(path)
-            np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=5e-6, err_msg=where)
-
-
-def test_a_run_moves_its_codebooks(one_device):
-    state, log = one_device
-    start = first_state().objective_state
+def test_a_run_moves_its_codebooks():
+    run = run_mapped("dinosr", "described", 1)
+    codes, tokens = int(OWN["dinosr"]["objective.codes"]), 16 * TOKENS
+    start, end = run.start.objective_state, run.last.objective_state
     assert {name: leaf.shape for name, leaf in start.items()} == {
-        "codebook": (2, CODES, 16), "code_sum": (2, CODES, 16), "code_count": (2, CODES),
+        "codebook": (2, codes, 16), "code_sum": (2, codes, 16), "code_count": (2, codes),
     }  # fmt: skip
     np.testing.assert_allclose(start["codebook"].mean(-1), 0, atol=1e-5)
     np.testing.assert_allclose(start["codebook"].std(-1), 1, rtol=1e-3)
-    for name, leaf in state.objective_state.items():
+    for name, leaf in end.items():
         assert not np.allclose(leaf, start[name]), name
     # Every token of the global batch counts in each codebook.
     m = 0.9
-    expected = m**3 * CODES + (1 - m**3) * 16 * 32
-    np.testing.assert_allclose(state.objective_state["code_count"].sum(-1), expected, rtol=1e-5)
-    assert all(0 < entry["accuracy"] < 1 and 1 < entry["perplexity"] <= CODES for entry in log)
-    assert all(0.2 < entry["masked_share"] < 0.9 for entry in log)
+    np.testing.assert_allclose(end["code_count"].sum(-1), m**3 * codes + (1 - m**3) * tokens, rtol=1e-5)
+    assert all(0 < entry["accuracy"] < 1 and 1.5 < entry["perplexity"] <= codes for entry in run.log)
+    assert all(0.2 < entry["masked_share"] < 0.9 for entry in run.log)
 
 
 @functools.cache

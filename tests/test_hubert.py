@@ -1,17 +1,15 @@
-"""HuBERT++ and HuBERT: parity of losses and whole steps, prototypes on any number of devices, collapse that shows."""
+"""HuBERT++ and HuBERT: parity of losses and whole steps, prototypes, collapse that shows."""
 
+import ast
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import Mesh
 
 from conftest import assert_close, group, load_golden
-from ecg_jax.models.encoder import build_encoder
 from ecg_jax.objectives import hubert
 from ecg_jax.objectives.clustering import (
     cosines,
@@ -23,10 +21,8 @@ from ecg_jax.objectives.clustering import (
 from ecg_jax.objectives.contract import Inputs
 from ecg_jax.objectives.hubert import Hubert, HubertPP, divergence, hubert_loss, hubertpp_loss
 from ecg_jax.objectives.masking import Masking
-from ecg_jax.objectives.teacher import Teacher
-from ecg_jax.training import parallel
-from ecg_jax.training.train_state import create_train_state, train_step
 from golden_steps import FixedMask, assert_after, assert_gradients, run_reference_steps, unpacked
+from tiny_runs import OWN, run_mapped
 
 REFERENCE_NAMES = {
     "masked_loss": "loss_masked0", "visible_loss": "loss_nonmasked0",
@@ -120,76 +116,18 @@ def test_two_steps_of_the_reference(monkeypatch):
         assert_close(state.objective_state[f"prototypes{j}"], after, 1e-4, "prototypes")
 
 
-def tiny(axis_name=None):
-    encoder = build_encoder(
-        backbone="s4", width=16, state=4, layers=2, l_max=32, bidirectional=True,
-        trainable_ssm=False, dropout=0.2, axis_name=axis_name,
-    )  # fmt: skip
-    return HubertPP(encoder=encoder, width=16, mask=Masking(probability=0.2, span=4), codes=(4, 7))
-
-
-TEACHER = Teacher(mode="ema", momentum=0.9, momentum_end=0.9, train_mode=False, batch_stats="own", steps=10)
-SGD = optax.sgd(1e-2)
-
-
-def tiny_state():
-    return create_train_state(
-        tiny(), SGD, seed=0, window_samples=64, leads=12, tokens=32, l_max=32, teacher=TEACHER
-    )
-
-
-def batches(n, size=16):
-    rng = np.random.default_rng(0)
-    for _ in range(n):
-        walk = rng.normal(scale=600, size=(size, 64, 12)).cumsum(axis=1)
-        yield {"signal": walk.astype(np.int16), "record_index": np.arange(size, dtype=np.int32)}
-
-
-def run_mapped(devices, n=3):
-    """Three steps, the one that chooses the prototypes among them."""
-    mesh = Mesh(np.asarray(jax.devices()[:devices]), (parallel.AXIS,))
-    step = functools.partial(
-        train_step, model=tiny(parallel.AXIS), tx=SGD, normalisation="none", teacher=TEACHER
-    )
-    step_fn = parallel.map_train_step(step, mesh)
-    state, log = parallel.replicate(tiny_state(), mesh), []
-    for batch in batches(n):
-        state, metrics = step_fn(state, parallel.shard_batch(batch, mesh))
-        log.append(jax.device_get(metrics))
-    return state, log
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    return run_mapped(1)
-
-
-def test_eight_devices_equal_one(one_device):
-    (state, log), (expected_state, expected_log) = run_mapped(8), one_device
-    for entry, other in zip(log, expected_log, strict=True):
-        assert entry.keys() == other.keys()
-        for name in entry:
-            np.testing.assert_allclose(entry[name], other[name], rtol=5e-5, atol=1e-6, err_msg=name)
-    for field in ("params", "objective_state"):
-        leaves = jax.tree.leaves_with_path(getattr(state, field))
-        others = jax.tree.leaves(getattr(expected_state, field))
-        for (path, leaf), other in zip(leaves, others, strict=True):
-            where = field + jax.tree_util.keystr(path)
-            np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=5e-6, err_msg=where)
-
-
-def test_a_run_of_hubertpp(one_device):
-    state, log = one_device
+def test_a_run_of_hubertpp():
+    run = run_mapped("hubertpp", "described", 1)
     terms = {f"{name}{j}" for name in REFERENCE_NAMES for j in range(2)}
-    assert terms | {"accuracy", "kl", "perplexity", "dead_codes", "masked_share", "loss", "grad_norm"} == set(
-        log[0]
-    )
-    for entry in log:
+    metrics = {"accuracy", "kl", "perplexity", "dead_codes", "masked_share", "loss", "grad_norm"}
+    assert terms | metrics == set(run.log[0])
+    sizes = ast.literal_eval(OWN["hubertpp"]["objective.codes"])
+    for entry in run.log:
         assert entry["loss"] == pytest.approx(sum(entry[name] for name in terms), rel=1e-5)
         assert 0 < entry["accuracy"] < 1
-        assert 1 < entry["perplexity"] <= (4 + 7) / 2
-    for j, codes in enumerate((4, 7)):
-        prototypes = state.objective_state[f"prototypes{j}"]
+        assert 1.5 < entry["perplexity"] <= sum(sizes) / 2
+    for j, codes in enumerate(sizes):
+        prototypes = run.last.objective_state[f"prototypes{j}"]
         assert prototypes.shape == (codes, 16)
         np.testing.assert_allclose(jnp.linalg.norm(prototypes, axis=-1), 1, rtol=1e-5)
 
