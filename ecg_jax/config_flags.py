@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -68,46 +68,64 @@ def parse_arg(arg: str, **choices: tuple[str, ...]) -> SimpleNamespace:
     return SimpleNamespace(**values)
 
 
-def load_config(spec: str) -> ConfigDict:
-    """The config of `FILE[:ARGS]`.
+def run_file(prefix: str, name: str, use: Callable[[ModuleType], Any]) -> Any:
+    """What `use` makes of a Python file that belongs to the user.
 
-    FILE is looked for as given and, when it starts with `configs/`, among the configs that ship with the
-    package.
+    The file is looked for as given and, when it starts with `configs/`, among those that ship with the package. It may
+    import `configs` and its neighbours.
+
+    Args:
+        prefix: how errors begin.
+        name: of the file.
+        use: called with the file as a module; what it raises is the file's fault.
 
     Raises:
-        UserError: no such file, no get_config in it, or it refuses its argument.
+        UserError: there is no such file, it is not Python, or it or `use` failed; names the line.
     """
-    name, _, arg = spec.partition(":")
     path = Path(name)
     root = shipped_configs()
     if not path.is_file():
         path = root / name
     if not path.is_file():
-        raise UserError(f"--config={spec}: there is no file {name}")
+        raise UserError(f"{prefix}: there is no file {name}")
     for folder in (root, path.parent.absolute()):  # for `from configs import common`, and for its neighbours
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
     module_spec = importlib.util.spec_from_file_location(f"config_file_{path.stem}", path)
     if module_spec is None:
-        raise UserError(f"--config={spec}: {name} is not a Python file")
+        raise UserError(f"{prefix}: {name} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"--config={spec}: {name} defines no get_config(arg)")
-        config = module.get_config(arg)
+        return use(module)
     except UserError:
         raise
     except SyntaxError as error:
         raise UserError(
-            f"--config={spec}: {error.filename} line {error.lineno} is not valid Python: {error.msg}"
+            f"{prefix}: {error.filename} line {error.lineno} is not valid Python: {error.msg}"
         ) from error
     except Exception as error:  # whatever the file does: a misspelt field, a missing import, a bug
         where = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in where if frame.filename == module_spec.origin]
         line = f" line {lines[-1]}" if lines else ""
         text = " ".join(str(error).split())
-        raise UserError(f"--config={spec}: {name}{line}: {type(error).__name__}: {text}") from error
+        raise UserError(f"{prefix}: {name}{line}: {type(error).__name__}: {text}") from error
+
+
+def load_config(spec: str) -> ConfigDict:
+    """The config of `FILE[:ARGS]`, see `run_file`.
+
+    Raises:
+        UserError: no such file, no get_config in it, or it refuses its argument.
+    """
+    name, _, arg = spec.partition(":")
+
+    def use(module):
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config={spec}: {name} defines no get_config(arg)")
+        return module.get_config(arg)
+
+    config = run_file(f"--config={spec}", name, use)
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"--config={spec}: get_config of {name} returns a {type(config).__name__}, not a ConfigDict"

@@ -3,9 +3,6 @@
 import difflib
 import json
 import re
-import runpy
-import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ecg_jax.config_flags import load_config, override, shipped_configs
+from ecg_jax.config_flags import load_config, override, run_file
 from ecg_jax.errors import UserError
 from ecg_jax.probe import check_config as check_probe_config
 from ecg_jax.run_setup import check_config
@@ -84,33 +81,19 @@ def load_sweep(path: str) -> Sweep:
 
 def _read(path: str) -> tuple[list, str]:
     """What sweep() yields, and NOTE."""
-    root, file = shipped_configs(), Path(path)
-    if not file.is_file():
-        file = root / path
-    if not file.is_file():
-        raise UserError(f"there is no sweep file {path}")
-    for folder in (root, file.parent.absolute()):  # for `from configs import common`, and for its neighbours
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
-    try:
-        module = runpy.run_path(str(file))
-        if "sweep" not in module:
-            raise UserError(f"{path} defines no sweep()")
-        note = module.get("NOTE", "")
-        made = module["sweep"]()
+
+    def use(module):
+        if not hasattr(module, "sweep"):
+            raise UserError(f"sweep: {path} defines no sweep()")
+        note = module.NOTE if hasattr(module, "NOTE") else ""
+        made = module.sweep()
         if not isinstance(made, Iterator | list | tuple) or not isinstance(note, str):
-            raise UserError(f"{path}: sweep() must yield dicts, one for each run, and NOTE be a string")
+            raise UserError(
+                f"sweep: {path}: sweep() must yield dicts, one for each run, and NOTE be a string"
+            )
         return list(made), note
-    except UserError:
-        raise
-    except SyntaxError as error:
-        raise UserError(f"{path} line {error.lineno} is not valid Python: {error.msg}") from error
-    except Exception as error:  # whatever the file does
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(file)]
-        line = f" line {lines[-1]}" if lines else ""
-        text = " ".join(str(error).split())
-        raise UserError(f"{path}{line}: {type(error).__name__}: {text}") from error
+
+    return run_file("sweep", path, use)
 
 
 def _check_entry(path: str, number: int, entry: Any) -> None:

@@ -261,7 +261,7 @@ def test_unknown_names_are_refused(tmp_path, capsys):
     assert cli.main(["sweep", str(path), "--list", "--only=data2vek"]) == 2
     assert "did you mean 'data2vec" in capsys.readouterr().err
     assert cli.main(["sweep", "nothing.py", "--list"]) == 2
-    assert "there is no sweep file nothing.py" in capsys.readouterr().err
+    assert "there is no file nothing.py" in capsys.readouterr().err
     assert cli.main(["sweep", str(path)]) == 2
     assert "--output=DIR" in capsys.readouterr().err
 
