@@ -23,6 +23,7 @@ from ecg_jax.data.store import Store
 from ecg_jax.data.targets import Targets
 from ecg_jax.errors import Stopped, UserError
 from ecg_jax.evaluation import online_probe
+from ecg_jax.models.encoder import tokens_of
 from ecg_jax.run_setup import (
     build_objective,
     build_optimiser,
@@ -43,7 +44,7 @@ from ecg_jax.training.metric_writers import (
     TensorBoardWriter,
     rewind_log,
 )
-from ecg_jax.training.train_state import TrainState, eval_step, mean_of_sums, train_step
+from ecg_jax.training.train_state import TrainState, eval_step, mean_of_sums, train_step, with_bases
 
 DESCRIPTION = """\
 Pretrains an encoder on a prepared store. Run the same command again to continue an interrupted run, exactly.
@@ -125,9 +126,12 @@ def _run(
             "config": config.to_dict(),
             "preprocessing": preprocessing.to_dict(),
             "store_fingerprint": store.fingerprint,
+            "targets_fingerprint": targets and targets.fingerprint,
         },
     )
-    state = checkpoints.restore_latest(state, state.step.sharding) or state
+    if restored := checkpoints.restore_latest(state, state.step.sharding):
+        tokens = tokens_of(preprocessing.window_samples)
+        state = parallel.replicate(with_bases(restored, tokens=tokens, l_max=config.model.l_max), mesh)
     start = int(state.step)
     if start > steps:
         raise UserError(
@@ -214,9 +218,9 @@ def _run(
                     writer.write_scalars(done, scalars)
                     progress.set_postfix_str(_summary(scalars))
                     collapsed = _warn(monitor, scalars, done, writer)
-                    if collapsed and config.stop_on_collapse:
+                    if config.stop_on_collapse and distributed.first_says(bool(collapsed)):
                         raise UserError(
-                            f"collapse at step {done}: {collapsed[0]}; {_last_good(workdir, saved)}"
+                            f"collapse at step {done}: {'; '.join(collapsed[:1])}; {_last_good(workdir, saved)}"
                         )
                 if save_now:
                     checkpoints.save(state, val_loss=scalars.get("val_loss"))
@@ -299,7 +303,6 @@ def _monitor(
         min_feature_std=config.monitor.min_feature_std,
         min_perplexity=config.monitor.min_perplexity,
         max_dead_share=config.monitor.max_dead_share,
-        codes=collapse.number_of_codes(config.objective.to_dict()),
     )
     return collapse.Monitor(limits, mesh, probe=probe, probe_every=config.monitor.probe_every, **bound)
 

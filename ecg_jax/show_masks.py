@@ -25,6 +25,7 @@ from ecg_jax.objectives.masking import STRATEGIES, Mask, Masking
 from ecg_jax.prepare import prepare
 from ecg_jax.quickstart import SAMPLE
 from ecg_jax.run_setup import OBJECTIVES, open_store
+from ecg_jax.training.train_state import seed_keys, step_keys
 
 DESCRIPTION = """\
 Draws what a masked objective does not see and what it has to predict, on the first recordings that a run with this
@@ -81,8 +82,8 @@ def mask_key(seed: int, step: jax.Array | int) -> jax.Array:
         seed: `config.seed`.
         step: optimiser updates done before.
     """
-    _, run_key = jax.random.split(jax.random.key(seed))
-    objective_key, _ = jax.random.split(jax.random.fold_in(run_key, step))
+    _, run_key = seed_keys(seed)
+    objective_key, _ = step_keys(run_key, step)
     return _ObjectiveKey().apply({}, rngs={"objective": objective_key})
 
 

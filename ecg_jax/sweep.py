@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from ecg_jax.cluster import cluster
 from ecg_jax.data.store import Store
@@ -162,10 +163,12 @@ def _shared_programs() -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix="ecg_jax_sweep_", ignore_cleanup_errors=True) as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # JAX looks at the setting once
         try:
             yield
         finally:
             jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
 
 
 def _check_store(sweep: Sweep, output: Path, store: Store) -> None:

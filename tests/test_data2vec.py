@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from conftest import assert_close, load_golden
-from ecg_jax.objectives.contract import last_layers, mean_over_tokens
-from ecg_jax.objectives.data2vec import Data2Vec, data2vec_loss, data2vec_targets, smooth_l1
+from ecg_jax.objectives.contract import last_layers, mean_over_tokens, smooth_l1
+from ecg_jax.objectives.data2vec import Data2Vec, data2vec_loss, data2vec_targets
 from golden_steps import FixedMask, assert_after, assert_gradients, run_reference_steps, unpacked
 
 

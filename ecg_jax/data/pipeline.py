@@ -2,9 +2,9 @@
 
 Three indices, kept apart:
 
-    position       of a crop in the endless global order, 0, 1, 2, ... ; step s holds positions s*B .. (s+1)*B
-    - 1 record_index   position within the global batch, 0 .. B-1; every random choice on the device derives
-    from it row            of the store's records table
+    position      of a crop in the endless global order, 0, 1, 2, ...; step s holds positions s*B .. (s+1)*B - 1
+    record_index  position within the global batch, 0 .. B-1; every random choice on the device derives from it
+    row           of the store's records table
 
 The order is a function of (seed, position), and so is the offset of each crop: the global batch of a step is
 the same for any number of processes, and the step number is the whole state of the pipeline. Process p of P

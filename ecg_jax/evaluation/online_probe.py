@@ -11,6 +11,7 @@ number compares steps and runs with each other; what the encoder is worth, `ecg-
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -174,9 +175,10 @@ class OnlineProbe:
             signal = self._store.read_crops(starts, self._window_samples)
             yield {"signal": signal, "record_index": record_index}
 
-    def embed(self, state: TrainState) -> list[jax.Array]:
-        """Starts encoding the slice, batch by batch, for `score`."""
-        return [self._embed(state, parallel.shard_batch(batch, self._mesh)) for batch in self._batches()]
+    def embed(self, state: TrainState, batches: int | None = None) -> list[jax.Array]:
+        """Starts encoding the slice, batch by batch, for `score`; with `batches` no more of it than these."""
+        some = itertools.islice(self._batches(), batches)
+        return [self._embed(state, parallel.shard_batch(batch, self._mesh)) for batch in some]
 
     def score(self, embedded: list[np.ndarray]) -> dict[str, float]:
         """`probe_auroc`, the macro AUROC of the half that was not fitted; {} if a feature is not finite."""

@@ -4,19 +4,15 @@ An objective is a Flax module with the fields `encoder`, `width`, `dtype` and th
 
     def __call__(self, inputs: Inputs, *, train: bool) -> tuple[Terms, Terms]
 
-It returns losses and metrics, each name -> (values [B], weights [B]). A term is the weighted mean over the
-global batch, 0 where no record has a weight; the loss is the sum of all losses. A mean over masked tokens is
-the mean of
-each record with the number of its masked tokens as weight: `mean_over_tokens`. A number that is global
-already is returned by `global_metric`.
+It returns losses and metrics, each name -> (values [B], weights [B]). A term is the weighted mean over the global
+batch, 0 where no record has a weight; the loss is the sum of all losses. A mean over masked tokens is the mean of
+each record with the number of its masked tokens as weight: `mean_over_tokens`. A number that is global already is
+returned by `global_metric`.
 
-Randomness comes from `make_rng("objective")`, folded with the record's number; dropout takes `record_index`
-too. State other than parameters (codebooks, prototypes) lives in the collection "objective_state", the same
-on every
-device: sums over tokens that enter it go through `Inputs.psum`. It is saved with every checkpoint.
+Randomness comes from `make_rng("objective")`, folded with the record's number; dropout takes `record_index` too.
+State other than parameters (codebooks, prototypes) lives in the collection "objective_state", the same on every
+device: sums over tokens that enter it are taken over `inputs.axis_name`. It is saved with every checkpoint.
 """
-
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -47,10 +43,6 @@ class Inputs(flax.struct.PyTreeNode):
     teacher: dict[str, jax.Array] | None = None
     labels: jax.Array | None = None
     axis_name: str | None = flax.struct.field(pytree_node=False, default=None)
-
-    def psum(self, tree: Any) -> Any:
-        """Sum over all devices."""
-        return jax.lax.psum(tree, self.axis_name) if self.axis_name else tree
 
 
 def encode_masked(objective: nn.Module, inputs: Inputs, *, train: bool) -> tuple[jax.Array, Mask]:
@@ -94,3 +86,14 @@ def last_layers(intermediates: dict[str, jax.Array], kind: str, count: int) -> l
     if not 1 <= count <= depth:
         raise ValueError(f"top_k={count} must lie between 1 and {depth}, the layers of the backbone")
     return [intermediates[f"{kind}{i}"] for i in range(depth - count, depth)]
+
+
+def smooth_l1(predicted: jax.Array, targets: jax.Array, beta: float) -> jax.Array:
+    """0.5 e^2 / beta below |e| = beta and |e| - 0.5 beta above; the squared error e^2 for beta = 0 (spec
+    §5.5).
+    """
+    error = predicted - targets
+    if beta == 0:
+        return jnp.square(error)
+    size = jnp.abs(error)
+    return jnp.where(size < beta, 0.5 * jnp.square(error) / beta, size - 0.5 * beta)

@@ -11,24 +11,13 @@ import jax.numpy as jnp
 from ecg_jax.models.encoder import Encoder
 from ecg_jax.models.heads import S4Head
 from ecg_jax.models.layers import standardise
-from ecg_jax.objectives.contract import Inputs, Terms, encode_masked, last_layers, mean_over_tokens
+from ecg_jax.objectives.contract import Inputs, Terms, encode_masked, last_layers, mean_over_tokens, smooth_l1
 from ecg_jax.objectives.masking import Masking
 
 
 def data2vec_targets(layers: list[jax.Array]) -> jax.Array:
     """Mean over the layers [B, L, D] of their features, each standardised token by token; float32 [B, L, D]."""
     return jnp.mean(jnp.stack([standardise(layer) for layer in layers]), axis=0)
-
-
-def smooth_l1(predicted: jax.Array, targets: jax.Array, beta: float) -> jax.Array:
-    """0.5 e^2 / beta below |e| = beta and |e| - 0.5 beta above; the squared error e^2 for beta = 0 (spec
-    §5.5).
-    """
-    error = predicted - targets
-    if beta == 0:
-        return jnp.square(error)
-    size = jnp.abs(error)
-    return jnp.where(size < beta, 0.5 * jnp.square(error) / beta, size - 0.5 * beta)
 
 
 def data2vec_loss(

@@ -22,9 +22,6 @@ from ecg_jax.objectives.contract import (
 )
 from ecg_jax.objectives.masking import Masking
 
-#: A codeword whose moving count of tokens is below this is dead: at a momentum of 0.9, no token for some 70 steps.
-DEAD_COUNT = 1e-3
-
 
 def dinosr_features(layers: list[jax.Array]) -> jax.Array:
     """Teacher layers, each [B, L, D], standardised token by token, twice as the reference does; float32 [k, B, L, D].
@@ -95,7 +92,7 @@ class DinoSR(nn.Module):
         """`code_loss` over masked tokens, see `objectives.contract`.
 
         Metrics: `accuracy` at the masked tokens; `perplexity` of the labels of the global batch, mean over the
-        codebooks; `dead_codes`, codewords of all codebooks together whose moving count is below `DEAD_COUNT`;
+        codebooks; `dead_codes`, the share of the codewords that no token of the global batch is nearest to;
         `masked_share`.
         """
         tokens, mask = encode_masked(self, inputs, train=train)
@@ -118,11 +115,10 @@ class DinoSR(nn.Module):
         hits = (logits.argmax(axis=-1) == labels).mean(axis=0, dtype=jnp.float32)
         masked = mask.targets > 0
         usage = jax.vmap(lambda labels: code_usage(labels, self.codes, inputs.axis_name))(labels)
-        dead = (self.get_variable("objective_state", "code_count") < DEAD_COUNT).sum()
         return {"code_loss": mean_over_tokens(loss, masked)}, {
             "accuracy": mean_over_tokens(hits, masked),
             "perplexity": global_metric(perplexity(usage).mean(), len(masked)),
-            "dead_codes": global_metric(dead, len(masked)),
+            "dead_codes": global_metric((usage == 0).mean(), len(masked)),
             "masked_share": mean_over_tokens(masked, jnp.ones_like(loss)),
         }
 

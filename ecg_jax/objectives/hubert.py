@@ -129,7 +129,7 @@ class HubertPP(nn.Module):
         Metrics, means over the codebooks where not said otherwise: `accuracy`, the share of masked tokens whose
         likeliest code is that of the targets; `kl` of targets and predictions over all tokens; `perplexity` of the
         nearest prototypes over the global batch (the targets are balanced by construction and would hide a collapse);
-        `dead_codes`, prototypes of all codebooks together that no token of the global batch is nearest to;
+        `dead_codes`, the share of the prototypes that no token of the global batch is nearest to;
         `masked_share`.
 
         Raises:
@@ -166,7 +166,7 @@ class HubertPP(nn.Module):
                     "hits": logits.argmax(axis=-1) == targets.argmax(axis=-1),
                     "kl": divergence(targets, jax.nn.log_softmax(logits / student_temperature)),
                     "perplexity": perplexity(usage),
-                    "dead_codes": (usage == 0).sum(),
+                    "dead_codes": (usage == 0).sum() / sum(self.codes),
                 }
             )
         total = jax.tree.map(lambda *values: sum(values), *metrics)
@@ -262,7 +262,7 @@ class Hubert(nn.Module):
         count nowhere.
 
         Metrics: `accuracy` at the masked tokens; `perplexity` of the codes predicted at the masked tokens of the
-        global batch, and `dead_codes`, those predicted at none of them; `masked_share`.
+        global batch; `masked_share`.
 
         Raises:
             ValueError: no labels, other than at initialisation.
@@ -294,7 +294,6 @@ class Hubert(nn.Module):
         return losses, {
             "accuracy": mean_over_tokens(predicted == labels, masked),
             "perplexity": global_metric(perplexity(usage), len(masked)),
-            "dead_codes": global_metric((usage == 0).sum(), len(masked)),
             "masked_share": mean_over_tokens(mask.targets > 0, jnp.ones_like(loss)),
         }
 

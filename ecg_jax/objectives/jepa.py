@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from ecg_jax.models.encoder import Encoder
 from ecg_jax.models.heads import S4Head
 from ecg_jax.models.layers import standardise
-from ecg_jax.objectives.contract import Inputs, Terms, encode_masked, mean_over_tokens
-from ecg_jax.objectives.data2vec import smooth_l1
+from ecg_jax.objectives.contract import Inputs, Terms, encode_masked, mean_over_tokens, smooth_l1
 from ecg_jax.objectives.masking import Masking
 
 

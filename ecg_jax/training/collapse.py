@@ -135,25 +135,13 @@ class Limits:
 
     Attributes:
         min_rankme, min_feature_std, min_perplexity: lowest values; 0 switches a rule off.
-        max_dead_share: largest share of the codes that may be dead; 1 switches the rule off.
-        codes: number of codes of the objective over all codebooks, 0 for objectives without.
+        max_dead_share: largest `dead_codes`, the share of the codes that no token of a batch has; 1 switches it off.
     """
 
     min_rankme: float
     min_feature_std: float
     min_perplexity: float
     max_dead_share: float
-    codes: int = 0
-
-
-def number_of_codes(objective: dict[str, Any]) -> int:
-    """Codes over all codebooks of an objective, given as the fields of `config.objective`; 0 without codes."""
-    if "codes" not in objective:
-        return 0
-    if isinstance(objective["codes"], int):
-        books = objective["top_k"] if objective["name"] == "dinosr" else 1  # a codebook for each layer
-        return objective["codes"] * books
-    return sum(objective["codes"])
 
 
 _TEACHER_HELP = "a teacher that follows more slowly (objective.teacher.momentum) or a lower learning_rate"
@@ -198,14 +186,11 @@ def findings(scalars: dict[str, float], limits: Limits) -> dict[str, str]:
                 f"{name}={scalars[name]:.3g} is below config.monitor.{field}={limit:g}: {meaning}; "
                 f"what usually helps: {remedy}"
             )
-    if limits.codes and "dead_codes" in scalars:
-        dead = scalars["dead_codes"]
-        if dead / limits.codes > limits.max_dead_share:
-            found["dead_codes"] = (
-                f"dead_codes={dead:g} of {limits.codes} is above the share "
-                f"config.monitor.max_dead_share={limits.max_dead_share:g}: most codes stand for no token; "
-                f"what usually helps: {_CODES_HELP}"
-            )
+    if "dead_codes" in scalars and scalars["dead_codes"] > limits.max_dead_share:
+        found["dead_codes"] = (
+            f"dead_codes={scalars['dead_codes']:.3g} is above config.monitor.max_dead_share={limits.max_dead_share:g}: "
+            f"most codes stand for no token; what usually helps: {_CODES_HELP}"
+        )
     return found
 
 
@@ -232,7 +217,7 @@ class Monitor:
 
     def compile(self, state: TrainState, batch: dict[str, jax.Array]) -> None:
         """Runs everything once: no later step waits for a compiler, and what does not fit in memory fails now."""
-        seen = self._observe(state, batch), self._probe and self._probe.embed(state)
+        seen = self._observe(state, batch), self._probe and self._probe.embed(state, batches=1)
         jax.block_until_ready(seen)
 
     def watch(self, state: TrainState, batch: dict[str, jax.Array], step: int, logged: bool) -> dict:

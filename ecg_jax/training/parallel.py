@@ -1,9 +1,8 @@
 """One program on every device: mesh, placement, and the parallel map of a per-device function.
 
-A step is written for one device with the mapped axis `AXIS` and run as jit(shard_map(...)). Inside,
-everything is local but our own
-reductions: plain jit with shardings would all-gather the batch at every FFT. `check_vma=True` turns a
-forgotten reduction into an error at trace time.
+A step is written for one device with the mapped axis `AXIS` and run as jit(shard_map(...)). Inside, everything is
+local but our own reductions: plain jit with shardings would all-gather the batch at every FFT. `check_vma=True` turns
+a forgotten reduction into an error at trace time.
 """
 
 from collections.abc import Callable

@@ -22,7 +22,7 @@ class TrainState(flax.struct.PyTreeNode):
         step: int32, number of optimiser updates done.
         params, opt_state: what the optimiser moves, and its moments.
         batch_stats: running statistics of the BatchNorms.
-        ssm: fixed state matrices of the S4 layers ({} when they are trained).
+        ssm: fixed state matrices of the S4 layers: of the backbone unless they are trained, and of an S4 head.
         objective_state: codebooks and prototypes ({} for objectives without).
         teacher: the teacher's collections `params`, `batch_stats` and `ssm` ({} for objectives without).
         basis, teacher_basis: kernel bases derived from `ssm`, see `models.s4.kernel_bases`.
@@ -53,6 +53,18 @@ class TrainState(flax.struct.PyTreeNode):
 _OPTIONAL = ("ssm", "basis", "objective_state")
 
 
+def seed_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """Keys of a run: of its initial parameters, and `TrainState.rng`."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    return init_key, run_key
+
+
+def step_keys(rng: jax.Array, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Keys of a step for the streams "objective" and "dropout"."""
+    objective_key, dropout_key = jax.random.split(jax.random.fold_in(rng, step))
+    return objective_key, dropout_key
+
+
 def create_train_state(
     model,
     tx,
@@ -75,8 +87,7 @@ def create_train_state(
         l_max: tokens for which C is length-corrected.
         teacher: for objectives that have one.
     """
-    root = jax.random.key(seed)
-    init_key, run_key = jax.random.split(root)
+    init_key, run_key = seed_keys(seed)
     x, record_index = jnp.zeros((2, window_samples, leads)), jnp.arange(2)
 
     def init_teacher(key):
@@ -108,25 +119,30 @@ def assemble_state(
     l_max: int,
 ) -> TrainState:
     """The state at step 0 from the collections of an objective and of its teacher ({} for none)."""
-
-    def part(tree, name):
-        return tree.get(name, {})
-
-    def basis(tree):
-        return part(constants(tree, length=tokens, l_max=l_max), "basis")
-
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         opt_state=opt_state,
         batch_stats=variables["batch_stats"],
-        ssm=part(variables, "ssm"),
-        objective_state=part(variables, "objective_state"),
+        ssm=variables.get("ssm", {}),
+        objective_state=variables.get("objective_state", {}),
         teacher=teacher,
-        basis=basis(variables),
-        teacher_basis=basis(teacher),
+        basis={},
+        teacher_basis={},
         rng=rng,
     )
+    return with_bases(state, tokens=tokens, l_max=l_max)
+
+
+def with_bases(state: TrainState, *, tokens: int, l_max: int) -> TrainState:
+    """The state with its kernel bases made from its own `ssm` collections, on the host; after a restore too, since a
+    freshly made state may have drawn other step sizes.
+    """
+
+    def basis(ssm):
+        return constants({"ssm": ssm}, length=tokens, l_max=l_max)["basis"] if ssm else {}
+
+    return state.replace(basis=basis(state.ssm), teacher_basis=basis(state.teacher.get("ssm", {})))
 
 
 def _mean_over(term: tuple[jax.Array, jax.Array], axis_name: str | None) -> jax.Array:
@@ -176,7 +192,7 @@ def train_step(
     Returns:
         The next state and scalar metrics: `loss`, its terms, the objective's metrics, `grad_norm`.
     """
-    objective_key, dropout_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
+    objective_key, dropout_key = step_keys(state.rng, state.step)
     inputs, next_teacher = _inputs(state, batch, normalisation, axis_name), state.teacher
     if teacher:
         features, statistics = teacher.features(
@@ -238,7 +254,8 @@ def eval_step(
         state, model, normalisation, teacher, axis_name: as in `train_step`.
         batch: as in `train_step`, with `record_index` the number of each crop in the validation set (so that
             negatives are the same at every evaluation) and `weight` float32 [B], 0 for rows that only fill
-            the last batch.
+            the last batch. They count in no mean, but among the tokens of the batch over which HuBERT++ balances its
+            targets and over which `perplexity` and `dead_codes` are taken.
 
     Returns:
         {"losses": ..., "metrics": ...}, each name -> (sum of weighted values, sum of weights) over the global
