@@ -15,11 +15,16 @@ mask=span|block|ratio|time|independent|lead.
 from ml_collections import ConfigDict
 
 from configs import common
+from ecg_jax.errors import UserError
 
 
 def get_config(arg=""):
     arg = common.parse_masked(arg, mask="span", variant=("online", "offline"))
     if arg.variant == "offline":
+        if arg.recipe == "released":
+            raise UserError(
+                "recipe=released: no code was published for HuBERT with offline targets; leave recipe out"
+            )
         return _offline(arg)
     return common.masked_objective(
         arg,

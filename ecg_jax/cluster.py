@@ -7,14 +7,10 @@ before (`--checkpoint --layer`).
 """
 
 import argparse
-import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +18,9 @@ import numpy as np
 
 from ecg_jax.data.pipeline import select_records
 from ecg_jax.data.store import Store
-from ecg_jax.data.targets import MAX_CODES, TOKEN_SAMPLES, Grid, TargetsWriter, Windows, check_name
+from ecg_jax.data.targets import MAX_CODES, TargetsWriter, Windows, check_name
 from ecg_jax.errors import UserError
-from ecg_jax.models.encoder import build_encoder, tokens_of
-from ecg_jax.models.inputs import to_model_input
-from ecg_jax.training.pretrained import restore_encoder
+from ecg_jax.token_features import FINAL, SPECTRUM, Features, of_checkpoint, spectrum
 
 DESCRIPTION = """\
 Clusters features of the recordings of a store by mini-batch k-means and gives every token of every record the
@@ -38,129 +32,7 @@ next iteration, from its model:     ecg-jax cluster --store=STORE --name=second 
                                         --checkpoint=runs/first --layer=block2
 """
 
-FINAL = "tokens"  # name of the encoder's output beside those of its intermediates
-SPECTRUM = "spectrum"
-
-_SPECTRUM_MAX_HZ = 45.0  # below the power line; an ECG has little above
-_SPECTRUM_FLOOR_MV = 0.01  # amplitude of the noise of a good recording
 _TOKENS_PER_WINDOW = 32  # that k-means is fitted on, so that they come from many recordings
-
-
-@dataclass(frozen=True)
-class Features:
-    """What describes a token: a function of windows of the stored signal.
-
-    Attributes:
-        grid: how records are cut into windows of T samples, and which M tokens of a window get a vector.
-        encode: (variables, int16 [B, T, C] microvolts) -> float32 [B, M, F]; traceable by jax.
-        variables: its first argument.
-        source: JSON-able description.
-    """
-
-    grid: Grid
-    encode: Callable[[Any, jax.Array], jax.Array]
-    variables: Any
-    source: dict
-
-
-def spectrum(rate_hz: float) -> Features:
-    """Log power of short windows of each lead: features without any model.
-
-    Around each token about 0.27 s (64 samples at 240 Hz, as long as a QRS complex with its surroundings) are freed
-    of their mean and weighted by a Hann window; features are log(amplitude^2 + floor^2) of the 12 frequencies from 3.75
-    to 45 Hz in each of the leads. Power and not the waveform, so that a token's cluster depends on which wave is
-    near and not on its exact position within the window; logarithms, so that P waves count beside QRS
-    complexes; the floor of 0.01 mV keeps noise between the beats from making clusters of its own. At the ends
-    of a record, where the window would leave it, the nearest whole window describes the token.
-
-    Args:
-        rate_hz: samples per second of the store.
-    """
-    frame = 4 * round(rate_hz / 15)
-    hops = np.arange(round((rate_hz - frame) / TOKEN_SAMPLES) + 1) * TOKEN_SAMPLES
-    time = np.arange(frame)
-    taper = np.sin(np.pi * (time + 0.5) / frame) ** 2
-    bins = np.arange(1, int(_SPECTRUM_MAX_HZ / rate_hz * frame) + 1)
-    # A sine of amplitude a at a bin's frequency gives power a^2.
-    waves = 2 / taper.sum() * taper[:, None] * np.exp(-2j * np.pi * np.outer(time, bins) / frame)
-    waves -= waves.mean(axis=0)  # the same as subtracting the mean from every frame
-    waves = np.stack([waves.real, waves.imag]).astype(np.float32)
-
-    def encode(variables, signal):
-        x = signal.astype(jnp.float32) * 1e-3
-        frames = x[:, hops[:, None] + time]  # [B, M, frame, C]
-        parts = jnp.einsum("bmtc,ztk->zbmck", frames, waves)
-        power = jnp.square(parts).sum(axis=0)
-        return jnp.log(power + _SPECTRUM_FLOOR_MV**2).reshape(*power.shape[:2], -1)
-
-    return Features(
-        grid=Grid(
-            window=int(hops[-1]) + frame,
-            stride=TOKEN_SAMPLES * len(hops),
-            skipped=frame // 2 // TOKEN_SAMPLES,
-            tokens=len(hops),
-        ),
-        encode=encode,
-        variables=None,
-        source={
-            "features": SPECTRUM,
-            "frame_samples": frame,
-            "frequencies_hz": (bins * rate_hz / frame).tolist(),
-            "floor_mv": _SPECTRUM_FLOOR_MV,
-        },
-    )
-
-
-def of_checkpoint(checkpoint: str | Path, layer: str, store: Store) -> Features:
-    """Outputs of one layer of a pretrained encoder in evaluation mode, under the checkpoint's own normalisation.
-
-    Args:
-        checkpoint: RUN or RUN/STEP.
-        layer: "tokens" for the final output, or an intermediate of the encoder.
-        store: whose recordings will be encoded.
-
-    Raises:
-        UserError: no such checkpoint or layer, or the store has other leads or another rate than the checkpoint.
-    """
-    encoder = restore_encoder(checkpoint)
-    contract = encoder.preprocessing
-    if store.leads != contract.leads:
-        raise UserError(
-            f"The store {store.path} has the leads {', '.join(store.leads)}, the checkpoint {checkpoint} takes "
-            f"{', '.join(contract.leads)}; prepare the recordings for it."
-        )
-    if store.rate_hz != contract.rate_hz:
-        raise UserError(
-            f"The store {store.path} has {store.rate_hz:g} samples per second, the checkpoint {checkpoint} takes "
-            f"{contract.rate_hz:g}; prepare the recordings for it."
-        )
-    module, window = build_encoder(**encoder.config["model"]), contract.window_samples
-
-    def outputs(variables, signal):
-        x = to_model_input(signal, contract.normalisation)
-        tokens, intermediates = module.apply(variables, x, train=False)
-        return {**intermediates, FINAL: tokens}
-
-    signal = jax.ShapeDtypeStruct((1, window, len(contract.leads)), jnp.int16)
-    shapes = jax.eval_shape(outputs, encoder.variables, signal)
-    known = [name for name, shape in shapes.items() if shape.shape[:-1] == (1, tokens_of(window))]
-    if layer not in known:
-        raise UserError(
-            f"--layer={layer} is unknown; the encoder of {checkpoint} has {', '.join(sorted(known))}."
-        )
-    config = json.dumps(encoder.config, sort_keys=True).encode()
-    return Features(
-        grid=Grid(window=window, stride=window, skipped=0, tokens=tokens_of(window)),
-        encode=lambda variables, signal: outputs(variables, signal)[layer].astype(jnp.float32),
-        variables=jax.device_put(encoder.variables),
-        source={
-            "features": "checkpoint",
-            "run": str(encoder.run.resolve()),
-            "step": encoder.step,
-            "layer": layer,
-            "config_sha256": hashlib.sha256(config).hexdigest(),
-        },
-    )
 
 
 def _batches(store: Store, features: Features, batch_size: int) -> Iterator[Windows]:
@@ -322,7 +194,7 @@ def label_store(
             pending = (some, running)
 
 
-def _check(codes: int, checkpoint, layer, features, fit_tokens, seed, batch_size, val_folds) -> None:
+def _check(codes, checkpoint, layer, features, fit_tokens, seed, batch_size, val_folds, max_records) -> None:
     """Refuses options that cannot be meant, before anything is read."""
     if (checkpoint is None) == (features is None):
         raise UserError(
@@ -339,6 +211,7 @@ def _check(codes: int, checkpoint, layer, features, fit_tokens, seed, batch_size
         ("fit-tokens", fit_tokens, 1),
         ("batch-size", batch_size, 1),
         ("val-folds", val_folds, 0),
+        ("max-records", 1 if max_records is None else max_records, 1),
     ):
         if value < low:
             raise UserError(f"--{name}={value} must be at least {low}.")
@@ -358,6 +231,7 @@ def cluster(
     seed: int = 0,
     batch_size: int = 64,
     val_folds: int = 1,
+    max_records: int | None = None,
 ) -> dict:
     """Makes a set of targets.
 
@@ -372,6 +246,7 @@ def cluster(
         seed: of the sample and of k-means.
         batch_size: windows encoded at once.
         val_folds: so many of the highest folds are kept out of the fit, as `config.data.val_folds` does.
+        max_records: recordings to fit on at most, chosen as `config.data.max_records` chooses them; None for all.
 
     Returns:
         What meta.json holds.
@@ -380,7 +255,7 @@ def cluster(
         UserError: see the options; nothing is left behind.
     """
     check_name(name)
-    _check(codes, checkpoint, layer, features, fit_tokens, seed, batch_size, val_folds)
+    _check(codes, checkpoint, layer, features, fit_tokens, seed, batch_size, val_folds, max_records)
     opened = Store(store)
     unwritten = TargetsWriter(opened, name)
     if features is None:
@@ -388,7 +263,10 @@ def cluster(
     else:
         described = spectrum(opened.rate_hz)
     selection = select_records(
-        opened, window_samples=described.grid.window, val_folds=val_folds, max_records=len(opened)
+        opened,
+        window_samples=described.grid.window,
+        val_folds=val_folds,
+        max_records=max_records or len(opened),
     )
     folds = np.unique(opened.column("fold"))
     with unwritten as writer:
@@ -449,6 +327,12 @@ def main(argv: list[str]) -> int:
         default=200_000,
         metavar="N",
         help="tokens k-means is fitted on (default 200000)",
+    )
+    add(
+        "--max-records",
+        type=int,
+        metavar="N",
+        help="recordings k-means is fitted on, chosen as data.max_records of a run does (default: all to train on)",
     )
     add("--val-folds", type=int, default=1, metavar="N", help="highest folds kept out of the fit (default 1)")
     add("--seed", type=int, default=0, help="of the sample and of k-means (default 0)")

@@ -12,7 +12,7 @@ import pytest
 
 from ecg_jax import cli
 from ecg_jax import cluster as cluster_module
-from ecg_jax.cluster import Features, cluster, label_store, of_checkpoint, sample_vectors, spectrum
+from ecg_jax.cluster import cluster, label_store, sample_vectors
 from ecg_jax.config_flags import load_config
 from ecg_jax.data.pipeline import select_records, train_batches, val_batches
 from ecg_jax.data.store import Store
@@ -21,6 +21,7 @@ from ecg_jax.data.targets import NO_LABEL, Grid, Targets, TargetsWriter, label_r
 from ecg_jax.errors import UserError
 from ecg_jax.models.encoder import build_encoder, tokens_of
 from ecg_jax.models.inputs import to_model_input
+from ecg_jax.token_features import Features, of_checkpoint, spectrum
 from ecg_jax.training.pretrained import restore_encoder
 from test_targets import LENGTHS, numbered, write_store
 
@@ -266,6 +267,10 @@ def test_fitted_on_training_records_only(store, monkeypatch):
     assert not set(folds[used[0]]) & set(meta["held_out_folds"])
     assert meta["fitted_records"] == len(expected)
     assert (np.load(store.path / "targets" / "folds" / "labels.npy") >= 0).all(), "all records are labelled"
+    meta = cluster(store.path, "few", features="spectrum", max_records=3, **SMALL)
+    rung = select_records(store, window_samples=240, val_folds=1, max_records=3).train
+    np.testing.assert_array_equal(used[1], rung)
+    assert meta["fitted_records"] == 3
 
 
 @pytest.mark.parametrize(("wanted", "got"), [(10, 10), (1000, 1000), (10**6, None)])

@@ -127,6 +127,8 @@ def test_override_keeps_the_declared_type(path, text, value):
         ("configs/cpc.py:data=1k", "data='1k' is unknown; did you mean"),
         ("configs/cpc.py:dat=18k", "'dat' is unknown; did you mean 'data'"),
         ("configs/cpc.py:18k", "'18k' is not of the form key=value"),
+        ("configs/hubert.py:variant=offline,recipe=released", "no code was published for HuBERT with offline"),
+        ("configs/jepa.py:mask=blocks", "mask='blocks' is unknown; did you mean 'block'"),
     ],
 )
 def test_bad_config_file_is_refused(spec, message):
