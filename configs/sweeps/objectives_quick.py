@@ -2,7 +2,7 @@
 
     ecg-jax sweep configs/sweeps/objectives_quick.py --output=runs/objectives_quick
 
-About 25 minutes on two CPU cores. It shows that every objective runs from raw files to a probed checkpoint; with 304
+Half an hour on two CPU cores. It shows that every objective runs from raw files to a probed checkpoint; with 304
 recordings and 180 small steps it cannot show which objective is better.
 """
 
