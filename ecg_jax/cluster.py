@@ -32,6 +32,8 @@ next iteration, from its model:     ecg-jax cluster --store=STORE --name=second 
                                         --checkpoint=runs/first --layer=block2
 """
 
+MOST_WINDOWS = 4096  # encoded at once; more only cost memory
+
 _TOKENS_PER_WINDOW = 32  # that k-means is fitted on, so that they come from many recordings
 
 
@@ -213,8 +215,10 @@ def _check(codes, checkpoint, layer, features, fit_tokens, seed, batch_size, val
         ("val-folds", val_folds, 0),
         ("max-records", 1 if max_records is None else max_records, 1),
     ):
-        if value < low:
-            raise UserError(f"--{name}={value} must be at least {low}.")
+        if not low <= value < 2**31:
+            raise UserError(f"--{name}={value} must be at least {low} and below 2^31.")
+    if batch_size > MOST_WINDOWS:
+        raise UserError(f"--batch-size={batch_size} must be at most {MOST_WINDOWS}.")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed={seed} must be at least 0 and below 2^32.")
 

@@ -17,7 +17,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference
 
 from ecg_jax.errors import UserError
 
@@ -38,7 +37,8 @@ def shipped_configs() -> Path:
     return in_wheel if in_wheel.is_dir() else package.parent
 
 
-def _closest(word: str, known) -> str:
+def closest(word: str, known) -> str:
+    """The end of a sentence that refuses `word`: the known one that is like it, or all that are known."""
     match = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
 
@@ -61,9 +61,9 @@ def parse_arg(arg: str, **choices: tuple[str, ...]) -> SimpleNamespace:
                 f"--config argument {item!r} is not of the form key=value; keys: {', '.join(choices)}"
             )
         if key not in choices:
-            raise UserError(f"--config argument {key!r} is unknown{_closest(key, choices)}")
+            raise UserError(f"--config argument {key!r} is unknown{closest(key, choices)}")
         if value not in choices[key]:
-            raise UserError(f"--config argument {key}={value!r} is unknown{_closest(value, choices[key])}")
+            raise UserError(f"--config argument {key}={value!r} is unknown{closest(value, choices[key])}")
         values[key] = value
     return SimpleNamespace(**values)
 
@@ -100,6 +100,8 @@ def run_file(prefix: str, name: str, use: Callable[[ModuleType], Any]) -> Any:
         return use(module)
     except UserError:
         raise
+    except SystemExit as error:
+        raise UserError(f"{prefix}: {name} calls sys.exit; a config file must return its config") from error
     except SyntaxError as error:
         raise UserError(
             f"{prefix}: {error.filename} line {error.lineno} is not valid Python: {error.msg}"
@@ -164,16 +166,18 @@ def override(config: ConfigDict, path: str, text: str) -> None:
         if not isinstance(node, ConfigDict) or name not in node:
             where = ".".join(path.split(".")[:depth]) or "the config"
             known = sorted(node.keys()) if isinstance(node, ConfigDict) else []
-            raise UserError(f"--config.{path}: {where} has no field {name!r}{_closest(name, known)}")
+            raise UserError(f"--config.{path}: {where} has no field {name!r}{closest(name, known)}")
         if depth < len(parents):
             node = node[name]
     if isinstance(node[last], ConfigDict):
         raise UserError(
             f"--config.{path} is a group of fields; set one of {', '.join(sorted(node[last].keys()))}"
         )
-    reference = node.get_ref(last)
-    assert isinstance(reference, FieldReference)
-    node[last] = _parse_value(path, text, node[last], reference.get_type())
+    try:
+        kind = node.get_ref(last).get_type()
+    except ValueError:  # None that was not declared as a placeholder: text
+        kind = str
+    node[last] = _parse_value(path, text, node[last], kind)
 
 
 def _field_names(config: ConfigDict, prefix: str = "") -> list[str]:

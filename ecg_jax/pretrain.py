@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from ecg_jax.config_checks import check_config
 from ecg_jax.config_flags import parse_command
 from ecg_jax.data.pipeline import Selection, select_records, train_batches, val_batches
 from ecg_jax.data.preprocessing import Preprocessing
@@ -28,7 +29,6 @@ from ecg_jax.run_setup import (
     build_objective,
     build_optimiser,
     build_teacher,
-    check_config,
     claim_workdir,
     initial_state,
     open_store,

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import json
 import sys
 import tempfile
@@ -44,15 +45,18 @@ anew after every run.
 """
 
 _DECLARATION = "sweep.json"
+LOCK = ".lock"
 
 
-def _claim(sweep: Sweep, output: Path) -> None:
-    """Makes the folder this sweep's, or refuses it.
+@contextlib.contextmanager
+def _claimed(sweep: Sweep, output: Path) -> Iterator[None]:
+    """Makes the folder this sweep's and this process's, or refuses it.
 
     A sweep may gain runs later; runs that are there already must not have changed.
 
     Raises:
-        UserError: the folder holds something else; runs that differ, or are missing now, are named.
+        UserError: the folder holds something else, or another process runs a sweep in it; runs that differ, or are
+            missing now, are named.
     """
     path = output / _DECLARATION
     runs = {
@@ -82,13 +86,21 @@ def _claim(sweep: Sweep, output: Path) -> None:
                     f"{output} belongs to another sweep: its run {name} differs in {', '.join(sorted(differ)[:5])}; "
                     "choose another --output, or give the run another name"
                 )
-    elif output.is_dir() and any(STORE not in entry.name for entry in output.iterdir()):
+    elif output.is_dir() and any(entry.name not in (STORE, LOCK) for entry in output.iterdir()):
         raise UserError(f"{output} holds something else than a sweep; choose another --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into --output={output}: {error.strerror}") from error
-    write_atomic(path, (json.dumps({"sweep": sweep.path, "runs": runs}, indent=1) + "\n").encode())
+    with (output / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another `ecg-jax sweep` is running in {output}; wait for it, or choose another --output"
+            ) from error
+        write_atomic(path, (json.dumps({"sweep": sweep.path, "runs": runs}, indent=1) + "\n").encode())
+        yield
 
 
 def _is_finished(output: Path, run: Run) -> bool:
@@ -125,7 +137,14 @@ def run_sweep(
     """
     output = Path(output)
     chosen = select(sweep, only)
-    _claim(sweep, output)
+    if store is not None:
+        Store(store)  # before anything is written
+    with _claimed(sweep, output):
+        return _run(sweep, output, store, chosen)
+
+
+def _run(sweep: Sweep, output: Path, store: str | Path | None, chosen: Sequence[Run]) -> dict[str, Any]:
+    """The sweep itself, in a folder that is this process's."""
     if store is None:
         print(prepare("ptbxl", SAMPLE, output / STORE))
         store = output / STORE
@@ -175,12 +194,26 @@ def _check_store(sweep: Sweep, output: Path, store: Store) -> None:
     """Refuses a store with another content than the finished runs had."""
     for run in sweep.runs:
         if _is_finished(output, run):
-            results = json.loads((output / run.name / "probe" / "results.json").read_text())
-            if results["store"]["fingerprint"] != store.fingerprint:
+            with _damage(output / run.name / "probe"):
+                used = json.loads((output / run.name / "probe" / "results.json").read_text())["store"]
+                path, fingerprint = used["path"], used["fingerprint"]
+            if fingerprint != store.fingerprint:
                 raise UserError(
-                    f"{output} belongs to another sweep: its run {run.name} used {results['store']['path']}, whose "
-                    f"content is not that of {store.path}; choose another --output"
+                    f"{output} belongs to another sweep: its run {run.name} used {path}, whose content is not that of "
+                    f"{store.path}; choose another --output"
                 )
+
+
+@contextlib.contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong while the files of a probe are read becomes one sentence."""
+    try:
+        yield
+    except Exception as error:  # of json, zipfile, numpy, a missing key, ...
+        text = next(iter(str(error).splitlines()), "")
+        raise UserError(
+            f"{folder} is damaged ({type(error).__name__}: {text}); remove it, and it is made anew"
+        ) from error
 
 
 def _pretrain_and_probe(run: Run, folder: Path, store: Store) -> None:
@@ -231,10 +264,14 @@ def _report(error: BaseException, folder: Path) -> str:
     """The reason of a failure in one line; what is no mistake of the user's leaves its traceback in a file."""
     if isinstance(error, UserError):
         return str(error)
-    path = folder / "error.txt"
-    path.write_text("".join(traceback.format_exception(error)))
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''} (all of it in {path})"
+    first = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    path = folder / "error.txt"
+    try:
+        path.write_text("".join(traceback.format_exception(error)))
+    except OSError:  # the folder itself may be what failed
+        return first
+    return f"{first} (all of it in {path})"
 
 
 def read_finished(sweep: Sweep, output: Path) -> list[FinishedRun]:
@@ -248,14 +285,16 @@ def read_finished(sweep: Sweep, output: Path) -> list[FinishedRun]:
         if not _is_finished(output, run):
             continue
         folder = output / run.name
-        try:
+        with _damage(folder / "probe"):
             results = json.loads((folder / "probe" / "results.json").read_text())
             with np.load(folder / "probe" / "predictions.npz") as file:
                 predictions = dict(file)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{folder / 'probe'} is damaged ({error}); remove it, and it is made anew"
-            ) from error
+            n = len(predictions["targets"])
+            for name in ("record_id", "patient_id", "probabilities", "probabilities_random_init"):
+                if len(predictions[name]) != n:
+                    raise ValueError(f"predictions.npz has {len(predictions[name])} of {name}, not {n}")
+            for name in ("macro_auroc", "bootstrap", "baselines", "pretraining_config", "n_patients"):
+                results[name]
         times = folder / "times.jsonl"
         seconds = sum(entry["pretrain"] for entry in read_jsonl(times)) if times.exists() else None
         finished.append(
@@ -288,7 +327,10 @@ def _write_results(sweep: Sweep, output: Path, store: Store) -> dict[str, Any]:
     write_atomic(output / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     write_atomic(output / "results.csv", comparison.to_csv(results).encode())
     write_atomic(output / "results.md", comparison.to_markdown(results).encode())
-    _draw(results, output / "results.png")
+    try:
+        _draw(results, output / "results.png")
+    except OSError as error:
+        raise UserError(f"cannot write {output / 'results.png'}: {error.strerror}") from error
     return results
 
 

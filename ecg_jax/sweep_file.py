@@ -9,15 +9,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ecg_jax.config_checks import check_config
 from ecg_jax.config_flags import load_config, override, run_file
+from ecg_jax.data.targets import MAX_CODES
 from ecg_jax.errors import UserError
 from ecg_jax.probe import check_config as check_probe_config
-from ecg_jax.run_setup import check_config
+from ecg_jax.token_features import SPECTRUM
 
 STORE = "store"  # folder of a sweep's own store
 
 _FIELDS = ("name", "group", "config", "overrides", "probe", "targets")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,22 @@ def _check_entry(path: str, number: int, entry: Any) -> None:
             f"{path}: entry {number}: name={name!r} cannot name a folder of the sweep; use letters, digits and "
             f"._=+- (and neither {STORE!r} nor a beginning of 'results.' or 'sweep.')"
         )
+    if not _NAME.fullmatch(entry["group"]):
+        raise UserError(f"{path}: run {name!r}: group={entry['group']!r} must be letters, digits and ._=+-")
     if not isinstance(entry["overrides"], dict):
         raise UserError(f"{path}: run {name!r}: overrides={entry['overrides']!r} must be a dict")
     targets = entry["targets"]
     if targets is not None and (not isinstance(targets, dict) or set(targets) != {"features", "codes"}):
         raise UserError(
             f"{path}: run {name!r}: targets={targets!r} must be None or a dict with features and codes"
+        )
+    if targets is not None and (
+        targets["features"] != SPECTRUM
+        or type(targets["codes"]) is not int
+        or not 2 <= targets["codes"] <= MAX_CODES
+    ):
+        raise UserError(
+            f"{path}: run {name!r}: targets={targets!r} must have features={SPECTRUM!r} and 2 to {MAX_CODES} codes"
         )
 
 
@@ -222,6 +234,10 @@ def select(sweep: Sweep, only: str | None) -> list[Run]:
     if only is None:
         return list(sweep.runs)
     wanted = [name for name in only.split(",") if name]
+    if not wanted:
+        raise UserError(
+            "--only names no run; give names of runs or groups, separated by commas, or leave it out"
+        )
     known = {name for run in sweep.runs for name in (run.name, run.group)}
     for name in wanted:
         if name not in known:

@@ -84,7 +84,6 @@ def run_reference_steps(golden, make_objective, *, objective_state=None):
             state.teacher_variables(),
             x,
             jnp.arange(len(x)),
-            step=state.step,
             dropout_key=jax.random.key(0),
         )
         if step == 0:

@@ -6,11 +6,11 @@ import pytest
 
 from configs import common
 from ecg_jax import cli
+from ecg_jax.config_checks import check_config
 from ecg_jax.config_flags import load_config, override, parse_arg, shipped_configs
 from ecg_jax.errors import UserError
 from ecg_jax.objectives import masking
 from ecg_jax.pretrain import pretrain
-from ecg_jax.run_setup import check_config
 from ecg_jax.training.metric_writers import read_log
 from tiny_runs import SPECS
 
@@ -127,7 +127,10 @@ def test_override_keeps_the_declared_type(path, text, value):
         ("configs/cpc.py:data=1k", "data='1k' is unknown; did you mean"),
         ("configs/cpc.py:dat=18k", "'dat' is unknown; did you mean 'data'"),
         ("configs/cpc.py:18k", "'18k' is not of the form key=value"),
-        ("configs/hubert.py:variant=offline,recipe=released", "no code was published for HuBERT with offline"),
+        (
+            "configs/hubert.py:variant=offline,recipe=released",
+            "no code was published for HuBERT with offline",
+        ),
         ("configs/jepa.py:mask=blocks", "mask='blocks' is unknown; did you mean 'block'"),
     ],
 )

@@ -302,6 +302,21 @@ class Targets:
         self._labels = np.asarray(labels)  # still the memory map, without the cost of its class
         self._offsets, self._ends, self._last = offsets, offsets + lengths, last
 
+    def verify(self) -> None:
+        """Reads all labels and compares them with the fingerprint; a few seconds for every 10 GB.
+
+        Raises:
+            UserError: the labels are not those that were written.
+        """
+        digest = hashlib.sha256()
+        for first in range(0, len(self._labels), _BLOCK):
+            digest.update(np.ascontiguousarray(self._labels[first : first + _BLOCK]))
+        if digest.hexdigest() != self.meta["labels_sha256"]:
+            raise UserError(
+                f"The targets {self.path} are damaged (labels.npy is not what was written); remove that folder and run "
+                "`ecg-jax cluster` again."
+            )
+
     def __repr__(self) -> str:
         return f"Targets({str(self.path)!r}, {self.codes} codes)"
 

@@ -2,8 +2,6 @@
 record.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,15 +54,6 @@ def standardise(x: jax.Array) -> jax.Array:
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPSILON)
 
 
-#: Weight of the old running statistics of a BatchNorm (torch's 0.1 is 0.9 here).
-STATISTICS_MOMENTUM = 0.9
-
-
-def batch_statistics(before: Any, after: Any) -> Any:
-    """What one training call measured, from the running statistics before and after it, trees of any shape."""
-    return jax.tree.map(lambda b, a: b + (a - b) / (1.0 - STATISTICS_MOMENTUM), before, after)
-
-
 class BatchNorm(nn.Module):
     """Batch normalisation over batch and time, with the reference's running statistics.
 
@@ -73,18 +62,19 @@ class BatchNorm(nn.Module):
 
     Attributes:
         axis_name: mapped axis over which statistics are averaged; None for a single device.
-        momentum: weight of the old running statistics.
+        momentum: weight of the old running statistics (torch's 0.1 is 0.9 here).
     """
 
     axis_name: str | None = None
-    momentum: float = STATISTICS_MOMENTUM
+    momentum: float = 0.9
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Normalises x [B, L, D]: in training by the statistics of the batch, else by the running ones.
 
         In either mode the running statistics move towards those of the batch when the collection `batch_stats` is
-        mutable; in evaluation mode that is how a teacher follows its own activations.
+        mutable. In evaluation mode that is how a teacher follows its own activations; statistics that were never
+        measured say nothing, and there those of the batch take their place.
         """
         width = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (width,))
@@ -100,8 +90,12 @@ class BatchNorm(nn.Module):
             batch_var = self._average(jnp.square(x - batch_mean).mean((0, 1)))
         if moves:
             count = x.shape[0] * x.shape[1] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
+            unbiased = batch_var * count / (count - 1)
+            if not train:
+                untouched = (mean == 0).all() & (var == 1).all()
+                mean, var = jnp.where(untouched, batch_mean, mean), jnp.where(untouched, unbiased, var)
             running_mean.value = self._update(mean, batch_mean)
-            running_var.value = self._update(var, batch_var * count / (count - 1))
+            running_var.value = self._update(var, unbiased)
         if train:
             mean, var = batch_mean, batch_var
         return ((x - mean) * (scale * jax.lax.rsqrt(var + NORM_EPSILON)) + bias).astype(dtype)

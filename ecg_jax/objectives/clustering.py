@@ -147,7 +147,14 @@ def draw_probability(nearest: jax.Array, axis_name: str | None) -> jax.Array:
 
 
 def kmeans_plus_plus(
-    key: jax.Array, features: jax.Array, record_index: jax.Array, *, codes: int, axis_name: str | None
+    key: jax.Array,
+    features: jax.Array,
+    record_index: jax.Array,
+    *,
+    codes: int,
+    axis_name: str | None,
+    instead_of: jax.Array | None = None,
+    when: jax.Array | bool = True,
 ) -> jax.Array:
     """Centres among the tokens of the global batch (Arthur & Vassilvitskii, SODA 2007; spec §5.8): the first uniform,
     each of the others with probability proportional to the squared distance to the nearest one so far.
@@ -161,14 +168,14 @@ def kmeans_plus_plus(
         features: [B, L, D].
         record_index: int32 [B], number of each record within the global batch.
         codes: K.
+        instead_of, when: [K, D] to return, at no cost, unless `when`.
 
     Returns:
         [K, D], rows of `features`.
     """
     B, L, D = features.shape
-    number = record_index[:, None] * L + jnp.arange(
-        L, dtype=jnp.int32
-    )  # of each token within the global batch
+    # Of each token within the global batch.
+    number = record_index[:, None] * L + jnp.arange(L, dtype=jnp.int32)
 
     def centre(draw, log_probability):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, draw), record_index)
@@ -185,10 +192,11 @@ def kmeans_plus_plus(
 
     def draw(i, carry):
         nearest, centres = carry
-        new = centre(i, jnp.log(draw_probability(nearest, axis_name)))
+        new = centre(i, jnp.where(i == 0, 0.0, jnp.log(draw_probability(nearest, axis_name))))
         nearest = jnp.minimum(nearest, squared_distance(features, new))
         return nearest, centres.at[i].set(new)
 
-    first = centre(0, 0.0)
-    carry = squared_distance(features, first), jnp.tile(first, (codes, 1))
-    return jax.lax.fori_loop(1, codes, draw, carry)[1]
+    far = jnp.zeros_like(features[..., 0]) + 1e30
+    centres = jnp.zeros((codes, D), features.dtype) if instead_of is None else instead_of
+    # No round instead of a `cond`: on several CPU devices XLA (jaxlib 0.10) crashes on sums inside a conditional.
+    return jax.lax.fori_loop(0, jnp.where(when, codes, 0), draw, (far, centres))[1]

@@ -84,8 +84,8 @@ class DinoSR(nn.Module):
             raise ValueError(f"codebook_momentum={self.codebook_momentum} must lie in [0, 1)")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive")
-        if self.idle_logits < 0:
-            raise ValueError(f"idle_logits={self.idle_logits} must not be negative")
+        if not 0 <= self.idle_logits <= 65536:
+            raise ValueError(f"idle_logits={self.idle_logits} must lie between 0 and 65536")
 
     @nn.compact
     def __call__(self, inputs: Inputs, *, train: bool) -> tuple[Terms, Terms]:

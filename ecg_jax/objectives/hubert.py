@@ -116,8 +116,10 @@ class HubertPP(nn.Module):
                     raise ValueError(f"{field}={getattr(self, field)} must be positive")
         if self.temperature_steps < 0:
             raise ValueError(f"temperature_steps={self.temperature_steps} must not be negative")
-        if self.sinkhorn_rounds < 1:
-            raise ValueError(f"sinkhorn_rounds={self.sinkhorn_rounds} must be at least 1")
+        if not 1 <= self.sinkhorn_rounds <= 100:
+            raise ValueError(f"sinkhorn_rounds={self.sinkhorn_rounds} must lie between 1 and 100")
+        if self.entropy_weight < 0:
+            raise ValueError(f"entropy_weight={self.entropy_weight} must not be negative")
         if not 0.0 <= self.prototype_momentum <= 1.0:
             raise ValueError(f"prototype_momentum={self.prototype_momentum} must lie in [0, 1]")
 
@@ -196,13 +198,17 @@ class HubertPP(nn.Module):
             if codes > tokens:
                 raise ValueError(f"codes={codes} must not exceed the {tokens} tokens of a batch")
             key = self.make_rng("objective")
-
-            def chosen():
-                return unit_rows(
-                    kmeans_plus_plus(key, features, inputs.record_index, codes=codes, axis_name=axis_name)
-                )
-
-            prototypes = jax.lax.cond(inputs.step == 0, chosen, lambda: prototypes)
+            first = inputs.step == 0
+            prototypes = kmeans_plus_plus(
+                key,
+                features,
+                inputs.record_index,
+                codes=codes,
+                axis_name=axis_name,
+                instead_of=prototypes,
+                when=first,
+            )
+            prototypes = jnp.where(first, unit_rows(prototypes), prototypes)
         similarity = cosines(features, prototypes)
         temperature = temperature_at(
             inputs.step,
@@ -299,8 +305,8 @@ class Hubert(nn.Module):
 
 
 def _check_alpha(alpha: float) -> None:
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha={alpha} must lie in [0, 1]")
+    if not 0.0 < alpha <= 1.0:
+        raise ValueError(f"alpha={alpha} must be above 0 and at most 1")
 
 
 def _devices(axis_name: str | None) -> int:

@@ -233,10 +233,14 @@ class Masking:
                 f"mask.probability={self.probability} with mask.span={self.span} leaves {left:.2g} of the {tokens} "
                 "tokens of a window to see, on average; lower one of them"
             )
+        if tokens - left < 0.1:
+            raise ValueError(
+                f"mask.probability={self.probability} with mask.span={self.span} hides {tokens - left:.2g} tokens of a "
+                "window on average, so that hardly anything is left to predict; raise one of them"
+            )
 
     def _check_block(self, tokens: int) -> None:
-        if self.blocks < 1:
-            raise ValueError(f"mask.blocks={self.blocks} must be at least 1")
+        self._check_whole("blocks", tokens, "the tokens of a window")
         for kind in ("target", "context"):
             low, high = getattr(self, f"{kind}_min"), getattr(self, f"{kind}_max")
             for end, value in (("min", low), ("max", high)):

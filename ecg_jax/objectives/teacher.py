@@ -11,8 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ecg_jax.models.layers import batch_statistics
-
 MODES = ("ema", "frozen_random")
 STATISTICS = ("own", "ema")
 
@@ -78,7 +76,6 @@ class Teacher:
         x: jax.Array,
         record_index: jax.Array,
         *,
-        step: jax.Array,
         dropout_key: jax.Array,
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """Features of unmasked x [B, T, C] in training, and the teacher's running statistics with which to go on.
@@ -86,32 +83,19 @@ class Teacher:
         Args:
             encoder: `models.encoder.Encoder`.
             variables: collections of the teacher, with the kernel `basis`.
-            x, record_index, step: as in `Inputs`.
+            x, record_index: as in `Inputs`.
             dropout_key: for `train_mode`.
         """
-
-        statistics = variables["batch_stats"]
         if self.batch_stats == "ema":
-            return self.eval_features(encoder, variables, x), statistics
-
-        def call(statistics, train):
-            return encoder.apply(
-                variables | {"batch_stats": statistics},
-                x,
-                record_index,
-                train=train,
-                rngs={"dropout": dropout_key},
-                mutable=["batch_stats"],
-            )
-
-        if not self.train_mode:
-            # Before any batch the running statistics say nothing.
-            statistics = jax.lax.cond(
-                step == 0,
-                lambda: batch_statistics(statistics, call(statistics, True)[1]["batch_stats"]),
-                lambda: variables["batch_stats"],
-            )
-        (tokens, out), updates = call(statistics, self.train_mode)
+            return self.eval_features(encoder, variables, x), variables["batch_stats"]
+        (tokens, out), updates = encoder.apply(
+            variables,
+            x,
+            record_index,
+            train=self.train_mode,
+            rngs={"dropout": dropout_key},
+            mutable=["batch_stats"],
+        )
         return {"tokens": tokens, **out}, updates["batch_stats"]
 
     def eval_features(self, encoder, variables: dict[str, Any], x: jax.Array) -> dict[str, jax.Array]:

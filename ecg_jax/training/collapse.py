@@ -64,7 +64,7 @@ def moments(tokens: jax.Array, axis_name: str | None) -> dict[str, jax.Array]:
     Returns:
         `second_moment` [D, D], the mean of z zᵀ over all tokens z; `between`, the variance between records at
         the same token and feature (unbiased, 0 for N = 1), averaged over tokens and features; `power`, the
-        mean square.
+        mean square; `records`, N.
     """
 
     def total(values):
@@ -80,6 +80,7 @@ def moments(tokens: jax.Array, axis_name: str | None) -> dict[str, jax.Array]:
         "second_moment": total(products) / (N * L),
         "between": total(jnp.square(deviation).sum()) / (max(N - 1, 1) * L * D),
         "power": total(jnp.square(tokens).sum()) / (N * L * D),
+        "records": jnp.asarray(N, jnp.float32),
     }
 
 
@@ -120,10 +121,10 @@ def feature_std(seen: dict[str, np.ndarray]) -> float:
 
 def describe(seen: dict[str, dict[str, Any]]) -> dict[str, float]:
     """`rankme`, `feature_std` and, with a teacher, `teacher_feature_std` from what `observe_step` returned."""
-    scalars = {
-        "rankme": rankme(seen["student"]["second_moment"]),
-        "feature_std": feature_std(seen["student"]),
-    }
+    scalars = {"rankme": rankme(seen["student"]["second_moment"])}
+    if seen["student"]["records"] < 2:  # nothing to differ from
+        return scalars
+    scalars["feature_std"] = feature_std(seen["student"])
     if "teacher" in seen:
         scalars["teacher_feature_std"] = feature_std(seen["teacher"])
     return scalars

@@ -200,7 +200,6 @@ def train_step(
             state.teacher_variables(),
             inputs.x,
             inputs.record_index,
-            step=state.step,
             dropout_key=jax.random.fold_in(dropout_key, 1),
         )
         inputs = inputs.replace(teacher=features)
