@@ -85,9 +85,12 @@ def test_two_steps_of_the_reference(monkeypatch):
     codes = tuple(len(prototypes[j]) for j in sorted(prototypes))
     assert len(set(codes)) == len(codes)
     # The first step chooses the prototypes; here it chooses those of the file.
-    monkeypatch.setattr(
-        hubert, "kmeans_plus_plus", lambda *_, codes, **__: {len(p): p for p in prototypes.values()}[codes]
-    )
+    stored = {len(value): value for value in prototypes.values()}
+
+    def chosen(*_, codes, instead_of, when, **__):
+        return jnp.where(when, stored[codes], instead_of)
+
+    monkeypatch.setattr(hubert, "kmeans_plus_plus", chosen)
 
     def objective(encoder, width, step):
         hidden = unpacked(golden["in/mask"][step], tokens)
