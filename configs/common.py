@@ -157,16 +157,19 @@ def parse_masked(arg: str, mask: str, **choices: tuple[str, ...]) -> SimpleNames
     )
 
 
-def masked_objective(arg: SimpleNamespace, objective: dict) -> ConfigDict:
-    """The config of a masked objective with a teacher.
+def masked_objective(arg: SimpleNamespace, objective: dict, with_teacher: bool = True) -> ConfigDict:
+    """The config of a masked objective.
 
     Args:
         arg: `backbone`, `data`, `recipe` and `mask` of the config's argument.
         objective: its name and its own fields.
+        with_teacher: whether it has the fields of a teacher.
     """
     config = get_config()
     with config.unlocked():
-        config.objective = ConfigDict({**objective, "mask": masking(arg.mask), "teacher": teacher()})
+        config.objective = ConfigDict({**objective, "mask": masking(arg.mask)})
+        if with_teacher:
+            config.objective.teacher = teacher()
     config.lock()
     config.model.backbone = arg.backbone
     set_size(config, arg.data)

@@ -12,8 +12,6 @@ Arguments: variant=online|offline, backbone=s4, data=18k|45k|106k|753k|11m, reci
 mask=span|block|ratio|time|independent|lead.
 """
 
-from ml_collections import ConfigDict
-
 from configs import common
 from ecg_jax.errors import UserError
 
@@ -45,19 +43,13 @@ def get_config(arg=""):
 
 
 def _offline(arg):
-    config = common.get_config()
-    with config.unlocked():
-        config.objective = ConfigDict(
-            {
-                "name": "hubert",
-                "codes": 500,  # must be the number that the targets were made with
-                "temperature": 0.1,
-                "alpha": 1.0,  # weight of masked tokens; 1 - alpha is that of visible ones
-                "mask": common.masking(arg.mask),
-            }
-        )
-    config.lock()
-    config.model.backbone = arg.backbone
-    common.set_size(config, arg.data)
-    common.set_recipe(config, arg.recipe)
-    return config
+    return common.masked_objective(
+        arg,
+        {
+            "name": "hubert",
+            "codes": 500,  # must be the number that the targets were made with
+            "temperature": 0.1,
+            "alpha": 1.0,  # weight of masked tokens; 1 - alpha is that of visible ones
+        },
+        with_teacher=False,
+    )

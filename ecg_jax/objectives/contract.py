@@ -28,7 +28,7 @@ class Inputs(flax.struct.PyTreeNode):
     """One batch, as one device sees it.
 
     Attributes:
-        x: [B, T, C] model input, nothing hidden.
+        x: [B, T, C] model input, normalised, nothing hidden. Token l of the stem is centred on sample 2 l.
         record_index: int32 [B], number of each record within the global batch.
         step: int32 [], optimiser updates done before this one.
         teacher: for objectives with a teacher, what its encoder makes of x, without gradient: "tokens" [B, L,

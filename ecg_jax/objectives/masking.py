@@ -233,7 +233,7 @@ class Masking:
                 f"mask.probability={self.probability} with mask.span={self.span} leaves {left:.2g} of the {tokens} "
                 "tokens of a window to see, on average; lower one of them"
             )
-        if tokens - left < 0.1:
+        if tokens - left < 1:
             raise ValueError(
                 f"mask.probability={self.probability} with mask.span={self.span} hides {tokens - left:.2g} tokens of a "
                 "window on average, so that hardly anything is left to predict; raise one of them"
