@@ -1,8 +1,10 @@
 """Sweeps: a small one through the command line, its refusals, and intervals over patients and seeds."""
 
 import csv
+import fcntl
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -260,10 +262,59 @@ def test_unknown_names_are_refused(tmp_path, capsys):
     path.write_text(TINY)
     assert cli.main(["sweep", str(path), "--list", "--only=data2vek"]) == 2
     assert "did you mean 'data2vec" in capsys.readouterr().err
+    assert cli.main(["sweep", str(path), "--list", "--only=,"]) == 2
+    assert "--only names no run" in capsys.readouterr().err
     assert cli.main(["sweep", "nothing.py", "--list"]) == 2
     assert "there is no file nothing.py" in capsys.readouterr().err
     assert cli.main(["sweep", str(path)]) == 2
     assert "--output=DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda probe: (probe / "results.json").write_text("{"),
+        lambda probe: (probe / "results.json").write_text("[]"),
+        lambda probe: (probe / "predictions.npz").write_bytes(b"PK"),
+        lambda probe: (probe / "predictions.npz").write_bytes(b""),
+    ],
+)
+def test_damaged_probe_is_named(tiny, tmp_path, capsys, damage):
+    path, output = tiny
+    copy = tmp_path / "out"
+    shutil.copytree(output, copy)
+    damage(copy / "cpc-0" / "probe")
+    assert cli.main(["sweep", str(path), f"--output={copy}"]) == 2
+    err = capsys.readouterr().err
+    assert "cpc-0/probe is damaged" in err
+    assert err.count("\n") == 1
+
+
+def test_two_sweeps_in_one_folder_are_refused(tiny, capsys):
+    path, output = tiny
+    with (output / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert cli.main(["sweep", str(path), f"--output={output}"]) == 2
+    assert "another `ecg-jax sweep` is running" in capsys.readouterr().err
+
+
+def test_run_whose_folder_cannot_be_made_fails_alone(tiny, tmp_path, capsys):
+    path, output = tiny
+    copy = tmp_path / "out"
+    shutil.copytree(output, copy)
+    shutil.rmtree(copy / "cpc-0")
+    (copy / "cpc-0").write_text("a file")
+    assert cli.main(["sweep", str(path), f"--output={copy}"]) == 2
+    err = capsys.readouterr().err
+    assert "cpc-0 failed: " in err
+    assert json.loads((copy / "results.json").read_text())["missing"] == ["cpc-0"]
+
+
+def test_folder_with_other_files_is_refused(tiny, tmp_path, capsys):
+    (tmp_path / "my_store_notes.txt").write_text("mine")
+    assert cli.main(["sweep", str(tiny[0]), f"--output={tmp_path}"]) == 2
+    assert "holds something else than a sweep" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["my_store_notes.txt"]
 
 
 def test_shipped_sweep_is_found_from_anywhere(tmp_path, monkeypatch):
