@@ -131,7 +131,9 @@ def _run(
     )
     if restored := checkpoints.restore_latest(state, state.step.sharding):
         tokens = tokens_of(preprocessing.window_samples)
-        state = parallel.replicate(with_bases(restored, tokens=tokens, l_max=config.model.l_max), mesh)
+        state = with_bases(restored, tokens=tokens, l_max=config.model.l_max)
+        bases = parallel.replicate({"basis": state.basis, "teacher_basis": state.teacher_basis}, mesh)
+        state = state.replace(**bases)
     start = int(state.step)
     if start > steps:
         raise UserError(

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from conftest import assert_close, group, load_golden
 from ecg_jax.interop.torch_checkpoint import convert_cpc
 from ecg_jax.models.encoder import build_encoder
+from ecg_jax.models.s4 import kernel_bases
 from ecg_jax.objectives import cpc
 from ecg_jax.training import optim, parallel
 from ecg_jax.training.train_state import (
@@ -21,6 +22,7 @@ from ecg_jax.training.train_state import (
     eval_step,
     mean_of_sums,
     train_step,
+    with_bases,
 )
 
 
@@ -253,3 +255,17 @@ def test_eval_step_weights_out_the_filling_rows():
     assert results[0] == results[1]
     assert np.isfinite(results[0]["loss"])
     assert mean_of_sums([]) == {}
+
+
+def test_bases_belong_to_the_state_matrices_of_the_state():
+    """A restored state may have other step sizes than a freshly drawn one."""
+    state = tiny_state(SGD)
+    layer = state.ssm["encoder"]["backbone"]["layer0"]
+    slower = layer | {"log_dt": layer["log_dt"] - 1.0}
+    backbone = state.ssm["encoder"]["backbone"] | {"layer0": slower}
+    restored = state.replace(ssm={"encoder": {"backbone": backbone}})
+    bases = with_bases(restored, tokens=32, l_max=32).basis["encoder"]["backbone"]
+    expected = kernel_bases({"layer0": slower}, length=32, l_max=32)["layer0"]["phi"]
+    np.testing.assert_array_equal(bases["layer0"]["phi"], expected)
+    assert not np.allclose(expected, state.basis["encoder"]["backbone"]["layer0"]["phi"], rtol=0.1)
+    np.testing.assert_array_equal(bases["layer1"]["phi"], state.basis["encoder"]["backbone"]["layer1"]["phi"])
