@@ -11,7 +11,7 @@ from configs import common
 
 def get_config(arg=""):
     arg = common.parse_masked(arg, mask="span")
-    config = common.masked_objective(
+    return common.masked_objective(
         arg,
         {
             "name": "data2vec",
@@ -21,4 +21,3 @@ def get_config(arg=""):
             "head_dropout": 0.2,
         },
     )
-    return config

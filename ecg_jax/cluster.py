@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ecg_jax.data.pipeline import select_records
+from ecg_jax.data.pipeline import held_out_folds, select_records
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import MAX_CODES, TargetsWriter, Windows, check_name
 from ecg_jax.errors import UserError
@@ -272,7 +272,6 @@ def cluster(
         val_folds=val_folds,
         max_records=max_records or len(opened),
     )
-    folds = np.unique(opened.column("fold"))
     with unwritten as writer:
         vectors = sample_vectors(
             opened, selection.train, described, tokens=fit_tokens, seed=seed, batch_size=batch_size
@@ -287,7 +286,7 @@ def cluster(
                 "seed": seed,
                 "fitted_tokens": len(vectors),
                 "fitted_records": len(selection.train),
-                "held_out_folds": folds[len(folds) - min(val_folds, len(folds)) :].tolist(),
+                "held_out_folds": held_out_folds(opened.column("fold"), val_folds).tolist(),
                 "versions": {each: version(each) for each in ("ecg-jax", "jax", "scikit-learn", "numpy")},
             },
         )

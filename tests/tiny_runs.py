@@ -10,18 +10,11 @@ import optax
 from jax.sharding import Mesh
 
 from ecg_jax.config_flags import load_config, override
-from ecg_jax.run_setup import build_objective, build_teacher, initial_state
+from ecg_jax.run_setup import CONFIGS, build_objective, build_teacher, initial_state
 from ecg_jax.training import parallel
 from ecg_jax.training.train_state import TrainState, train_step
 
-SPECS = {
-    "cpc": "configs/cpc.py",
-    "jepa": "configs/jepa.py",
-    "data2vec": "configs/data2vec.py",
-    "dinosr": "configs/dinosr.py",
-    "hubertpp": "configs/hubert.py",
-    "hubert": "configs/hubert.py:variant=offline",
-}
+SPECS = CONFIGS
 MASKED = [name for name in SPECS if name != "cpc"]
 WITH_TEACHER = ["jepa", "data2vec", "dinosr", "hubertpp"]
 

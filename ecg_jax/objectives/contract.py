@@ -19,6 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from ecg_jax.models.heads import S4Head
 from ecg_jax.objectives.masking import Mask
 
 Terms = dict[str, tuple[jax.Array, jax.Array]]
@@ -62,6 +63,29 @@ def encode_masked(objective: nn.Module, inputs: Inputs, *, train: bool) -> tuple
         mask.hide(x), record_index, train=train, hidden=mask.hidden, mask_token=mask_token
     )
     return tokens, mask
+
+
+def predict_with_s4(
+    objective: nn.Module, tokens: jax.Array, inputs: Inputs, *, out: int, train: bool
+) -> jax.Array:
+    """Predictions float32 [B, L, out] from tokens [B, L, D] by an S4 head, the submodule `head`.
+
+    Args:
+        objective: with the fields `encoder`, `width`, `head_state`, `head_dropout` and `dtype`, inside its compact
+            `__call__`.
+        tokens, inputs, train: of the student.
+        out: width of the predictions.
+    """
+    head = S4Head(
+        width=objective.width,
+        out=out,
+        l_max=objective.encoder.l_max,
+        state=objective.head_state,
+        dropout=objective.head_dropout,
+        dtype=objective.dtype,
+        name="head",
+    )
+    return head(tokens, inputs.record_index, train=train)
 
 
 def mean_over_tokens(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

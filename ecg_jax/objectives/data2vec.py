@@ -9,9 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from ecg_jax.models.encoder import Encoder
-from ecg_jax.models.heads import S4Head
 from ecg_jax.models.layers import standardise
-from ecg_jax.objectives.contract import Inputs, Terms, encode_masked, last_layers, mean_over_tokens, smooth_l1
+from ecg_jax.objectives.contract import (
+    Inputs,
+    Terms,
+    encode_masked,
+    last_layers,
+    mean_over_tokens,
+    predict_with_s4,
+    smooth_l1,
+)
 from ecg_jax.objectives.masking import Masking
 
 
@@ -55,15 +62,7 @@ class Data2Vec(nn.Module):
     def __call__(self, inputs: Inputs, *, train: bool) -> tuple[Terms, Terms]:
         """`regression_loss` over masked tokens and the metric `masked_share`, see `objectives.contract`."""
         tokens, mask = encode_masked(self, inputs, train=train)
-        predicted = S4Head(
-            width=self.width,
-            out=self.width,
-            l_max=self.encoder.l_max,
-            state=self.head_state,
-            dropout=self.head_dropout,
-            dtype=self.dtype,
-            name="head",
-        )(tokens, inputs.record_index, train=train)
+        predicted = predict_with_s4(self, tokens, inputs, out=self.width, train=train)
         targets = data2vec_targets(last_layers(inputs.teacher, "layer", self.top_k))
         loss = data2vec_loss(predicted, targets, beta=self.beta)
         masked = mask.targets > 0

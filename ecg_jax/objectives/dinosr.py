@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from ecg_jax.models.encoder import Encoder
-from ecg_jax.models.heads import S4Head
 from ecg_jax.models.layers import standardise
 from ecg_jax.objectives.clustering import code_usage, nearest_code, perplexity, update_codebook
 from ecg_jax.objectives.contract import (
@@ -19,6 +18,7 @@ from ecg_jax.objectives.contract import (
     global_metric,
     last_layers,
     mean_over_tokens,
+    predict_with_s4,
 )
 from ecg_jax.objectives.masking import Masking
 
@@ -96,15 +96,8 @@ class DinoSR(nn.Module):
         `masked_share`.
         """
         tokens, mask = encode_masked(self, inputs, train=train)
-        predicted = S4Head(
-            width=self.width,
-            out=self.top_k * self.codes + self.idle_logits,
-            l_max=self.encoder.l_max,
-            state=self.head_state,
-            dropout=self.head_dropout,
-            dtype=self.dtype,
-            name="head",
-        )(tokens, inputs.record_index, train=train)
+        out = self.top_k * self.codes + self.idle_logits
+        predicted = predict_with_s4(self, tokens, inputs, out=out, train=train)
         used = predicted[..., : self.top_k * self.codes]
         logits = jnp.moveaxis(used.reshape(*used.shape[:2], self.top_k, self.codes), 2, 0)
 

@@ -9,9 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from ecg_jax.models.encoder import Encoder
-from ecg_jax.models.heads import S4Head
 from ecg_jax.models.layers import standardise
-from ecg_jax.objectives.contract import Inputs, Terms, encode_masked, mean_over_tokens, smooth_l1
+from ecg_jax.objectives.contract import (
+    Inputs,
+    Terms,
+    encode_masked,
+    mean_over_tokens,
+    predict_with_s4,
+    smooth_l1,
+)
 from ecg_jax.objectives.masking import Masking
 
 
@@ -58,15 +64,7 @@ class JEPA(nn.Module):
     def __call__(self, inputs: Inputs, *, train: bool) -> tuple[Terms, Terms]:
         """`prediction_loss` over target blocks and the metric `masked_share`, see `objectives.contract`."""
         tokens, mask = encode_masked(self, inputs, train=train)
-        predicted = S4Head(
-            width=self.width,
-            out=self.width,
-            l_max=self.encoder.l_max,
-            state=self.head_state,
-            dropout=self.head_dropout,
-            dtype=self.dtype,
-            name="head",
-        )(tokens, inputs.record_index, train=train)
+        predicted = predict_with_s4(self, tokens, inputs, out=self.width, train=train)
         loss = jepa_loss(predicted, jepa_targets(inputs.teacher["tokens"], self.target_norms), beta=self.beta)
         return {"prediction_loss": mean_over_tokens(loss, mask.targets)}, {
             "masked_share": mean_over_tokens(mask.targets > 0, jnp.ones_like(loss))
