@@ -1,8 +1,10 @@
 """Files that are there in full or not at all, and line-by-line logs."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
+from typing import IO
 
 from ecg_jax.errors import UserError
 
@@ -34,6 +36,18 @@ def write_atomic(path: Path, data: bytes) -> None:
         replace_file(path, data, path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def lock(file: IO, refusal: str) -> None:
+    """Locks an open file for this process until it is closed.
+
+    Raises:
+        UserError: `refusal`; another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(refusal) from error
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """What the config of a run means: what it refuses, and the objective, optimiser and first state it describes."""
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import Targets
 from ecg_jax.errors import UserError
-from ecg_jax.files import write_atomic
+from ecg_jax.files import lock, write_atomic
 from ecg_jax.models.encoder import build_encoder, tokens_of
 from ecg_jax.objectives.cpc import CPC
 from ecg_jax.objectives.data2vec import Data2Vec
@@ -186,16 +185,11 @@ def claim_workdir(
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
+        held = (workdir / ".lock").open("w")
     except OSError as error:
         raise UserError(f"cannot write into --workdir={workdir}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another `ecg-jax pretrain` is using {workdir}; choose another --workdir"
-            ) from error
+    with held:
+        lock(held, f"another `ecg-jax pretrain` is using {workdir}; choose another --workdir")
         wanted = json.loads(json.dumps(config.to_dict())) | {"store_fingerprint": store.fingerprint}
         if targets:
             wanted |= {"targets_fingerprint": targets.fingerprint}

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import fcntl
 import json
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from ecg_jax.data.store import Store
 from ecg_jax.data.targets import Targets, names
 from ecg_jax.errors import Stopped, UserError
 from ecg_jax.evaluation import plots
-from ecg_jax.files import read_jsonl, write_atomic
+from ecg_jax.files import lock, read_jsonl, write_atomic
 from ecg_jax.prepare import prepare
 from ecg_jax.pretrain import pretrain
 from ecg_jax.probe import probe
@@ -93,13 +92,8 @@ def _claimed(sweep: Sweep, output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into --output={output}: {error.strerror}") from error
-    with (output / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another `ecg-jax sweep` is running in {output}; wait for it, or choose another --output"
-            ) from error
+    with (output / LOCK).open("w") as held:
+        lock(held, f"another `ecg-jax sweep` is running in {output}; wait for it, or choose another --output")
         write_atomic(path, (json.dumps({"sweep": sweep.path, "runs": runs}, indent=1) + "\n").encode())
         yield
 

@@ -12,7 +12,6 @@ a pair of samples that two records share belongs to the second one, whose first 
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ import numpy as np
 
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
+from ecg_jax.files import lock
 
 FOLDER = "targets"
 TOKEN_SAMPLES = 2
@@ -153,10 +153,10 @@ class TargetsWriter:
             self._temporary.mkdir(parents=True, exist_ok=True)
             self._lock = open(self._temporary / "lock", "w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock(self._lock, f"Another `ecg-jax cluster` is writing {self.path} now.")
+        except UserError:
             self._lock.close()
-            raise UserError(f"Another `ecg-jax cluster` is writing {self.path} now.") from None
+            raise
         try:
             self._check_new()
             with _write_errors(self._temporary):
