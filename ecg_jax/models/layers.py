@@ -2,6 +2,8 @@
 record.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,30 @@ def standardise(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     centred = x - x.mean(axis=-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + NORM_EPSILON)
+
+
+#: What the backward pass recomputes of a block instead of keeping it -> what is kept all the same.
+_REMAT_POLICIES = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+REMAT = ("none", *_REMAT_POLICIES)
+
+
+def remat(block: Callable, mode: str) -> Callable:
+    """`block` with less kept for the backward pass (rematerialisation, Chen et al., arXiv 1604.06174).
+
+    Args:
+        block: function of a module, inside its compact `__call__`, and of an array or tree.
+        mode: "none": `block` as it is. "block": only its input is kept. "dots": its input and the results of
+            matrix products with parameters.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    if mode not in REMAT:
+        raise ValueError(f"remat={mode!r} is unknown; known: {', '.join(REMAT)}")
+    return block if mode == "none" else nn.remat(block, policy=_REMAT_POLICIES[mode])
 
 
 class BatchNorm(nn.Module):
