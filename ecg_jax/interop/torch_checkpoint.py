@@ -58,16 +58,61 @@ def convert_s4_backbone(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any
     return {"params": params, "ssm": ssm}
 
 
+def convert_transformer(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """`layers.{l}.*`, `final_norm.*` and, where widths differ, `encoder.*` -> {"params": ...} of
+    `models.transformer.Transformer` (spec §4.1). The rotary frequencies are recomputed.
+    """
+    params = {"norm": _norm(sd, "final_norm")}
+    if "encoder.weight" in sd:
+        params["input"] = _linear(sd, "encoder")
+    projections = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
+    for i in range(_count(sd, "layers.")):
+        layer = f"layers.{i}."
+        params[f"layer{i}"] = {
+            "norm1": _norm(sd, layer + "norm1"),
+            "attention": {name: _linear(sd, f"{layer}attn.{torch}") for name, torch in projections.items()},
+            "norm2": _norm(sd, layer + "norm2"),
+            "hidden": _linear(sd, layer + "ff.linear1"),
+            "output": _linear(sd, layer + "ff.linear2"),
+        }
+    return {"params": params}
+
+
+def convert_net1d(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """`first_conv.conv.*` and `stage_list.{s}.block_list.{j}.*` -> {"params": ...} of `models.net1d.Net1D`
+    (spec §4.2), its blocks numbered through all stages. The idle BatchNorms are left aside.
+    """
+    params = {"input": _convolution(sd, "first_conv.conv")}
+    for s in range(_count(sd, "stage_list.")):
+        for j in range(_count(sd, f"stage_list.{s}.block_list.")):
+            block = f"stage_list.{s}.block_list.{j}."
+            pointwise = {name: _convolution(sd, f"{block}{name}.conv") for name in ("conv1", "conv3")}
+            params[f"block{len(params) - 1}"] = {
+                **{name: {**conv, "kernel": conv["kernel"][0]} for name, conv in pointwise.items()},
+                "conv2": _convolution(sd, f"{block}conv2.conv"),
+                "gate1": _linear(sd, block + "se_fc1"),
+                "gate2": _linear(sd, block + "se_fc2"),
+            }
+    return {"params": params}
+
+
 def convert_encoder(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """A reference state dict with full names -> variables of `models.encoder.Encoder`; other entries are left
     aside.
     """
-    stem, backbone = convert_stem(_under(sd, STEM)), convert_s4_backbone(_under(sd, BACKBONE))
-    return {
+    stem, backbone = convert_stem(_under(sd, STEM)), _convert_backbone(_under(sd, BACKBONE))
+    variables = {
         "params": {"stem": stem["params"], "backbone": backbone["params"]},
         "batch_stats": {"stem": stem["batch_stats"]},
-        "ssm": {"backbone": backbone["ssm"]},
     }
+    return variables | ({"ssm": {"backbone": backbone["ssm"]}} if "ssm" in backbone else {})
+
+
+def _convert_backbone(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Whichever of the three backbones has such names."""
+    if any(name.startswith("s4_layers.") for name in sd):
+        return convert_s4_backbone(sd)
+    return convert_net1d(sd) if "first_conv.conv.weight" in sd else convert_transformer(sd)
 
 
 def convert_cpc(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
@@ -105,7 +150,7 @@ def convert_masked(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     head = _under(sd, HEAD)
     converted = convert_s4_head(head) if "s4.decoder.weight" in head else convert_mlp_head(head)
     for collection, tree in converted.items():
-        variables[collection]["head"] = tree
+        variables.setdefault(collection, {})["head"] = tree
     name = "mask_token" if MASKING + "mask_token" in sd else "mask_item"
     variables["params"]["mask_token"] = sd[MASKING + name].reshape(-1)
     return variables
@@ -116,8 +161,37 @@ def convert_teacher(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     return convert_encoder({"ts_encoder." + name: value for name, value in _under(sd, TEACHER).items()})
 
 
+def convert_codebook(sd: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The first codebook of a DinoSR state dict, the only one the released code uses (spec §5.7) -> `objective_state`
+    of `objectives.dinosr.DinoSR`.
+    """
+    book = _under(sd, TEACHER + "clustering.0.")
+    names = {"codebook": "codebook", "code_sum": "code_sum", "code_count": "code_cnt"}
+    return {ours: book[theirs][None] for ours, theirs in names.items()}
+
+
+def convert_objective(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """A whole reference state dict -> collections of its objective: `params`, `batch_stats`, and where it has them
+    `ssm` and `objective_state`.
+    """
+    if not any(name.startswith(MASKING) for name in sd):
+        return convert_cpc(sd)
+    variables = convert_masked(sd)
+    if TEACHER + "clustering.0.codebook" in sd:
+        variables["objective_state"] = convert_codebook(sd)
+    return variables
+
+
 def _linear(sd: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     return {"kernel": sd[f"{name}.weight"].T, "bias": sd[f"{name}.bias"]}
+
+
+def _convolution(sd: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    return {"kernel": np.transpose(sd[f"{name}.weight"], (2, 1, 0)), "bias": sd[f"{name}.bias"]}
+
+
+def _norm(sd: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    return {"scale": sd[f"{name}.weight"], "bias": sd[f"{name}.bias"]}
 
 
 def _under(sd: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
