@@ -17,6 +17,8 @@ COMMANDS = {
     "probe": "checkpoint + labelled store -> metrics with confidence intervals",
     "sweep": "many runs, each pretrained and probed -> one table with intervals",
     "embed": "checkpoint + recordings -> one embedding for each",
+    "efficiency": "what backbones and objectives cost on this device, beside its roofline",
+    "import-checkpoint": "checkpoint of the reference implementation -> run, to be probed and embedded with",
 }
 
 _USAGE = f"""\
@@ -24,7 +26,7 @@ usage: ecg-jax COMMAND [options]
 
 ecg_jax {ecg_jax.__version__}: pretrain, scale and probe ECG foundation models in JAX
 
-{chr(10).join(f"  {name:<12}{text}" for name, text in COMMANDS.items())}
+{chr(10).join(f"  {name:<18}{text}" for name, text in COMMANDS.items())}
 
 `ecg-jax COMMAND --help` explains a command. Start with `ecg-jax quickstart`.
 """
