@@ -6,9 +6,17 @@ Sinkhorn's divisions and the optimiser are left out. So the stem and four S4 lay
 1 741 209 600 operations for a window of 2.5 s, although the convolution of an S4 layer is its FFT: a
 time measured against these figures contains work that they do not.
 
+What else the published figures turn out to contain: the 12.43 G of six Transformer layers are the four projections,
+the two linears of the feed-forward part, and both products of attention over all pairs of tokens (rotary positions
+and softmax are not products; a causal mask is not credited for the half it hides). The 4.26 G of the released Net1D
+are its convolutions, a grouped one with the inputs of its own group only, and the two linears of squeeze-excite,
+which act once on a window (0.005 G).
+
 Letters: T samples, C leads, L = ceil(T / 2) tokens, D width, K codes. All figures are for one window.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -58,9 +66,86 @@ def s4_backbone(L: int, D: int, layers: int) -> int:
     return layers * s4_layer(L, D)
 
 
-def encoder(L: int, C: int, D: int, layers: int) -> int:
-    """Stem and S4 backbone; the forward pass of a teacher too."""
-    return stem(L, C, D) + s4_backbone(L, D, layers)
+def attention(L: int, D: int) -> int:
+    """Scores of all pairs of tokens and the mix of values, over all heads: 2 (2 L D L)."""
+    return product(L, D, L) + product(L, L, D)
+
+
+def transformer_layer(L: int, D: int, ff_width: int) -> int:
+    """Query, key, value and output, attention, feed-forward: 4 (2 L D D) + 4 L D L + 2 (2 L D F)."""
+    return 4 * product(L, D, D) + attention(L, D) + 2 * product(L, D, ff_width)
+
+
+def transformer(L: int, D: int, layers: int, ff_width: int) -> int:
+    """`layers` layers; any number of heads."""
+    return layers * transformer_layer(L, D, ff_width)
+
+
+def net1d(
+    L: int,
+    D: int,
+    *,
+    filters: Sequence[int],
+    blocks: Sequence[int],
+    kernel: int,
+    group_width: int,
+    squeeze_excite: bool,
+) -> int:
+    """First convolution and blocks of Net1D, every stage at stride 1 (spec §4.2).
+
+    A block from c to f channels is a 1x1 convolution, a grouped one with `group_width` inputs for each of its f
+    outputs, a second 1x1 convolution, and two linears over the mean of the window:
+    2 L (c f + f group_width kernel + f f) + 2 (2 f f/2).
+
+    Args:
+        L, D: tokens and width of the stem.
+        filters, blocks: channels and number of blocks of each stage.
+        kernel: taps of the first and the grouped convolutions.
+        group_width: channels in a group.
+        squeeze_excite: whether blocks have it; the causal variant has none.
+    """
+    widths = [filters[0]] + [f for f, n in zip(filters, blocks, strict=True) for _ in range(n)]
+    total = product(L, kernel * D, filters[0])
+    for c, f in itertools.pairwise(widths):
+        total += product(L, c, f) + product(L, kernel * group_width, f) + product(L, f, f)
+        if squeeze_excite:
+            total += 2 * product(1, f, f // 2)
+    return total
+
+
+def backbone(L: int, model: ConfigDict) -> int:
+    """The backbone that `config.model` describes.
+
+    Raises:
+        ValueError: unknown backbone.
+    """
+    if model.backbone == "s4":
+        return s4_backbone(L, model.width, model.layers)
+    if model.backbone == "transformer":
+        return transformer(L, model.width, model.layers, model.ff_width)
+    if model.backbone == "net1d":
+        return net1d(
+            L,
+            model.width,
+            filters=model.filters,
+            blocks=model.blocks,
+            kernel=model.kernel,
+            group_width=model.group_width,
+            squeeze_excite=model.bidirectional,
+        )
+    raise ValueError(f"unknown backbone {model.backbone!r}; known: s4, transformer, net1d")
+
+
+def encoder(L: int, C: int, model: ConfigDict) -> int:
+    """Stem and backbone; the forward pass of a teacher too."""
+    return stem(L, C, model.width) + backbone(L, model)
+
+
+def encoder_cost(config: ConfigDict) -> Cost:
+    """Operations of the encoder for one window of a run, the first convolution's data without gradient."""
+    L = tokens_of_window(config.data.window_s, config.data.rate_hz)
+    forward = encoder(L, LEADS, config.model)
+    return Cost(forward, 2 * forward - first_convolution(L, LEADS, config.model.width))
 
 
 def s4_head(L: int, D: int, out: int) -> int:
@@ -110,8 +195,6 @@ def training_parts(config: ConfigDict) -> dict[str, Cost]:
         ValueError: unknown objective or backbone.
     """
     objective, model = config.objective, config.model
-    if model.backbone != "s4":
-        raise ValueError(f"unknown backbone {model.backbone!r}; known: s4")
     L, C, D = tokens_of_window(config.data.window_s, config.data.rate_hz), LEADS, model.width
 
     def trained(forward: int) -> Cost:
@@ -120,10 +203,10 @@ def training_parts(config: ConfigDict) -> dict[str, Cost]:
     stem_forward = stem(L, C, D)
     parts = {
         "stem": Cost(stem_forward, 2 * stem_forward - first_convolution(L, C, D)),
-        "backbone": trained(s4_backbone(L, D, model.layers)),
+        "backbone": trained(backbone(L, model)),
     }
     if "teacher" in objective:
-        parts["teacher"] = Cost(encoder(L, C, D, model.layers), 0)
+        parts["teacher"] = Cost(encoder(L, C, model), 0)
 
     if objective.name == "cpc":
         parts["head"] = trained(linear_head(L, D))

@@ -1,0 +1,304 @@
+"""`ecg-jax efficiency`: what backbones and objectives cost on this device, beside what the device can do at most."""
+
+import argparse
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jaxlib
+from ml_collections import ConfigDict
+
+import ecg_jax
+from ecg_jax.config_checks import check_config
+from ecg_jax.config_flags import closest, load_config, override
+from ecg_jax.errors import UserError
+from ecg_jax.files import write_atomic
+from ecg_jax.models.encoder import BACKBONES
+from ecg_jax.run_setup import CONFIGS, DTYPES, flatten
+from ecg_jax.studies import cost_scaling, efficiency_plots, efficiency_report, flops, tune_conv
+from ecg_jax.studies.cost_scaling import Point
+from ecg_jax.studies.efficiency import Cell, measure
+from ecg_jax.studies.roofline import measure_roofline
+
+DESCRIPTION = """\
+Measures, for every backbone and objective, parameters, operations, traffic, memory, compile time and windows per second
+on the first device, and what that is of the device's own roofline, which is measured first. Writes
+efficiency.json, efficiency.md, efficiency.png and efficiency.svg into --output.
+
+  ecg-jax efficiency --output=runs/efficiency
+  ecg-jax efficiency --output=runs/s4 --backbones=s4 --objectives=cpc,jepa --precisions=float32,bfloat16 --batch=64,256
+  ecg-jax efficiency --scaling --output=runs/efficiency
+  ecg-jax efficiency --tune-conv --output=ecg_jax/models/conv_table.json
+"""
+EPILOG = """\
+config:
+  --config.a.b=VALUE    changes a field in every config that declares it, e.g. --config.model.conv=fft
+"""
+
+#: What --quick changes in the configs that declare it: a run that shows that everything works, not how fast it is.
+QUICK = {
+    "model.width": "64",
+    "model.ff_width": "256",
+    "model.filters": "(16,32,64)",
+    "model.blocks": "(1,1,1)",
+}
+_QUICK_BATCH, _BATCH = "8", "64"
+
+#: Seconds of a window for --scaling.
+WINDOWS_S = (2.5, 5.0, 10.0, 20.0)
+#: The window's own points have a fraction of the batch: a window of 20 s is eight times as long as one of 2.5 s.
+WINDOW_SHARE = 16
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Options and (field, value) of each `--config.a.b=value`.
+
+    Raises:
+        UserError: a value that cannot be.
+    """
+    parser = argparse.ArgumentParser(
+        prog="ecg-jax efficiency",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="folder to write; with --tune-conv the table to add to",
+    )
+    lists = {"backbones": tuple(BACKBONES), "objectives": tuple(CONFIGS), "precisions": tuple(DTYPES)}
+    defaults = {"precisions": "float32"}
+    for name, known in lists.items():
+        default = defaults[name] if name in defaults else ",".join(known)
+        parser.add_argument(
+            f"--{name}", default=default, metavar="A,B", help=f"of {', '.join(known)} (default: {default})"
+        )
+    parser.add_argument(
+        "--batch", metavar="N,M", help=f"windows in a batch; several make rows (default: {_BATCH})"
+    )
+    parser.add_argument(
+        "--window", type=float, default=2.5, metavar="S", help="seconds in a window (default: 2.5)"
+    )
+    parser.add_argument("--repeats", type=int, metavar="N", help="turns of all programs (default: 5)")
+    parser.add_argument(
+        "--quick", action="store_true", help="narrow models, small batch, two turns: to try it out"
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--scaling",
+        action="store_true",
+        help="cost of the encoder over window length and batch, with exponents",
+    )
+    kind.add_argument(
+        "--tune-conv",
+        action="store_true",
+        help="time the algorithms of the S4 convolution for model.conv=auto",
+    )
+    overrides, rest = [], []
+    for word in argv:
+        path, equals, value = word.removeprefix("--config.").partition("=")
+        if not word.startswith("--config."):
+            rest.append(word)
+        elif not equals:
+            raise UserError(f"{word} needs a value: {word}=VALUE")
+        else:
+            overrides.append((path, value))
+    options = parser.parse_args(rest)
+    for name, known in lists.items():
+        setattr(options, name, _names(f"--{name}", getattr(options, name), known))
+    options.batch = _batches(options.batch or (_QUICK_BATCH if options.quick else _BATCH))
+    if not (math.isfinite(options.window) and options.window > 0):
+        raise UserError(f"--window={options.window:g} must be a positive number of seconds")
+    options.repeats = (2 if options.quick else 5) if options.repeats is None else options.repeats
+    if options.repeats < 1:
+        raise UserError(f"--repeats={options.repeats} must be at least 1")
+    return options, overrides
+
+
+def _names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(filter(None, text.split(","))))
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option}={text}: {name!r} is unknown{closest(name, known)}")
+    if not names:
+        raise UserError(f"{option} is empty; known: {', '.join(known)}")
+    return names
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    try:
+        batches = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        batches = (0,)
+    if min(batches) < 1:
+        raise UserError(f"--batch={text} must be a whole number above 0, or several with commas")
+    return batches
+
+
+def run_config(
+    backbone: str,
+    objective: str,
+    *,
+    precision: str,
+    batch: int,
+    window_s: float,
+    quick: bool,
+    overrides: Sequence[tuple[str, str]],
+) -> ConfigDict:
+    """The shipped config of an objective, for a backbone and what the command line says.
+
+    S4 output vectors are length-corrected for the window that is measured, as in a run of that window.
+
+    Raises:
+        UserError: no run could have this config.
+    """
+    spec = CONFIGS[objective]
+    config = load_config(f"{spec}{',' if ':' in spec else ':'}backbone={backbone}")
+    tokens = flops.tokens_of_window(window_s, config.data.rate_hz)
+    fields = {"precision": precision, "batch_size": batch, "data.window_s": window_s, "model.l_max": tokens}
+    declared = flatten(config.to_dict())
+    for path, value in [*fields.items(), *(QUICK.items() if quick else ()), *overrides]:
+        if path in declared:
+            override(config, path, str(value))
+    if objective == "hubert":
+        config.data.targets = "random"  # of which only the number counts
+    check_config(config)
+    return config
+
+
+def _check_overrides(configs: Sequence[ConfigDict], overrides: Sequence[tuple[str, str]]) -> None:
+    """Refuses a field that none of the configs declares, with what `override` says about the first of them."""
+    for path, value in overrides:
+        if not any(path in flatten(config.to_dict()) for config in configs):
+            override(configs[0], path, value)
+
+
+def _open_folder(output: str) -> Path:
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write into --output={output}: {error.strerror}") from error
+    return folder
+
+
+def provenance(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Where figures come from: device, versions and options. No date and no name of a machine."""
+    device = jax.devices()[0]
+    versions = {"ecg_jax": ecg_jax, "jax": jax, "jaxlib": jaxlib, "flax": flax}
+    return {
+        "device_kind": device.device_kind,
+        "platform": device.platform,
+        "processors": os.cpu_count(),
+        "versions": {name: module.__version__ for name, module in versions.items()},
+        "precisions": options.precisions,
+        "batches": options.batch,
+        "window_s": options.window,
+        "repeats": options.repeats,
+        "quick": options.quick,
+        "overrides": dict(overrides),
+        # Compile times are those of reading the cache where there is one.
+        "compilation_cache": jax.config.jax_compilation_cache_dir is not None,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def table(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
+    """Measures every backbone with every objective and writes table and picture.
+
+    Raises:
+        UserError: a config that no run could have, or the folder cannot be written.
+    """
+    cells = [
+        Cell(backbone, objective, precision, batch)
+        for precision in options.precisions
+        for batch in options.batch
+        for backbone in options.backbones
+        for objective in options.objectives
+    ]
+    fields = {"window_s": options.window, "quick": options.quick, "overrides": overrides}
+    configs = {
+        cell: run_config(cell.backbone, cell.objective, precision=cell.precision, batch=cell.batch, **fields)
+        for cell in cells
+    }
+    _check_overrides(list(configs.values()), overrides)
+    folder = _open_folder(options.output)
+    about = provenance(options, overrides)
+    roofline = measure_roofline(budget_s=0.1 if options.quick else 2.0)
+    _say(efficiency_report.describe(roofline, about["device_kind"]))
+    rows = measure(configs, roofline, repeats=options.repeats, say=_say)
+    _write_json(folder / "efficiency.json", {**about, "roofline": roofline._asdict(), "rows": rows})
+    write_atomic(folder / "efficiency.md", efficiency_report.report(rows, roofline, about).encode())
+    if any("programs" in row for row in rows):
+        efficiency_plots.draw_table(rows, roofline, about["device_kind"], folder)
+    cost, speed = efficiency_report.cost_cells(rows), efficiency_report.speed_cells(rows)
+    print(f"\n{efficiency_report.aligned(efficiency_report.COST_HEAD, cost)}")
+    print(f"\n{efficiency_report.aligned(efficiency_report.SPEED_HEAD, speed)}")
+    print(f"\n{efficiency_report.NOTES}\n\nwritten: {folder}/efficiency.json, .md, .png, .svg")
+
+
+def scaling(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
+    """Measures the encoder of each backbone over window and batch and writes exponents and picture.
+
+    Raises:
+        UserError: a config that no run could have, or the folder cannot be written.
+    """
+    largest = max(options.batch)
+    fixed = max(1, largest // WINDOW_SHARE)
+    batches = [largest // share for share in (16, 8, 4, 2, 1) if largest >= share]
+    places = [("window", window, window, fixed) for window in WINDOWS_S]
+    places += [("batch", batch, options.window, batch) for batch in batches]
+    configs = {}
+    for backbone in options.backbones:
+        for axis, x, window, batch in places:
+            configs[Point(backbone, axis, x)] = run_config(
+                backbone,
+                options.objectives[0],
+                precision=options.precisions[0],
+                batch=batch,
+                window_s=window,
+                quick=options.quick,
+                overrides=overrides,
+            )
+    _check_overrides(list(configs.values()), overrides)
+    folder = _open_folder(options.output)
+    rows = cost_scaling.measure_scaling(configs, repeats=options.repeats, say=_say)
+    fits = cost_scaling.fit_all(rows)
+    about = provenance(options, overrides) | {
+        "windows_at_each_length": fixed,
+        "objective": options.objectives[0],
+    }
+    _write_json(folder / "scaling.json", {**about, "rows": rows, "fits": fits})
+    efficiency_plots.draw_scaling(rows, fits, about, folder)
+    print(f"\n{efficiency_report.aligned(efficiency_report.FIT_HEAD, efficiency_report.fit_cells(fits))}")
+    print(f"\nwritten: {folder}/scaling.json, .png, .svg")
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of `ecg-jax efficiency`."""
+    options, overrides = parse_arguments(argv)
+    if options.tune_conv:
+        tune_conv.tune(Path(options.output), quick=options.quick, repeats=options.repeats, say=_say)
+    elif options.scaling:
+        scaling(options, overrides)
+    else:
+        table(options, overrides)
+    return 0

@@ -1,0 +1,354 @@
+"""What pretraining costs on this device: of each backbone and objective, operations, traffic, memory and speed."""
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ecg_jax.data.preprocessing import Preprocessing
+from ecg_jax.data.recording import CANONICAL_LEADS
+from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state
+from ecg_jax.studies import flops
+from ecg_jax.studies.roofline import MATMUL_PRECISION, Roofline
+from ecg_jax.studies.timing import Timing, time_in_turns
+from ecg_jax.training import parallel
+from ecg_jax.training.train_state import TrainState, train_step
+
+#: Programs of a row, in the order of its columns. `forward` is in evaluation mode, the other two in train mode.
+PROGRAMS = ("forward", "forward_backward", "step")
+
+_WARM_UP = 2  # the first step of HuBERT++ chooses its prototypes
+
+
+class Cell(NamedTuple):
+    """What a row of the table is about."""
+
+    backbone: str
+    objective: str
+    precision: str
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.backbone} {self.objective} {self.precision} batch {self.batch}"
+
+
+class Program(NamedTuple):
+    """A compiled program and what its compiler says about it, all figures of one call."""
+
+    run: Callable[[], Any]
+    """Calls it and returns what it computes, without waiting."""
+    compile_s: float
+    """Seconds of tracing and compiling."""
+    flops: float | None
+    """The compiler's count of operations; None where it makes none."""
+    estimated_bytes: float | None
+    """The compiler's estimate of traffic, every operation's operands and results; None where it makes none."""
+    memory: dict[str, int]
+    """Bytes: `arguments`, `outputs`, `aliased` (outputs that take the place of arguments), `temporary`."""
+
+    @property
+    def least_bytes(self) -> int:
+        """A lower bound of traffic: every argument is read once and every output written once, even if everything
+        between them stayed on the chip.
+        """
+        return self.memory["arguments"] + self.memory["outputs"]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that is taken while it runs, as planned by the compiler."""
+        m = self.memory
+        return m["arguments"] + m["outputs"] + m["temporary"] - m["aliased"]
+
+
+class DoesNotFit(Exception):
+    """A program needs more memory than there is."""
+
+
+def device_memory_bytes() -> float:
+    """What programs can use: the first device's own limit, or of a computer without one four fifths of its memory."""
+    if limits := jax.devices()[0].memory_stats():
+        return limits["bytes_limit"]
+    return 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def compile_program(function, *arguments, precision: str) -> tuple[Callable, Program]:
+    """Compiles a jitted function for its arguments.
+
+    Args:
+        function: from `jax.jit`.
+        arguments: arrays, or shapes and dtypes.
+        precision: "float32" or "bfloat16", of its matrix products as a run has them.
+
+    Returns:
+        The compiled function, and the `Program` whose `run` calls it with these arguments.
+
+    Raises:
+        DoesNotFit: the compiler plans for more memory than there is.
+    """
+    begin = time.perf_counter()
+    with jax.default_matmul_precision(MATMUL_PRECISION[precision]), memory_errors():
+        compiled = function.lower(*arguments).compile()
+    seconds = time.perf_counter() - begin
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    program = Program(
+        run=lambda: compiled(*arguments),
+        compile_s=seconds,
+        flops=cost.get("flops"),
+        estimated_bytes=cost.get("bytes accessed"),
+        memory={
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,
+            "temporary": memory.temp_size_in_bytes,
+        },
+    )
+    if program.peak_bytes > (limit := device_memory_bytes()):
+        raise DoesNotFit(f"needs {program.peak_bytes / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB are there")
+    return compiled, program
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns the device's own refusal into `DoesNotFit`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit("the device is out of memory") from error
+
+
+def random_batch(config: ConfigDict) -> dict[str, np.ndarray]:
+    """A batch of a run: random walks, int16 [B, T, C] in microvolts; no program's cost depends on the signal."""
+    rng = np.random.default_rng(0)
+    samples = round(config.data.window_s * config.data.rate_hz)
+    walk = rng.normal(scale=30, size=(config.batch_size, samples, len(CANONICAL_LEADS))).cumsum(axis=1)
+    batch = {
+        "signal": walk.astype(np.int16),
+        "record_index": np.arange(config.batch_size, dtype=np.int32),
+    }
+    if config.objective.name == "hubert":
+        shape = (config.batch_size, flops.tokens_of_window(config.data.window_s, config.data.rate_hz))
+        batch["labels"] = rng.integers(0, config.objective.codes, shape, np.int32)
+    return batch
+
+
+class Model(NamedTuple):
+    """What a config describes, ready to be compiled."""
+
+    config: ConfigDict
+    state: TrainState
+    tx: Any
+    teacher: Any
+
+    def encoder_variables(self) -> dict[str, Any]:
+        """Collections for the encoder's `apply`, in memory of their own: a step donates the state's."""
+        variables = {
+            name: tree["encoder"] for name, tree in self.state.variables().items() if "encoder" in tree
+        }
+        return jax.tree.map(jnp.copy, variables)
+
+
+def build(config: ConfigDict) -> Model:
+    """State, optimiser and teacher as a run of 1000 steps has them; the state lies on the first device."""
+    contract = Preprocessing(window_s=config.data.window_s, normalisation=config.data.normalisation)
+    teacher, (_, tx) = build_teacher(config, steps=1000), build_optimiser(config, steps=1000)
+    state = parallel.replicate(initial_state(config, tx, contract, teacher), one_device())
+    return Model(config, state, tx, teacher)
+
+
+def one_device() -> Mesh:
+    """A mesh of the first device alone."""
+    return Mesh(np.asarray(jax.devices()[:1]), (parallel.AXIS,))
+
+
+def step_program(model: Model) -> Program:
+    """One optimiser update, the program of `ecg-jax pretrain`: each call moves the state on."""
+    config, mesh = model.config, one_device()
+    step = functools.partial(
+        train_step,
+        model=build_objective(config, parallel.AXIS),
+        tx=model.tx,
+        normalisation=config.data.normalisation,
+        teacher=model.teacher,
+    )
+    states, batch = [model.state], parallel.shard_batch(random_batch(config), mesh)
+    compiled, program = compile_program(
+        parallel.map_train_step(step, mesh), states[0], batch, precision=config.precision
+    )
+
+    def run():
+        states[0], metrics = compiled(states[0], batch)
+        return metrics
+
+    return program._replace(run=run)
+
+
+def encoder_program(
+    config: ConfigDict, variables: dict[str, Any], *, gradient: bool, rows: int | None = None
+) -> Program:
+    """The encoder alone.
+
+    Args:
+        config: of a run.
+        variables: the encoder's collections.
+        gradient: False is the forward pass in evaluation mode; True the forward pass in train mode and the gradient
+            of the parameters.
+        rows: windows in the batch, `config.batch_size` if None.
+    """
+    encoder = build_objective(config, axis_name=None).encoder
+    samples = round(config.data.window_s * config.data.rate_hz)
+    rng = np.random.default_rng(0)
+    shape = (rows or config.batch_size, samples, len(CANONICAL_LEADS))
+    x = jnp.asarray(rng.normal(scale=0.3, size=shape), jnp.float32)
+    record_index = jnp.arange(len(x))
+
+    def forward(variables, x):
+        return encoder.apply(variables, x, record_index, train=False)[0]
+
+    if not gradient:
+        return compile_program(jax.jit(forward), variables, x, precision=config.precision)[1]
+
+    def forward_and_backward(params, fixed, x, cotangent):
+        def in_training(params):
+            (tokens, _), changed = encoder.apply(
+                {**fixed, "params": params},
+                x,
+                record_index,
+                train=True,
+                rngs={"dropout": jax.random.key(0)},
+                mutable=["batch_stats"],
+            )
+            return tokens, changed
+
+        _, pull_back, changed = jax.vjp(in_training, params, has_aux=True)
+        return pull_back(cotangent), changed
+
+    params, fixed = variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
+    tokens = jax.eval_shape(forward, variables, x)
+    cotangent = jnp.asarray(rng.normal(size=tokens.shape), tokens.dtype)
+    both = jax.jit(forward_and_backward)
+    return compile_program(both, params, fixed, x, cotangent, precision=config.precision)[1]
+
+
+def parameter_count(tree: Any) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def measure(
+    configs: dict[Cell, ConfigDict],
+    roofline: Roofline,
+    *,
+    repeats: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """One row for each cell.
+
+    All programs are compiled first and then take turns, so that rows can be compared.
+
+    Args:
+        configs: cell -> config of its run.
+        roofline: of this device.
+        repeats: turns.
+        say: told about the progress.
+
+    Returns:
+        Rows: the fields of the cell; `parameters` and `encoder_parameters` (trainable); `device_peak_bytes` of the
+        step as the device saw it (None on a CPU, or where an earlier cell took more); `step_over_encoder`, the time of
+        a step over that of the encoder's forward and backward pass; and `programs`, for each of `PROGRAMS` the figures
+        of `_figures`. A cell that does not fit into memory has `failed` instead.
+    """
+    programs: dict[Any, Program] = {}
+    rows = {}
+    for cell, config in configs.items():
+        begin = time.perf_counter()
+        try:
+            with memory_errors():
+                rows[cell], compiled = _compile(config, known=programs)
+        except DoesNotFit as error:
+            rows[cell] = {"failed": "out of memory"}
+            say(f"{cell}: {error}")
+            continue
+        programs |= compiled
+        say(f"{cell}: compiled and run once in {time.perf_counter() - begin:.1f} s")
+    say(f"{len(programs)} programs take turns, {repeats} times")
+    timings = time_in_turns({key: program.run for key, program in programs.items()}, repeats=repeats)
+    for cell, config in configs.items():
+        if "failed" not in rows[cell]:
+            keys = _keys(config)
+            costs = {
+                "step": flops.training_flops(config),
+                "forward_backward": flops.encoder_cost(config).total,
+            }
+            costs["forward"] = flops.encoder_cost(config).forward
+            rows[cell]["programs"] = {
+                name: _figures(config, costs[name], programs[keys[name]], timings[keys[name]], roofline)
+                for name in PROGRAMS
+            }
+            seconds = {name: timings[keys[name]].median for name in PROGRAMS}
+            rows[cell]["step_over_encoder"] = seconds["step"] / seconds["forward_backward"]
+    return [cell._asdict() | row for cell, row in rows.items()]
+
+
+def _keys(config: ConfigDict) -> dict[str, tuple]:
+    """Program -> what tells it apart: the encoder is the same for all objectives that leave its config alone."""
+    encoder = (config.model.to_json(), config.precision, config.batch_size, config.data.window_s)
+    return {name: (name, *encoder, config.objective.name if name == "step" else "") for name in PROGRAMS}
+
+
+def _compile(config: ConfigDict, known: dict) -> tuple[dict[str, Any], dict[tuple, Program]]:
+    """The first fields of a row, and those of its programs that are not known yet, run so often that they are warm."""
+    before, keys = jax.devices()[0].memory_stats(), _keys(config)
+    model = build(config)
+    row = {
+        "parameters": parameter_count(model.state.params),
+        "encoder_parameters": parameter_count(model.state.params["encoder"]),
+    }
+    variables = model.encoder_variables()
+    programs = {keys["step"]: step_program(model)}
+    for _ in range(_WARM_UP):
+        jax.block_until_ready(programs[keys["step"]].run())
+    after = jax.devices()[0].memory_stats()
+    rose = after and after["peak_bytes_in_use"] > before["peak_bytes_in_use"]
+    row["device_peak_bytes"] = after["peak_bytes_in_use"] - before["bytes_in_use"] if rose else None
+    for name, gradient in (("forward", False), ("forward_backward", True)):
+        if keys[name] not in known:
+            programs[keys[name]] = encoder_program(config, variables, gradient=gradient)
+    return row, programs
+
+
+def _figures(
+    config: ConfigDict, flops_per_window: int, program: Program, timing: Timing, roofline: Roofline
+) -> dict[str, Any]:
+    """One program of a row. Speeds are windows per second: the median over turns, and its quartiles. The roofline takes
+    the operations by formula and the least traffic; `fraction_of_copy` is the share of the time in which the device
+    could copy as much as the compiler estimates.
+    """
+    batch, precision = config.batch_size, config.precision
+    least = {"flops": flops_per_window * batch, "moved_bytes": program.least_bytes, "precision": precision}
+    estimated = program.estimated_bytes
+    return {
+        "flops_per_window": flops_per_window,
+        "compiler_flops_per_window": program.flops and program.flops / batch,
+        "least_bytes": program.least_bytes,
+        "compiler_bytes": estimated,
+        "peak_bytes": program.peak_bytes,
+        "memory": program.memory,
+        "compile_s": program.compile_s,
+        "windows_per_s": batch / timing.median,
+        "windows_per_s_low": batch / timing.high,
+        "windows_per_s_high": batch / timing.low,
+        "flops_per_s": flops_per_window * batch / timing.median,
+        "bound": roofline.bound(**least),
+        "fraction_of_roofline": roofline.seconds(**least) / timing.median,
+        "fraction_of_copy": estimated and estimated / roofline.copy_bytes_per_s / timing.median,
+    }

@@ -1,0 +1,235 @@
+"""Pictures of `ecg-jax efficiency`: the roofline with every training step on it, speeds, and growth of cost."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecg_jax.files import write_atomic
+from ecg_jax.studies.cost_scaling import points_of
+from ecg_jax.studies.roofline import Roofline
+
+# Okabe and Ito's palette: told apart by colour-blind readers; the marker says the same.
+_LOOKS = {
+    "s4": ("#0072B2", "o", "S4"),
+    "transformer": ("#D55E00", "s", "Transformer"),
+    "net1d": ("#009E73", "^", "Net1D"),
+}
+_GREY = "#6E6E6E"
+_LINES = {"float32": "-", "bfloat16": "--"}
+
+
+def _figure(width_inch: float, height_inch: float):
+    """A figure that belongs to no window system."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_inch, height_inch), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, folder: Path, name: str) -> None:
+    for suffix in ("png", "svg"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, dpi=130)
+        write_atomic(folder / f"{name}.{suffix}", buffer.getvalue())
+
+
+def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, folder: Path) -> None:
+    """efficiency.png and .svg: the roofline with every training step; windows per second; peak memory.
+
+    Args:
+        rows: of `efficiency.measure`; those that failed are left out.
+        roofline: of the device.
+        device: its name.
+        folder: to write into.
+    """
+    rows = [row for row in rows if "programs" in row]
+    groups = list(dict.fromkeys((row["objective"], row["precision"], row["batch"]) for row in rows))
+    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
+    height = max(4.6, 0.26 * len(groups) * (len(backbones) + 0.8) + 1.4)
+    figure = _figure(15, height)
+    roof, speed, memory = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    _draw_roofline(roof, rows, roofline)
+
+    bar = 0.8 / len(backbones)
+    precisions = {row["precision"] for row in rows}
+    batches = {row["batch"] for row in rows}
+    labels = [
+        "\n".join([o, *([p] if len(precisions) > 1 else []), *([f"batch {b}"] if len(batches) > 1 else [])])
+        for o, p, b in groups
+    ]
+    for row in rows:
+        color, _, _ = _LOOKS[row["backbone"]]
+        step = row["programs"]["step"]
+        y = groups.index((row["objective"], row["precision"], row["batch"]))
+        y += (backbones.index(row["backbone"]) - (len(backbones) - 1) / 2) * bar
+        speed.barh(y, step["windows_per_s"], 0.9 * bar, color=color)
+        low, high = step["windows_per_s_low"], step["windows_per_s_high"]
+        speed.plot([low, high], [y, y], color="black", linewidth=1.2)
+        text = (
+            f" {step['windows_per_s']:.3g}"
+            if step["windows_per_s"] < 1000
+            else f" {step['windows_per_s']:.0f}"
+        )
+        speed.text(max(high, step["windows_per_s"]), y, text, va="center", fontsize=8)
+        memory.barh(y, step["peak_bytes"] / 1e9, 0.9 * bar, color=color)
+        memory.text(step["peak_bytes"] / 1e9, y, f" {step['peak_bytes'] / 1e9:.2g}", va="center", fontsize=8)
+    speed.set_title("training step, windows per second", loc="left", fontsize=11)
+    memory.set_title("training step, peak memory in GB", loc="left", fontsize=11)
+    for axes in (speed, memory):
+        axes.set_yticks(range(len(groups)), labels)
+        axes.invert_yaxis()
+        axes.margins(x=0.14)
+        axes.set_xlim(left=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    title = f"{device}: {', '.join(sorted(precisions))}, batch {', '.join(map(str, sorted(batches)))}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
+    _save(figure, folder, "efficiency")
+
+
+def _draw_roofline(axes, rows: Sequence[dict[str, Any]], roofline: Roofline) -> None:
+    """Operations per second over operations per byte that the compiler estimates, both logarithmic."""
+    from matplotlib.lines import Line2D
+
+    steps = [(row, row["programs"]["step"]) for row in rows]
+    xs = [
+        step["flops_per_window"] * row["batch"] / (step["compiler_bytes"] or step["least_bytes"])
+        for row, step in steps
+    ]
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    ridge = [roofline.flops_per_s[name] / roofline.copy_bytes_per_s for name in precisions]
+    ends = np.geomspace(min([*xs, *ridge]) / 3, max([*xs, *ridge]) * 4, 200)
+    for name in precisions:
+        roof = np.minimum(roofline.flops_per_s[name], ends * roofline.copy_bytes_per_s)
+        axes.plot(ends, roof, _LINES[name], color=_GREY, linewidth=1.4)
+        axes.text(
+            ends[-1],
+            roof[-1] * 1.06,
+            f"{name} {roof[-1] / 1e12:.3g} TFLOP/s",
+            ha="right",
+            fontsize=8,
+            color=_GREY,
+        )
+    axes.text(
+        ends[4], ends[4] * roofline.copy_bytes_per_s * 1.5,
+        f"copy {roofline.copy_bytes_per_s / 1e9:.3g} GB/s", fontsize=8, color=_GREY,
+    )  # fmt: skip
+    for x, (row, step) in zip(xs, steps, strict=True):
+        color, marker, _ = _LOOKS[row["backbone"]]
+        filled = color if row["precision"] == precisions[0] else "white"
+        axes.plot(
+            x, step["flops_per_s"], marker, color=color, markerfacecolor=filled, markersize=7, alpha=0.85
+        )
+    handles = [
+        Line2D([], [], linestyle="", marker=_LOOKS[name][1], color=_LOOKS[name][0], label=_LOOKS[name][2])
+        for name in dict.fromkeys(row["backbone"] for row in rows)
+    ]
+    if len(precisions) > 1:
+        handles.append(
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                marker="o",
+                color=_GREY,
+                markerfacecolor="white",
+                label=f"{precisions[1]} (open)",
+            )
+        )
+    axes.legend(handles=handles, frameon=False, fontsize=9, loc="lower right")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_title("roofline, each point one objective's training step", loc="left", fontsize=11)
+    axes.set_xlabel("FLOP per byte (FLOPs by formula, bytes estimated by the compiler)")
+    axes.set_ylabel("FLOP/s")
+    axes.grid(which="major", color="#E4E4E4", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_scaling(
+    rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]], about: dict[str, Any], folder: Path
+) -> None:
+    """scaling.png and .svg: time and memory over window length and over batch, a line for each backbone.
+
+    Args:
+        rows: of `cost_scaling.measure_scaling`.
+        fits: of `cost_scaling.fit_all`.
+        about: provenance.
+        folder: to write into.
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    figure = _figure(11, 8)
+    panels = figure.subplots(2, 2, sharex="col")
+    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
+    costs = (
+        ("time", "seconds", 1.0, "time in s"),
+        ("memory", "temporary_bytes", 1e9, "memory without parameters in GB"),
+    )
+    places = {
+        "window": (
+            "length of the window in s",
+            f"{about['windows_at_each_length']} windows of growing length",
+        ),
+        "batch": ("windows in the batch", f"growing batch of windows of {about['window_s']:g} s"),
+    }
+    for column, (axis, (x_label, title)) in enumerate(places.items()):
+        for line, (cost, field, unit, y_label) in enumerate(costs):
+            axes = panels[line][column]
+            lowest, ticks = [], set()
+            for backbone in backbones:
+                points = points_of(rows, backbone, axis, field)
+                if not len(points):
+                    continue
+                color, marker, name = _LOOKS[backbone]
+                fit = [f for f in fits if (f["backbone"], f["axis"], f["cost"]) == (backbone, axis, cost)]
+                error = (
+                    f" ± {fit[0]['standard_error']:.2f}"
+                    if fit and fit[0]["standard_error"] is not None
+                    else ""
+                )
+                said = (
+                    f": exponent {fit[0]['exponent']:.2f}{error}, last doubling {fit[0]['last']:.2f}"
+                    if fit
+                    else ""
+                )
+                axes.plot(points[:, 0], points[:, 1] / unit, marker=marker, color=color, label=name + said)
+                if cost == "time":
+                    low, high = (
+                        points_of(rows, backbone, axis, f"seconds_{end}")[:, 1] for end in ("low", "high")
+                    )
+                    axes.vlines(points[:, 0], low, high, color=color, linewidth=1.2)
+                lowest.append((points[0, 1] / unit, points))
+                ticks |= set(points[:, 0])
+            if lowest:
+                start, points = min(lowest, key=lambda pair: pair[0])
+                xs = points[[0, -1], 0]
+                axes.plot(xs, 0.6 * start * xs / xs[0], ":", color=_GREY, label="proportional")
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axes.set_ylabel(y_label)
+            axes.grid(which="major", color="#E4E4E4", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, high * (high / low) ** 0.32)  # room for the legend
+            axes.legend(frameon=False, fontsize=8.5, loc="upper left")
+            if line == 0:
+                axes.set_title(title, loc="left", fontsize=11)
+            else:
+                axes.set_xlabel(x_label)
+    figure.suptitle(
+        f"Encoder, forward and backward pass: {about['device_kind']}, {about['precisions'][0]}",
+        x=0.01,
+        ha="left",
+        fontsize=12,
+        weight="bold",
+    )
+    _save(figure, folder, "scaling")
