@@ -181,13 +181,11 @@ def _state(
     if mismatch := describe_mismatch(flat_shapes(found), flat_shapes(wanted)):
         raise UserError(f"what it holds does not fit the config: {mismatch}")
     found = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), found)
-    optional = {name: found[name] if name in found else {} for name in ("ssm", "objective_state", "teacher")}
+    found = {"ssm": {}, "objective_state": {}, "teacher": {}, **found}
     return TrainState(
+        **found,
         step=jnp.asarray(step, jnp.int32),
-        params=found["params"],
         opt_state=tx.init(found["params"]),
-        batch_stats=found["batch_stats"],
-        **optional,
         basis={},
         teacher_basis={},
         rng=run_key,

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ def read_torch_checkpoint(path: Path) -> TorchCheckpoint:
     except ImportError as error:
         raise UserError(f"reading {path} needs torch: pip install 'ecg_jax[torch]'") from error
     try:
-        content = _load(torch, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of odd files is for those who write them
+            content = _load(torch, path)
     # Damage surfaces as many types: pickle's, zipfile's, the system's, torch's own.
     except Exception as error:
         # torch's own text is a page of advice with the reason in the middle.
@@ -88,7 +91,7 @@ def parse_content(path: Path, content: Any, to_array) -> TorchCheckpoint:
     for name in ("state_dict", "global_step"):
         if not isinstance(content, dict) or name not in content:
             raise UserError(f"{path} holds no {name}; a Lightning checkpoint does")
-    step, epoch = content["global_step"], content["epoch"] if "epoch" in content else None
+    step, epoch = content["global_step"], content.get("epoch")
     if type(step) is not int or not 0 <= step < 2**31:
         raise UserError(f"{path}: global_step={step!r} must be a whole number, 0 or more")
     if not isinstance(content["state_dict"], dict) or not content["state_dict"]:

@@ -290,7 +290,7 @@ def _l_max(sd: Mapping[str, np.ndarray], layer: str) -> int:
     nodes, _ = _shape(sd, name, 2)
     angle = np.angle(_complex(sd[name])[1]) if nodes > 1 else 0.0
     L = round(-2 * np.pi / angle) if np.isfinite(angle) and angle < 0 else 0
-    if L // 2 + 1 != nodes:
+    if nodes != L // 2 + 1:
         raise UserError(f"{name} does not hold the FFT nodes of any number of tokens")
     return L
 
