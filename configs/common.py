@@ -12,7 +12,7 @@ from ecg_jax.config_flags import parse_arg
 #: The pretraining ladder: name -> largest number of recordings a run of that size uses.
 DATA_SIZES = {"18k": 18_000, "45k": 45_000, "106k": 106_000, "753k": 753_000, "11m": 11_000_000}
 
-BACKBONES = ("s4",)
+BACKBONES = ("s4", "transformer", "net1d")
 
 #: The masking strategies of ecg_jax/objectives/masking.py.
 STRATEGIES = ("span", "block", "ratio", "time", "independent", "lead")
@@ -21,13 +21,15 @@ STRATEGIES = ("span", "block", "ratio", "time", "independent", "lead")
 RECIPES = ("described", "released")
 
 
-def get_config() -> ConfigDict:
+def get_config(backbone: str, *, bidirectional: bool) -> ConfigDict:
     """Fields that all objectives share. An objective's file adds `objective` and sets what differs."""
     config = ConfigDict()
+    config.model = model(backbone, bidirectional)
     config.seed = 0
     config.store = placeholder(str)  # folder written by `ecg-jax prepare`
 
     config.batch_size = 64  # crops a step, over all devices
+    config.accumulate = 1  # parts into which a batch is cut, to pass through the model one after the other
     config.epochs = 10.0  # an epoch is one random crop of each recording
     config.steps = 0  # optimiser updates; 0: as many as `epochs` make
     config.precision = (
@@ -48,18 +50,6 @@ def get_config() -> ConfigDict:
     config.data.max_val_crops = 4096  # crops; the validation set is cut to them
     config.data.read_threads = 2  # threads that read batches ahead
     config.data.prefetch = 4  # batches read ahead by each process
-
-    config.model = ConfigDict()
-    config.model.backbone = "s4"
-    config.model.width = 512  # D
-    config.model.state = 8  # N, states of each S4 channel
-    config.model.layers = 4
-    config.model.l_max = 300  # tokens for which the S4 output vector is length-corrected (2.5 s)
-    config.model.bidirectional = True
-    config.model.trainable_ssm = (
-        False  # True trains the state matrices and step sizes too, in the group "ssm"
-    )
-    config.model.dropout = 0.2
 
     config.optimiser = ConfigDict()
     config.optimiser.learning_rate = 3e-3
@@ -94,6 +84,34 @@ def get_config() -> ConfigDict:
     return config.lock()  # a misspelt field is an error, in a config file too
 
 
+def model(backbone: str, bidirectional: bool) -> ConfigDict:
+    """The encoder: stem, and one of three backbones (spec §3.1, §4.1, §4.2)."""
+    config = ConfigDict()
+    config.backbone = backbone
+    config.width = 512  # D
+    config.bidirectional = bidirectional  # False: a token sees itself and those before it
+    config.l_max = 300  # tokens for which S4 output vectors, of a head too, are length-corrected (2.5 s)
+    config.conv = "auto"  # of S4 layers, of a head too; see ecg_jax/models/convolution.py
+    config.remat = "none"  # "block" or "dots": recompute in the backward pass, see ecg_jax/models/layers.py
+    if backbone == "s4":
+        config.layers = 4
+        config.state = 8  # N, states of each S4 channel
+        config.trainable_ssm = False  # True trains state matrices and step sizes too, in the group "ssm"
+        config.dropout = 0.2
+    elif backbone == "transformer":
+        config.layers = 6
+        config.heads = 8
+        config.ff_width = 2048
+        config.dropout = 0.1
+        config.attention_dropout = 0.0  # of the attention weights; fused attention on a GPU has none
+    elif backbone == "net1d":  # bidirectional=False: causal padding, and no squeeze-excite over time
+        config.filters = (64, 128, 128, 256, 256, 512, 512)  # channels of each stage; the last is the width
+        config.blocks = (2, 2, 2, 3, 3, 4, 4)  # of each stage
+        config.kernel = 16  # tokens
+        config.group_width = 16  # channels in a group of the middle convolution
+    return config
+
+
 def set_size(config: ConfigDict, size: str) -> None:
     """Sets the rung of the pretraining ladder."""
     config.data.max_records = DATA_SIZES[size]
@@ -107,6 +125,8 @@ def set_recipe(config: ConfigDict, recipe: str) -> None:
         config.optimiser.factors.backbone = 0.1
         config.optimiser.factors.stem = 0.01
         config.optimiser.factors.ssm = 0.01
+    if recipe == "released" and config.model.backbone == "transformer":
+        config.model.attention_dropout = 0.1
     if "mask" not in config.objective:
         return
     config.data.normalisation = "ptbxl_canonical"
@@ -165,13 +185,12 @@ def masked_objective(arg: SimpleNamespace, objective: dict, with_teacher: bool =
         objective: its name and its own fields.
         with_teacher: whether it has the fields of a teacher.
     """
-    config = get_config()
+    config = get_config(arg.backbone, bidirectional=True)
     with config.unlocked():
         config.objective = ConfigDict({**objective, "mask": masking(arg.mask)})
         if with_teacher:
             config.objective.teacher = teacher()
     config.lock()
-    config.model.backbone = arg.backbone
     set_size(config, arg.data)
     set_recipe(config, arg.recipe)
     return config

@@ -3,7 +3,7 @@
 
     ecg-jax pretrain --config=configs/cpc.py:data=18k --workdir=runs/cpc --config.store=stores/ptbxl
 
-Arguments: backbone=s4, data=18k|45k|106k|753k|11m, recipe=described|released.
+Arguments: backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m, recipe=described|released.
 At the defaults 3 194 880 trainable parameters; 10 epochs of 18k recordings are 2 800 steps.
 """
 
@@ -15,7 +15,9 @@ from ecg_jax.config_flags import parse_arg
 
 def get_config(arg=""):
     arg = parse_arg(arg, backbone=common.BACKBONES, data=tuple(common.DATA_SIZES), recipe=common.RECIPES)
-    config = common.get_config()
+    # CPC must not see what it predicts. Released Net1D has one form only, and that one does.
+    released_net1d = arg.backbone == "net1d" and arg.recipe == "released"
+    config = common.get_config(arg.backbone, bidirectional=released_net1d)
     with config.unlocked():
         config.objective = ConfigDict(
             {
@@ -24,11 +26,10 @@ def get_config(arg=""):
                 "negatives": 128,
                 "temperature": 1.0,
                 "normalise": False,  # True: cosine scores instead of dot products
+                "require_causal": arg.recipe != "released",  # refuse a backbone that sees what it predicts
             }
         )
     config.lock()
-    config.model.backbone = arg.backbone
-    config.model.bidirectional = False  # CPC must not see what it predicts
     common.set_size(config, arg.data)
     common.set_recipe(config, arg.recipe)
     return config

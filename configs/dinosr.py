@@ -3,7 +3,7 @@
 
     ecg-jax pretrain --config=configs/dinosr.py:data=18k --workdir=runs/dinosr --config.store=stores/ptbxl
 
-Arguments: backbone=s4, data=18k|45k|106k|753k|11m, recipe=described|released,
+Arguments: backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m, recipe=described|released,
 mask=span|block|ratio|time|independent|lead.
 """
 

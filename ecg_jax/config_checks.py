@@ -4,23 +4,27 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ecg_jax.config_flags import closest, load_config
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.errors import UserError
-from ecg_jax.models.encoder import tokens_of
+from ecg_jax.models import convolution
+from ecg_jax.models.encoder import BACKBONES, build_encoder, tokens_of
 from ecg_jax.models.inputs import NORMALISATIONS
+from ecg_jax.models.layers import REMAT
 from ecg_jax.objectives.masking import Masking
 from ecg_jax.run_setup import CONFIGS, DTYPES, OBJECTIVES, build_objective, build_teacher, flatten
 
 MOST_SAMPLES = 10**6  # in a window: more than an hour
 
 _POSITIVE = (
-    "batch_size", "epochs", "log_every", "checkpoint_every", "keep_latest", "optimiser.learning_rate",
+    "batch_size", "accumulate", "epochs", "log_every", "checkpoint_every", "keep_latest", "optimiser.learning_rate",
     "optimiser.eps",
     "data.window_s", "data.rate_hz", "data.max_records", "data.max_val_crops", "data.prefetch",
-    "model.width", "model.layers", "model.l_max", "monitor.probe_records",
+    "model.width", "model.layers", "model.l_max", "model.heads", "model.ff_width", "model.kernel", "model.group_width",
+    "monitor.probe_records",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "steps", "keep_best", "seed", "data.val_folds", "data.read_threads", "optimiser.warmup_steps",
@@ -38,7 +42,7 @@ def check_config(config: ConfigDict) -> None:
     """
     _check_fields(config)
     choices = {
-        "model.backbone": ("s4",),
+        "model.remat": REMAT,
         "precision": DTYPES,
         "data.normalisation": NORMALISATIONS,
         "optimiser.schedule": ("constant", "cosine"),
@@ -51,7 +55,7 @@ def check_config(config: ConfigDict) -> None:
         if fields[name] not in allowed:
             raise UserError(f"config.{name}={fields[name]!r} is unknown; known: {', '.join(allowed)}")
     for name in _POSITIVE:
-        if not fields[name] > 0:
+        if name in fields and not fields[name] > 0:  # some belong to one backbone
             raise UserError(f"config.{name}={fields[name]!r} must be positive")
     for name in _NOT_NEGATIVE:
         if fields[name] < 0:
@@ -67,34 +71,64 @@ def check_config(config: ConfigDict) -> None:
         )
     if config.seed >= 2**63:
         raise UserError(f"config.seed={config.seed} must be below 2^63")
-    if config.model.state < 2 or config.model.state % 2:
-        raise UserError(f"config.model.state={config.model.state} must be even and at least 2")
-    if not 0.0 <= config.model.dropout < 1.0:
-        raise UserError(f"config.model.dropout={config.model.dropout} must be at least 0 and below 1")
-    _check_objective(config)
+    depth = _check_model(config)
+    _check_objective(config, depth)
     devices = jax.device_count()
-    if config.batch_size % devices:
+    parts = devices * config.accumulate
+    if config.batch_size % parts:
+        cut = f" in {config.accumulate} parts each (config.accumulate)" if config.accumulate > 1 else ""
         raise UserError(
-            f"config.batch_size={config.batch_size} does not divide over {devices} devices; use a multiple of {devices}"
+            f"config.batch_size={config.batch_size} does not divide over {devices} devices{cut}; "
+            f"use a multiple of {parts}"
         )
+
+
+def _check_model(config: ConfigDict) -> int:
+    """Refuses an encoder that cannot be built; the number of its blocks that are as wide as its tokens."""
+    model = config.model
+    if "state" in model and (model.state < 2 or model.state % 2):
+        raise UserError(f"config.model.state={model.state} must be even and at least 2")
+    for name in ("dropout", "attention_dropout"):
+        if name in model and not 0.0 <= model[name] < 1.0:
+            raise UserError(f"config.model.{name}={model[name]} must be at least 0 and below 1")
+    for name in ("filters", "blocks"):
+        if name in model and (not model[name] or min(model[name]) < 1):
+            raise UserError(f"config.model.{name}={model[name]} must be positive numbers, one for each stage")
+    try:
+        conv, _ = convolution.parse(model.conv)
+        encoder = build_encoder(**model.to_dict())
+        x = jnp.zeros((1, 16, len(CANONICAL_LEADS)))
+        (_, out), _ = jax.eval_shape(lambda: encoder.init_with_output(jax.random.key(0), x, train=False))
+    except ValueError as error:
+        raise UserError(f"config.{error}") from error
+    if conv == "chunked" and "trainable_ssm" in model and model.trainable_ssm:
+        raise UserError(
+            f"config.model.conv={model.conv!r} needs fixed state matrices, but config.model.trainable_ssm is set; "
+            "take auto, fft or toeplitz"
+        )
+    return sum(name.startswith("layer") and v.shape[-1] == model.width for name, v in out.items())
 
 
 def _check_fields(config: ConfigDict) -> None:
     """Refuses a config whose fields are not those, or not of the types, of the shipped config of its objective."""
     fields = flatten(config.to_dict())
-    name = fields.get("objective.name")
-    if not isinstance(name, str) or name not in OBJECTIVES:
-        raise UserError(f"config.objective.name={name!r} is unknown; known: {', '.join(OBJECTIVES)}")
-    declared = flatten(load_config(CONFIGS[name]).to_dict())
+    name, backbone = fields.get("objective.name"), fields.get("model.backbone")
+    for field, value, known in (
+        ("objective.name", name, OBJECTIVES),
+        ("model.backbone", backbone, BACKBONES),
+    ):
+        if not isinstance(value, str) or value not in known:
+            raise UserError(f"config.{field}={value!r} is unknown; known: {', '.join(known)}")
+    shipped = CONFIGS[name]
+    shipped = f"{shipped}{',' if ':' in shipped else ':'}backbone={backbone}"
+    declared = flatten(load_config(shipped).to_dict())
     for field in declared:
         if field not in fields:
-            raise UserError(
-                f"config.{field} is missing; {CONFIGS[name]} declares it, for the objective {name}"
-            )
+            raise UserError(f"config.{field} is missing; {shipped} declares it, for the objective {name}")
     for field, value in fields.items():
         if field not in declared:
             raise UserError(
-                f"config.{field} is no field of the objective {name}, whose fields {CONFIGS[name]} declares"
+                f"config.{field} is no field of the objective {name} on {backbone}, whose fields {shipped} declares"
                 f"{closest(field, declared)}"
             )
         if value is None and field != "store":
@@ -122,8 +156,10 @@ def _kind(declared: Any) -> str:
     return names.get(type(declared), "text")
 
 
-def _check_objective(config: ConfigDict) -> None:
-    """Refuses an objective that its config, its window or its batch cannot feed, before anything is compiled."""
+def _check_objective(config: ConfigDict, depth: int) -> None:
+    """Refuses an objective that its config, its window, its batch or an encoder with `depth` layers as wide as its
+    tokens cannot feed, before anything is compiled.
+    """
     objective, samples = config.objective, round(config.data.window_s * config.data.rate_hz)
     tokens = tokens_of(samples)
     try:
@@ -142,14 +178,15 @@ def _check_objective(config: ConfigDict) -> None:
                 f"config.objective.steps_ahead={objective.steps_ahead} must lie between 1 and {tokens - 1}, "
                 f"one less than the tokens in a window of {config.data.window_s} s"
             )
-        if config.model.bidirectional:
+        if config.model.bidirectional and objective.require_causal:
             raise UserError(
-                "config.model.bidirectional=True lets CPC see the token it predicts; set it to False"
+                "config.model.bidirectional=True lets CPC see the token it predicts; set it to False, or take "
+                "recipe=released, which reproduces that (config.objective.require_causal=False)"
             )
-    if "top_k" in objective and not 1 <= objective.top_k <= config.model.layers:
+    if "top_k" in objective and not 1 <= objective.top_k <= depth:
         raise UserError(
-            f"config.objective.top_k={objective.top_k} must lie between 1 and "
-            f"config.model.layers={config.model.layers}: the targets come from the last top_k layers of the teacher"
+            f"config.objective.top_k={objective.top_k} must lie between 1 and {depth}: the targets come from the last "
+            "top_k layers of the teacher, and so many of them are as wide as its tokens"
         )
     if objective.name in ("dinosr", "hubertpp"):
         codes = objective.codes if isinstance(objective.codes, int) else max(objective.codes)

@@ -57,6 +57,8 @@ _FREE_FIELDS = {
     "tensorboard",
     "data.read_threads",
     "data.prefetch",
+    # How a step is computed, not what.
+    "model.conv", "model.remat",
     # Monitoring reads the state and never changes it.
     "stop_on_collapse", "monitor.min_rankme", "monitor.min_feature_std", "monitor.min_perplexity",
     "monitor.max_dead_share", "monitor.probe_every", "monitor.probe_records", "monitor.task",
@@ -72,6 +74,7 @@ def build_objective(config: ConfigDict, axis_name: str | None):
     fields = {name: value for name, value in config.objective.to_dict().items() if name != "teacher"}
     if "mask" in fields:
         fields["mask"] = Masking(**fields["mask"])
+    fields.pop("require_causal", None)  # what the config may be, not what the objective is
     return OBJECTIVES[fields.pop("name")](encoder=encoder, width=config.model.width, dtype=dtype, **fields)
 
 

@@ -6,15 +6,8 @@ import pytest
 from conftest import assert_close, group, load_golden
 from ecg_jax.interop.torch_checkpoint import convert_s4_layer
 from ecg_jax.models import hippo
-from ecg_jax.models.s4 import (
-    S4Layer,
-    _discretised_A,
-    as_complex,
-    fft_convolve,
-    kernel_bases,
-    kernel_dplr,
-    kernel_from_basis,
-)
+from ecg_jax.models.convolution import kernel_from_basis
+from ecg_jax.models.s4 import S4Layer, _discretised_A, as_complex, kernel_bases, kernel_dplr
 
 jitted_dplr = jax.jit(kernel_dplr, static_argnames=("l_max", "length"))
 
@@ -28,14 +21,12 @@ def layer_runs():
     ]
 
 
-def build_layer(sd, u, l_max):
-    """An S4Layer with the reference's parameters, and its variables with the basis for inputs like u [B, L,
-    H].
-    """
+def build_layer(sd, u, l_max, conv="fft"):
+    """An S4Layer with the reference's parameters, and its variables with the basis for inputs like u [H, B, L]."""
     variables = convert_s4_layer(sd)
     channels, H, half, _ = variables["params"]["C"].shape
-    layer = S4Layer(width=H, state=2 * half, l_max=l_max, bidirectional=channels == 2, dropout=0.0)
-    basis = kernel_bases(variables["ssm"], length=u.shape[1], l_max=l_max)
+    layer = S4Layer(width=H, state=2 * half, l_max=l_max, bidirectional=channels == 2, dropout=0.0, conv=conv)
+    basis = kernel_bases(variables["ssm"], length=u.shape[-1], l_max=l_max)
     return layer, variables, basis
 
 
@@ -46,7 +37,7 @@ def exact_or_reference(golden, run, name):
 
 
 @pytest.mark.parametrize(("name", "layer_group", "run"), layer_runs())
-@pytest.mark.parametrize("form", ["basis", "dplr"])
+@pytest.mark.parametrize("form", ["fft", "toeplitz", "chunked:32", "chunked:64", "dplr"])
 def test_layer_parity(name, layer_group, run, form):
     golden = load_golden(name)
     sd = group(golden, f"{layer_group}/sd/")
@@ -59,17 +50,16 @@ def test_layer_parity(name, layer_group, run, form):
 
 
 def check_layer(golden, run, sd, l_max, form, gradients):
-    u = jnp.swapaxes(golden[f"{run}/in/u"], 1, 2)
-    cotangent = jnp.swapaxes(golden[f"{run}/in/cotangent"], 1, 2)
-    layer, variables, basis = build_layer(sd, u, l_max)
-    collections = {"ssm": variables["ssm"]} | ({"basis": basis} if form == "basis" else {})
+    u, cotangent = (jnp.swapaxes(golden[f"{run}/in/{name}"], 0, 1) for name in ("u", "cotangent"))
+    layer, variables, basis = build_layer(sd, u, l_max, conv="auto" if form == "dplr" else form)
+    collections = {"ssm": variables["ssm"]} | ({} if form == "dplr" else {"basis": basis})
 
-    if form == "basis":
+    if form != "dplr":
         K = kernel_from_basis(variables["params"]["C"], basis["phi"])
     else:
         matrices = [as_complex(variables["ssm"][key]) for key in ("Lambda", "P", "B")]
         C = as_complex(variables["params"]["C"])
-        K = jitted_dplr(C, *matrices, variables["ssm"]["log_dt"], l_max=l_max, length=u.shape[1])
+        K = jitted_dplr(C, *matrices, variables["ssm"]["log_dt"], l_max=l_max, length=u.shape[-1])
     assert_close(K, exact_or_reference(golden, run, "K"), 2e-5, "K")
 
     @jax.jit
@@ -78,10 +68,10 @@ def check_layer(golden, run, sd, l_max, form, gradients):
         return (y * cotangent).sum(), y
 
     (_, y), (grads, grad_u) = jax.value_and_grad(objective, (0, 1), has_aux=True)(variables["params"], u)
-    assert_close(jnp.swapaxes(y, 1, 2), exact_or_reference(golden, run, "y"), 1e-5, "y")
+    assert_close(jnp.swapaxes(y, 0, 1), exact_or_reference(golden, run, "y"), 1e-5, "y")
     if gradients and golden[f"{run}/meta/reference_is_exact"]:
         grad = group(golden, f"{run}/grad/")
-        assert_close(jnp.swapaxes(grad_u, 1, 2), grad["u"], 5e-5, "grad u")
+        assert_close(jnp.swapaxes(grad_u, 0, 1), grad["u"], 5e-5, "grad u")
         assert_close(grads["C"], grad["kernel.kernel.C"], 5e-5, "grad C")
         assert_close(grads["D"], grad["D"][0], 5e-5, "grad D")
         assert_close(grads["output"]["kernel"].T, grad["output_linear.0.weight"], 5e-5, "grad W")
@@ -147,22 +137,8 @@ def test_odd_correction_length_is_exact(l_max):
         assert_close(K, expected, 1e-10)
 
 
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("L", [1, 2, 7, 64, 75])
-def test_fft_convolution_equals_direct_sum(channels, L):
-    rng = np.random.default_rng(L)
-    u, K = rng.normal(size=(2, L, 3)), rng.normal(size=(channels, 3, L))
-    expected = np.zeros_like(u)
-    for t in range(L):
-        for j in range(t + 1):
-            expected[:, t] += K[0, :, j] * u[:, t - j]
-        for j in range(L - 1 - t) if channels == 2 else ():
-            expected[:, t] += K[1, :, j] * u[:, t + 1 + j]
-    assert_close(fft_convolve(jnp.asarray(u, jnp.float32), jnp.asarray(K, jnp.float32)), expected, 2e-6)
-
-
 def test_trainable_state_matrices_receive_gradients_and_fixed_ones_are_no_parameters():
-    u = jax.random.normal(jax.random.key(0), (2, 40, 4))
+    u = jax.random.normal(jax.random.key(0), (4, 2, 40))
     fixed = S4Layer(width=4, l_max=40, dropout=0.0).init(jax.random.key(1), u, train=False)
     assert set(fixed["params"]) == {"C", "D", "output"}
     assert set(fixed["ssm"]) == {"Lambda", "P", "B", "log_dt"}
@@ -210,14 +186,14 @@ def test_discretisation_equals_the_linear_solve():
 def test_initialisation_calls_no_linear_solver():
     """Batched LAPACK calls of several layers in one program deadlocked on two threads."""
     layer = S4Layer(width=8, l_max=20)
-    compiled = jax.jit(lambda key: layer.init(key, jnp.zeros((1, 20, 8)), train=False)).lower(
+    compiled = jax.jit(lambda key: layer.init(key, jnp.zeros((8, 1, 20)), train=False)).lower(
         jax.random.key(0)
     )
     assert "lapack" not in compiled.compile().as_text().lower()
 
 
 def test_basis_shorter_than_input_is_refused():
-    u = jnp.zeros((1, 20, 4))
+    u = jnp.zeros((4, 1, 20))
     layer = S4Layer(width=4, l_max=20)
     variables = layer.init(jax.random.key(0), u, train=False)
     basis = kernel_bases(variables["ssm"], length=10, l_max=20)

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from ecg_jax.models import s4
+from ecg_jax.models.net1d import Net1D
 from ecg_jax.models.s4 import S4Backbone
 from ecg_jax.models.stem import Stem
+from ecg_jax.models.transformer import Transformer
 
 
 class Encoder(nn.Module):
@@ -18,11 +20,13 @@ class Encoder(nn.Module):
         stem: maps samples [B, T, C] to tokens [B, L, D].
         backbone: maps tokens [B, L, D] to (tokens [B, L, D], intermediates).
         l_max: tokens for which the output vectors of S4 layers are length-corrected, of a head's too.
+        conv: algorithm of S4 convolutions, of a head's too.
     """
 
     stem: nn.Module
     backbone: nn.Module
     l_max: int
+    conv: str = "auto"
 
     def __call__(
         self,
@@ -44,8 +48,7 @@ class Encoder(nn.Module):
 
         Returns:
             tokens [B, L, D] and a dict of intermediates: `stem` [B, L, D], before any replacement, and those
-                of the
-            backbone.
+            of the backbone.
         """
         encoded = self.stem(x, train=train)
         seen = encoded
@@ -55,40 +58,37 @@ class Encoder(nn.Module):
         return tokens, {"stem": encoded, **out}
 
 
+#: Name of a backbone -> its module.
+BACKBONES = {"s4": S4Backbone, "transformer": Transformer, "net1d": Net1D}
+
+
 def build_encoder(
     *,
     backbone: str,
     width: int,
-    state: int,
-    layers: int,
     l_max: int,
-    bidirectional: bool,
-    trainable_ssm: bool,
-    dropout: float,
+    conv: str = "auto",
     dtype: Any = jnp.float32,
     axis_name: str | None = None,
     name: str | None = None,
+    **fields: Any,
 ) -> Encoder:
-    """An encoder from plain values; the keywords are the fields of `config.model`.
+    """An encoder from plain values; the keywords are the fields of `config.model`, `fields` those of its backbone.
 
     Raises:
-        ValueError: unknown backbone.
+        ValueError: unknown backbone, or a backbone cannot have such fields.
     """
-    if backbone != "s4":
-        raise ValueError(f"unknown backbone {backbone!r}; known: s4")
+    if backbone not in BACKBONES:
+        raise ValueError(f"model.backbone={backbone!r} is unknown; known: {', '.join(BACKBONES)}")
+    if backbone == "s4":
+        fields |= {"l_max": l_max, "conv": conv}
+    # A config that was read from JSON has lists.
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     return Encoder(
         stem=Stem(width=width, axis_name=axis_name, dtype=dtype),
-        backbone=S4Backbone(
-            width=width,
-            state=state,
-            layers=layers,
-            l_max=l_max,
-            bidirectional=bidirectional,
-            trainable_ssm=trainable_ssm,
-            dropout=dropout,
-            dtype=dtype,
-        ),
+        backbone=BACKBONES[backbone](width=width, dtype=dtype, **fields),
         l_max=l_max,
+        conv=conv,
         name=name,
     )
 

@@ -21,6 +21,7 @@ class S4Head(nn.Module):
         l_max: tokens for which C is length-corrected.
         state: N, states of each channel.
         dropout: after the GELU and before the residual.
+        conv: algorithm of the convolution, see `convolution.choose`.
         dtype: compute dtype of the linear maps; the predictions are float32.
     """
 
@@ -29,11 +30,13 @@ class S4Head(nn.Module):
     l_max: int
     state: int = 64
     dropout: float = 0.2
+    conv: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array, record_index: jax.Array | None = None, *, train: bool) -> jax.Array:
         """Maps tokens [B, L, D] to float32 [B, L, out]."""
+        x = jnp.transpose(tokens, (2, 0, 1))  # [D, B, L]
         z = S4Layer(
             width=self.width,
             state=self.state,
@@ -41,11 +44,14 @@ class S4Head(nn.Module):
             bidirectional=True,
             dropout=self.dropout,
             tie_dropout=False,
+            conv=self.conv,
             dtype=self.dtype,
             name="layer",
-        )(tokens, record_index, train=train)
-        z = Dropout(self.dropout, tied=False)(z, record_index, train=train)
-        z = layer_norm("norm")(tokens.astype(jnp.float32) + z.astype(jnp.float32)).astype(self.dtype)
+        )(x, record_index, train=train)
+        z = Dropout(self.dropout, tied=False, channel_first=True)(z, record_index, train=train)
+        norm = layer_norm("norm", channel_first=True)
+        z = norm(x.astype(jnp.float32) + z.astype(jnp.float32)).astype(self.dtype)
+        z = jnp.transpose(z, (1, 2, 0))
         return _linear(self.width, self.out, self.dtype, "decoder")(z).astype(jnp.float32)
 
 

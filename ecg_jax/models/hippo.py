@@ -111,3 +111,23 @@ def kernel_basis(
         power = power @ power
     v = v[:, :half, :length]
     return np.concatenate([2 * v.real, -2 * v.imag], axis=1)
+
+
+def transition(Lambda: np.ndarray, P: np.ndarray, B: np.ndarray, log_dt: np.ndarray) -> np.ndarray:
+    """The transition matrix A of the real basis of `kernel_basis`: Phi[t + 1] = A Phi[t].
+
+    A state x and its conjugate become the real pair (2 Re x, -2 Im x), so Ab = [[M, W], [conj W, conj M]] becomes
+    [[Re(M + W), Im(M - W)], [-Im(M + W), Re(M - W)]].
+
+    Args:
+        Lambda, P, B, log_dt: as in `kernel_basis`.
+
+    Returns:
+        A float64 [H, N, N].
+    """
+    Ab, _ = discretise(
+        *(np.asarray(a, np.complex128) for a in (Lambda, P, B)), np.exp(np.asarray(log_dt, float))
+    )
+    half = Ab.shape[-1] // 2
+    plus, minus = Ab[:, :half, :half] + Ab[:, :half, half:], Ab[:, :half, :half] - Ab[:, :half, half:]
+    return np.block([[plus.real, minus.imag], [-plus.imag, minus.real]])

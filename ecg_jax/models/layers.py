@@ -3,6 +3,7 @@ record.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,22 +32,32 @@ def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, x Phi(x) with the normal distribution function Phi (Hendrycks & Gimpel, arXiv 1606.08415).
 
     Its derivative Phi(x) + x phi(x) is written out: jax 0.12.0 cannot differentiate `erf` inside a `shard_map` that
-    checks which values vary over the devices.
+    checks which values vary over the devices. Computed in float32 at least; the result has the type of x.
     """
-    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+    return (_wide(x) * _normal_cdf(x)).astype(x.dtype)
 
 
 @gelu.defjvp
 def _gelu_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    Phi = 0.5 * (1.0 + jax.lax.erf(x * 0.5**0.5))
-    phi = jnp.exp(-0.5 * x * x) * (0.5 / jnp.pi) ** 0.5
-    return x * Phi, (Phi + x * phi) * dx
+    Phi, phi = _normal_cdf(x), jnp.exp(-0.5 * jnp.square(_wide(x))) * (0.5 / jnp.pi) ** 0.5
+    return (_wide(x) * Phi).astype(x.dtype), ((Phi + _wide(x) * phi) * dx).astype(x.dtype)
 
 
-def layer_norm(name: str) -> nn.LayerNorm:
-    """LayerNorm over the last axis, computed in float32 whatever the compute dtype."""
-    return nn.LayerNorm(epsilon=NORM_EPSILON, dtype=jnp.float32, name=name)
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1.0 + jax.lax.erf(_wide(x) * 0.5**0.5))
+
+
+def layer_norm(name: str, *, channel_first: bool = False) -> nn.LayerNorm:
+    """LayerNorm over the last axis, or the first, computed in float32 whatever the compute dtype."""
+    axis = 0 if channel_first else -1
+    return nn.LayerNorm(
+        epsilon=NORM_EPSILON, dtype=jnp.float32, reduction_axes=axis, feature_axes=axis, name=name
+    )
 
 
 def standardise(x: jax.Array) -> jax.Array:
@@ -76,12 +87,36 @@ def remat(block: Callable, mode: str) -> Callable:
         ValueError: unknown mode.
     """
     if mode not in REMAT:
-        raise ValueError(f"remat={mode!r} is unknown; known: {', '.join(REMAT)}")
+        raise ValueError(f"model.remat={mode!r} is unknown; known: {', '.join(REMAT)}")
     return block if mode == "none" else nn.remat(block, policy=_REMAT_POLICIES[mode])
 
 
+class ChannelDense(nn.Module):
+    """A linear map of the first axis, y[e, b, l] = sum_d W[d, e] x[d, b, l] + bias[e]; parameters as `nn.Dense`.
+
+    Attributes:
+        features: E.
+        bias_init: None for no bias.
+        dtype: of the product; parameters stay float32.
+    """
+
+    features: int
+    bias_init: Callable | None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [D, B, L] to [E, B, L]."""
+        kernel = self.param("kernel", uniform_fan_in, (x.shape[0], self.features)).astype(self.dtype)
+        y = jnp.einsum("de,dbl->ebl", kernel, x.astype(self.dtype))
+        if self.bias_init is None:
+            return y
+        bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+        return y + bias[:, None, None]
+
+
 class BatchNorm(nn.Module):
-    """Batch normalisation over batch and time, with the reference's running statistics.
+    """Batch normalisation over batch and time of [D, B, L], with the reference's running statistics.
 
     Differs from `flax.linen.BatchNorm` in one thing: the running variance is the *unbiased* estimate, while
     the biased one normalises (spec §2). Statistics are computed in float32 over all devices of `axis_name`.
@@ -96,13 +131,13 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Normalises x [B, L, D]: in training by the statistics of the batch, else by the running ones.
+        """Normalises x [D, B, L]: in training by the statistics of the batch, else by the running ones.
 
         In either mode the running statistics move towards those of the batch when the collection `batch_stats` is
         mutable. In evaluation mode that is how a teacher follows its own activations; statistics that were never
         measured say nothing, and there those of the batch take their place.
         """
-        width = x.shape[-1]
+        width = x.shape[0]
         scale = self.param("scale", nn.initializers.ones, (width,))
         bias = self.param("bias", nn.initializers.zeros, (width,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
@@ -112,10 +147,10 @@ class BatchNorm(nn.Module):
         mean, var = running_mean.value, running_var.value
         moves = not self.is_initializing() and self.is_mutable_collection("batch_stats")
         if train or moves:
-            batch_mean = self._average(x.mean((0, 1)))
-            batch_var = self._average(jnp.square(x - batch_mean).mean((0, 1)))
+            batch_mean = self._average(x.mean((1, 2)))
+            batch_var = self._average(jnp.square(x - batch_mean[:, None, None]).mean((1, 2)))
         if moves:
-            count = x.shape[0] * x.shape[1] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
+            count = x.shape[1] * x.shape[2] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
             unbiased = batch_var * count / (count - 1)
             if not train:
                 untouched = (mean == 0).all() & (var == 1).all()
@@ -124,7 +159,9 @@ class BatchNorm(nn.Module):
             running_var.value = self._update(var, unbiased)
         if train:
             mean, var = batch_mean, batch_var
-        return ((x - mean) * (scale * jax.lax.rsqrt(var + NORM_EPSILON)) + bias).astype(dtype)
+        scale = scale * jax.lax.rsqrt(var + NORM_EPSILON)
+        mean, scale, bias = (v[:, None, None] for v in (mean, scale, bias))
+        return ((x - mean) * scale + bias).astype(dtype)
 
     def _average(self, x: jax.Array) -> jax.Array:
         return jax.lax.pmean(x, self.axis_name) if self.axis_name else x
@@ -142,21 +179,24 @@ class Dropout(nn.Module):
     Attributes:
         rate: probability of dropping a unit.
         tied: one mask for all tokens of a record ("DropoutNd", spec §3.1) instead of one per token.
+        channel_first: x is [D, B, L] instead of [B, L, D].
     """
 
     rate: float
     tied: bool = True
+    channel_first: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, record_index: jax.Array | None, *, train: bool) -> jax.Array:
-        """Drops units of x [B, L, D]; `record_index` [B] numbers the records within the global batch (None:
-        0..B-1).
-        """
+        """Drops units of x; `record_index` [B] numbers the records within the global batch (None: 0..B-1)."""
         if not train or self.rate == 0.0:
             return x
+        batch_axis, token_axis = (1, 2) if self.channel_first else (0, 1)
         if record_index is None:
-            record_index = jnp.arange(x.shape[0])
+            record_index = jnp.arange(x.shape[batch_axis])
+        shape = [1 if self.tied and axis == token_axis else size for axis, size in enumerate(x.shape)]
+        del shape[batch_axis]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), record_index)
-        shape = (1, x.shape[2]) if self.tied else x.shape[1:]
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, shape))(keys)
+        draw = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, shape), out_axes=batch_axis)
+        keep = draw(keys)
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros((), x.dtype))

@@ -4,6 +4,9 @@ Complex parameters are stored as real pairs in a trailing axis of length 2. The 
 `ssm` collection, which no optimiser touches, unless `trainable_ssm=True` makes them parameters. While they
 are fixed a kernel is linear in C, so the `basis` collection, derived once on the host by `kernel_bases`,
 replaces the Cauchy sums of every step.
+
+Layers are channel first, u [H, B, L]: the convolution is then a product or a transform of contiguous rows, and the
+linear maps are products from the left, so nothing is transposed between layers.
 """
 
 from collections.abc import Mapping
@@ -13,10 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.fft
 
-from ecg_jax.models import hippo
-from ecg_jax.models.layers import Dropout, gelu, layer_norm, uniform_bias, uniform_fan_in
+from ecg_jax.models import convolution, hippo
+from ecg_jax.models.layers import ChannelDense, Dropout, gelu, layer_norm, remat, uniform_bias
 
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
@@ -29,20 +31,6 @@ def as_complex(pairs: jax.Array) -> jax.Array:
 def as_pairs(z) -> jax.Array:
     """Complex [...] to real pairs [..., 2]."""
     return jnp.stack([jnp.real(z), jnp.imag(z)], axis=-1)
-
-
-def kernel_from_basis(C: jax.Array, basis: jax.Array) -> jax.Array:
-    """S4 kernels for fixed A, B, P, dt: K[c, h] = sum_n [Re C, Im C][c, h, n] Phi[h, n].
-
-    Args:
-        C: real pairs [c, H, N/2, 2], length-corrected.
-        basis: Phi [H, N, L] of `hippo.kernel_basis`.
-
-    Returns:
-        K [c, H, L].
-    """
-    coefficients = jnp.concatenate([C[..., 0], C[..., 1]], axis=-1)
-    return jnp.einsum("chn,hnl->chl", coefficients, basis, precision=jax.lax.Precision.HIGHEST)
 
 
 def _discretised_A(Lambda: jax.Array, P: jax.Array, dt: jax.Array) -> jax.Array:
@@ -122,28 +110,6 @@ def kernel_dplr(
     return jnp.fft.irfft(spectrum, n=L)[..., :length]
 
 
-def fft_convolve(u: jax.Array, K: jax.Array) -> jax.Array:
-    """Linear convolution over time by a zero-padded FFT, in float32.
-
-    Args:
-        u: [B, L, H].
-        K: [c, H, L]. With c = 1, causal: y_t = sum_j K[0]_j u_{t-j}. With c = 2, bidirectional: plus
-            sum_j K[1]_j u_{t+1+j}, so that the anti-causal part starts at the next token (spec §3.2).
-
-    Returns:
-        y [B, L, H].
-    """
-    L = u.shape[1]
-    n = scipy.fft.next_fast_len(2 * L, real=True)
-    u = jnp.swapaxes(u, 1, 2)
-    kernel = jnp.pad(K[0], ((0, 0), (0, n - L)))
-    if K.shape[0] == 2:
-        # Lag -(1 + j) of a circular convolution of length n is index n - 1 - j.
-        kernel += jnp.pad(K[1, :, ::-1], ((0, 0), (n - L, 0)))
-    y = jnp.fft.irfft(jnp.fft.rfft(u, n=n) * jnp.fft.rfft(kernel, n=n), n=n)[..., :L]
-    return jnp.swapaxes(y, 1, 2)
-
-
 def kernel_bases(ssm: Mapping[str, Any], *, length: int, l_max: int) -> dict[str, Any]:
     """The `basis` collection that belongs to an `ssm` collection.
 
@@ -154,14 +120,21 @@ def kernel_bases(ssm: Mapping[str, Any], *, length: int, l_max: int) -> dict[str
         l_max: the length for which C was corrected when the model was built.
 
     Returns:
-        The same nesting with {"phi": float32 [H, N, length]} for each layer.
+        The same nesting with {"phi": float32 [H, N, length]} for each layer, and unless N exceeds
+        `convolution.MOST_CHUNKED_STATES` `powers` float32 [P, H, N, N], A^(2^p) for the chunked convolution.
     """
     if "log_dt" not in ssm:
         return {name: kernel_bases(child, length=length, l_max=l_max) for name, child in ssm.items()}
     pairs = {name: np.asarray(ssm[name], np.float64) for name in ("Lambda", "P", "B", "log_dt")}
     Lambda, P, B = (pairs[name][..., 0] + 1j * pairs[name][..., 1] for name in ("Lambda", "P", "B"))
     phi = hippo.kernel_basis(Lambda, P, B, pairs["log_dt"], l_max=l_max, length=length)
-    return {"phi": phi.astype(np.float32)}
+    basis = {"phi": phi.astype(np.float32)}
+    if phi.shape[1] <= convolution.MOST_CHUNKED_STATES:
+        powers = [hippo.transition(Lambda, P, B, pairs["log_dt"])]
+        for _ in range(1, convolution.n_powers(length)):
+            powers.append(powers[-1] @ powers[-1])
+        basis["powers"] = np.stack(powers).astype(np.float32)
+    return basis
 
 
 class S4Layer(nn.Module):
@@ -177,7 +150,8 @@ class S4Layer(nn.Module):
         bidirectional: adds a second, anti-causal kernel.
         trainable_ssm: makes Lambda, P, B and log_dt parameters.
         dropout, tie_dropout: after the GELU; tied means one mask for all tokens.
-        dtype: compute dtype of the output linear; kernel and convolution are float32 always.
+        conv: algorithm of the convolution, see `convolution.choose`.
+        dtype: compute dtype of products with tokens; kernel, states and the convolution's result are float32.
     """
 
     width: int
@@ -187,12 +161,13 @@ class S4Layer(nn.Module):
     trainable_ssm: bool = False
     dropout: float = 0.2
     tie_dropout: bool = True
+    conv: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, u: jax.Array, record_index: jax.Array | None = None, *, train: bool) -> jax.Array:
-        """Maps tokens u [B, L, H] to [B, L, H]."""
-        H, L = self.width, u.shape[1]
+        """Maps tokens u [H, B, L] to [H, B, L]."""
+        H, L = self.width, u.shape[-1]
         matrices = dict(zip(("Lambda", "P", "B"), hippo.dplr_hippo(self.state), strict=True))
 
         def state_matrix(name, init_fn):
@@ -221,25 +196,34 @@ class S4Layer(nn.Module):
         C = self.param("C", length_corrected)
         D = self.param("D", nn.initializers.normal(1.0), (H,))
 
-        if self.has_variable("basis", "phi"):
-            phi = self.get_variable("basis", "phi")
-            if phi.shape[-1] < L:
-                raise ValueError(f"the kernel basis was made for {phi.shape[-1]} tokens, the input has {L}")
-            K = kernel_from_basis(C, phi[..., :L])
+        basis = {
+            name: self.get_variable("basis", name)
+            for name in ("phi", "powers")
+            if self.has_variable("basis", name)
+        }
+        algorithm, _ = convolution.choose(
+            self.conv,
+            length=L,
+            width=H,
+            state=self.state,
+            channels=1 + self.bidirectional,
+            dtype=self.dtype,
+            fixed="powers" in basis,
+        )
+        u = u.astype(self.dtype)
+        if basis:
+            if basis["phi"].shape[-1] < L:
+                raise ValueError(
+                    f"the kernel basis was made for {basis['phi'].shape[-1]} tokens, the input has {L}"
+                )
+            y = convolution.convolve(u, C, basis, algorithm=algorithm)
         else:
             K = kernel_dplr(as_complex(C), Lambda, P, B, log_dt, l_max=self.l_max, length=L)
-        u = u.astype(jnp.float32)
-        y = fft_convolve(u, K) + D * u
-        y = gelu(y).astype(self.dtype)
-        y = Dropout(self.dropout, tied=self.tie_dropout)(y, record_index, train=train)
-        y = nn.Dense(
-            2 * H,
-            kernel_init=uniform_fan_in,
-            bias_init=uniform_bias(H),
-            dtype=self.dtype,
-            name="output",
-        )(y)
-        value, gate = jnp.split(y, 2, axis=-1)
+            y = convolution.convolve_with(u, K, algorithm=algorithm)
+        y = gelu((y + D[:, None, None] * u).astype(self.dtype))
+        y = Dropout(self.dropout, tied=self.tie_dropout, channel_first=True)(y, record_index, train=train)
+        y = ChannelDense(2 * H, bias_init=uniform_bias(H), dtype=self.dtype, name="output")(y)
+        value, gate = jnp.split(y, 2, axis=0)
         return value * nn.sigmoid(gate)
 
 
@@ -248,7 +232,7 @@ class S4Backbone(nn.Module):
 
     At the defaults 2 123 776 trainable parameters causal, 2 140 160 bidirectional.
 
-    Attributes: as `S4Layer`, and `layers`, the number of blocks.
+    Attributes: as `S4Layer`; `layers`, the number of blocks; `remat`, see `layers.remat`.
     """
 
     width: int = 512
@@ -258,6 +242,8 @@ class S4Backbone(nn.Module):
     bidirectional: bool = False
     trainable_ssm: bool = False
     dropout: float = 0.2
+    conv: str = "auto"
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -269,20 +255,31 @@ class S4Backbone(nn.Module):
         The intermediates are `layer{i}`, the output of S4 layer i before residual and norm, and `block{i}`,
         after both.
         """
-        out = {}
+        x, out = jnp.transpose(x, (2, 0, 1)), {}  # [D, B, L]
         for i in range(self.layers):
-            z = S4Layer(
-                width=self.width,
-                state=self.state,
-                l_max=self.l_max,
-                bidirectional=self.bidirectional,
-                trainable_ssm=self.trainable_ssm,
-                dropout=self.dropout,
-                dtype=self.dtype,
-                name=f"layer{i}",
-            )(x, record_index, train=train)
-            out[f"layer{i}"] = z
-            z = Dropout(self.dropout)(z, record_index, train=train)
-            x = layer_norm(f"norm{i}")(x.astype(jnp.float32) + z.astype(jnp.float32)).astype(self.dtype)
-            out[f"block{i}"] = x
-        return x, out
+
+            def block(module, x, i=i):
+                return module.block(i, x, record_index, train)
+
+            x, z = remat(block, self.remat)(self, x)
+            out[f"layer{i}"], out[f"block{i}"] = (jnp.transpose(v, (1, 2, 0)) for v in (z, x))
+        return jnp.transpose(x, (1, 2, 0)), out
+
+    def block(
+        self, i: int, x: jax.Array, record_index: jax.Array | None, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """Block i: x [D, B, L] to its output and that of its S4 layer, both [D, B, L]."""
+        z = S4Layer(
+            width=self.width,
+            state=self.state,
+            l_max=self.l_max,
+            bidirectional=self.bidirectional,
+            trainable_ssm=self.trainable_ssm,
+            dropout=self.dropout,
+            conv=self.conv,
+            dtype=self.dtype,
+            name=f"layer{i}",
+        )(x, record_index, train=train)
+        dropped = Dropout(self.dropout, channel_first=True)(z, record_index, train=train)
+        norm = layer_norm(f"norm{i}", channel_first=True)
+        return norm(x.astype(jnp.float32) + dropped.astype(jnp.float32)).astype(self.dtype), z

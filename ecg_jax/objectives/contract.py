@@ -82,6 +82,7 @@ def predict_with_s4(
         l_max=objective.encoder.l_max,
         state=objective.head_state,
         dropout=objective.head_dropout,
+        conv=objective.encoder.conv,
         dtype=objective.dtype,
         name="head",
     )
