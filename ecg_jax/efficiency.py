@@ -48,6 +48,16 @@ QUICK = {
     "model.filters": "(16,32,64)",
     "model.blocks": "(1,1,1)",
 }
+
+#: Fields that are no overrides, because several values of them make several rows.
+_OPTIONS = {
+    "precision": "--precisions",
+    "batch_size": "--batch",
+    "data.window_s": "--window",
+    "model.backbone": "--backbones",
+    "objective.name": "--objectives",
+}
+
 _QUICK_BATCH, _BATCH = "8", "64"
 
 #: Seconds of a window for --scaling.
@@ -164,14 +174,25 @@ def run_config(
     spec = CONFIGS[objective]
     config = load_config(f"{spec}{',' if ':' in spec else ':'}backbone={backbone}")
     tokens = flops.tokens_of_window(window_s, config.data.rate_hz)
-    fields = {"precision": precision, "batch_size": batch, "data.window_s": window_s, "model.l_max": tokens}
+    fields = {
+        "precision": precision,
+        "batch_size": batch,
+        "data.window_s": window_s,
+        "model.l_max": max(tokens, 1),
+    }
     declared = flatten(config.to_dict())
     for path, value in [*fields.items(), *(QUICK.items() if quick else ()), *overrides]:
+        if path in _OPTIONS and (path, value) in overrides:
+            raise UserError(f"--config.{path} has an option of its own; use {_OPTIONS[path]}")
         if path in declared:
             override(config, path, str(value))
     if objective == "hubert":
         config.data.targets = "random"  # of which only the number counts
+    # A run spreads its batch over all devices, the measurement uses one.
+    devices = jax.device_count()
+    config.batch_size = -(-batch // devices) * devices
     check_config(config)
+    config.batch_size = batch
     return config
 
 

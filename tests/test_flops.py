@@ -10,7 +10,7 @@ import pytest
 
 from ecg_jax.config_flags import load_config, override
 from ecg_jax.data.preprocessing import Preprocessing
-from ecg_jax.models.encoder import tokens_of
+from ecg_jax.models.encoder import BACKBONES, tokens_of
 from ecg_jax.run_setup import OBJECTIVES, build_objective, build_optimiser, build_teacher, initial_state
 from ecg_jax.studies import flops
 from ecg_jax.training.train_state import train_step
@@ -31,11 +31,40 @@ def test_every_objective_is_counted():
 
 def test_published_figures():
     """arXiv 2509.25095 gives 1.741 GFLOPs for ECG-CPC at 2.5 s (spec §3, §8)."""
-    assert flops.encoder(L=300, C=12, D=512, layers=4) == 1_741_209_600
+    s4, transformer, net1d = (load_config(f"configs/jepa.py:backbone={name}").model for name in BACKBONES)
+    assert flops.encoder(300, 12, s4) == 1_741_209_600
+    assert (
+        flops.encoder(300, 12, transformer) == 482_918_400 + 12_430_540_800
+    )  # 12.43 and 12.91 G, spec §4.1, §8
+    assert flops.encoder(300, 12, net1d) == 482_918_400 + 4_256_776_192  # 4.26 and 4.74 G, spec §4.2, §8
     assert flops.stem(L=300, C=12, D=512) == 482_918_400
     assert flops.linear_head(L=300, D=512) == 157_286_400
     assert flops.s4_head(L=300, D=512, out=512) == 471_859_200
     assert flops.tokens_of_window(2.5, 240.0) == tokens_of(600) == 300
+
+
+def test_a_transformer_layer_by_hand():
+    """L = 3, D = 4, F = 5: four projections of 2 * 3 * 16, two products of 2 * 3 * 3 * 4, two linears of
+    2 * 3 * 4 * 5.
+    """
+    assert flops.transformer(L=3, D=4, layers=2, ff_width=5) == 2 * (4 * 96 + 2 * 72 + 2 * 120)
+
+
+def test_net1d_by_hand():
+    """L = 3, D = 4, one block 2 -> 2 and one 2 -> 6, kernel 5, groups of 2."""
+    fields = {"L": 3, "D": 4, "filters": (2, 6), "blocks": (1, 1), "kernel": 5, "group_width": 2}
+    first = 2 * 3 * (5 * 4) * 2
+    convolutions = 2 * 3 * (2 * 2 + 2 * 5 * 2 + 2 * 2) + 2 * 3 * (2 * 6 + 2 * 5 * 6 + 6 * 6)
+    squeeze_excite = 2 * 2 * (2 * 1) + 2 * 2 * (6 * 3)
+    assert flops.net1d(**fields, squeeze_excite=False) == first + convolutions
+    assert flops.net1d(**fields, squeeze_excite=True) == first + convolutions + squeeze_excite
+
+
+def test_unknown_backbone_has_no_formula():
+    config = load_config("configs/jepa.py").copy_and_resolve_references()
+    config.unlock().model.backbone = "mamba"
+    with pytest.raises(ValueError, match="'mamba'; known: s4, transformer, net1d"):
+        flops.training_flops(config)
 
 
 def test_backward_pass_leaves_out_the_gradient_of_the_data():
@@ -72,15 +101,27 @@ def counted_flops(jaxpr) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_formulas_agree_with_the_program(name):
+SMALL = {
+    "s4": {"model.layers": 3},
+    "transformer": {"model.layers": 3, "model.heads": 2, "model.ff_width": 24},
+    "net1d": {"model.filters": (8, 16), "model.blocks": (1, 2), "model.kernel": 4, "model.group_width": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [(name, "s4") for name in OBJECTIVES]
+    + [(name, backbone) for name in ("cpc", "jepa") for backbone in ("transformer", "net1d")],
+)
+def test_formulas_agree_with_the_program(name, backbone):
     """A step on one window more makes just the products that the formulas count: nothing is computed that no
     loss uses. (What does not depend on the batch, the generation of S4 kernels, drops out of the difference.)
     """
     spec, overrides = CONFIGS[name]
-    config = load_config(spec)
-    small = {"model.width": 16, "model.layers": 3, "model.l_max": 60, "data.window_s": 0.5}
-    for field, value in (small | overrides).items():
+    config = load_config(f"{spec}{',' if ':' in spec else ':'}backbone={backbone}")
+    # The other algorithms of the S4 convolution make products of their own.
+    small = {"model.width": 16, "model.conv": "fft", "model.l_max": 60, "data.window_s": 0.5}
+    for field, value in (small | SMALL[backbone] | overrides).items():
         override(config, field, str(value))
     samples = round(config.data.window_s * config.data.rate_hz)
     contract = Preprocessing(window_s=config.data.window_s)
@@ -103,4 +144,10 @@ def test_formulas_agree_with_the_program(name):
         }
         return counted_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
 
-    assert count(9) - count(8) == flops.training_flops(config)
+    expected = flops.training_flops(config)
+    if (
+        backbone == "net1d"
+    ):  # whose grouped convolutions are matrix products of twice their size (models/net1d.py)
+        passes = 3 + ("teacher" in config.objective)
+        expected += passes * (8 + 16 + 16) * flops.product(tokens_of(samples), 4 * 4, 1)
+    assert count(9) - count(8) == expected

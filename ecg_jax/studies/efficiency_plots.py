@@ -9,6 +9,7 @@ import numpy as np
 
 from ecg_jax.files import write_atomic
 from ecg_jax.studies.cost_scaling import points_of
+from ecg_jax.studies.efficiency_report import in_flops
 from ecg_jax.studies.roofline import Roofline
 
 # Okabe and Ito's palette: told apart by colour-blind readers; the marker says the same.
@@ -48,7 +49,13 @@ def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, 
         folder: to write into.
     """
     rows = [row for row in rows if "programs" in row]
-    groups = list(dict.fromkeys((row["objective"], row["precision"], row["batch"]) for row in rows))
+    objectives = list(dict.fromkeys(row["objective"] for row in rows))
+    groups = sorted(
+        dict.fromkeys((row["objective"], row["precision"], row["batch"]) for row in rows),
+        key=lambda group: objectives.index(
+            group[0]
+        ),  # what differs in precision or batch only lies side by side
+    )
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
     height = max(4.6, 0.26 * len(groups) * (len(backbones) + 0.8) + 1.4)
     figure = _figure(15, height)
@@ -56,8 +63,8 @@ def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, 
     _draw_roofline(roof, rows, roofline)
 
     bar = 0.8 / len(backbones)
-    precisions = {row["precision"] for row in rows}
-    batches = {row["batch"] for row in rows}
+    precisions = list(dict.fromkeys(row["precision"] for row in rows))
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
     labels = [
         "\n".join([o, *([p] if len(precisions) > 1 else []), *([f"batch {b}"] if len(batches) > 1 else [])])
         for o, p, b in groups
@@ -67,7 +74,8 @@ def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, 
         step = row["programs"]["step"]
         y = groups.index((row["objective"], row["precision"], row["batch"]))
         y += (backbones.index(row["backbone"]) - (len(backbones) - 1) / 2) * bar
-        speed.barh(y, step["windows_per_s"], 0.9 * bar, color=color)
+        looks = {"color": color, "alpha": 1.0 if row["precision"] == precisions[0] else 0.55}
+        speed.barh(y, step["windows_per_s"], 0.9 * bar, **looks)
         low, high = step["windows_per_s_low"], step["windows_per_s_high"]
         speed.plot([low, high], [y, y], color="black", linewidth=1.2)
         text = (
@@ -76,7 +84,7 @@ def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, 
             else f" {step['windows_per_s']:.0f}"
         )
         speed.text(max(high, step["windows_per_s"]), y, text, va="center", fontsize=8)
-        memory.barh(y, step["peak_bytes"] / 1e9, 0.9 * bar, color=color)
+        memory.barh(y, step["peak_bytes"] / 1e9, 0.9 * bar, **looks)
         memory.text(step["peak_bytes"] / 1e9, y, f" {step['peak_bytes'] / 1e9:.2g}", va="center", fontsize=8)
     speed.set_title("training step, windows per second", loc="left", fontsize=11)
     memory.set_title("training step, peak memory in GB", loc="left", fontsize=11)
@@ -86,7 +94,7 @@ def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, 
         axes.margins(x=0.14)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
-    title = f"{device}: {', '.join(sorted(precisions))}, batch {', '.join(map(str, sorted(batches)))}"
+    title = f"{device}: {', '.join(precisions)}, batch {', '.join(map(str, batches))}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
     _save(figure, folder, "efficiency")
 
@@ -105,19 +113,8 @@ def _draw_roofline(axes, rows: Sequence[dict[str, Any]], roofline: Roofline) -> 
     ends = np.geomspace(min([*xs, *ridge]) / 3, max([*xs, *ridge]) * 4, 200)
     for name in precisions:
         roof = np.minimum(roofline.flops_per_s[name], ends * roofline.copy_bytes_per_s)
-        axes.plot(ends, roof, _LINES[name], color=_GREY, linewidth=1.4)
-        axes.text(
-            ends[-1],
-            roof[-1] * 1.06,
-            f"{name} {roof[-1] / 1e12:.3g} TFLOP/s",
-            ha="right",
-            fontsize=8,
-            color=_GREY,
-        )
-    axes.text(
-        ends[4], ends[4] * roofline.copy_bytes_per_s * 1.5,
-        f"copy {roofline.copy_bytes_per_s / 1e9:.3g} GB/s", fontsize=8, color=_GREY,
-    )  # fmt: skip
+        label = f"{in_flops(roofline.flops_per_s[name])} in {name}, copy {roofline.copy_bytes_per_s / 1e9:.3g} GB/s"
+        axes.plot(ends, roof, _LINES[name], color=_GREY, linewidth=1.4, label=label)
     for x, (row, step) in zip(xs, steps, strict=True):
         color, marker, _ = _LOOKS[row["backbone"]]
         filled = color if row["precision"] == precisions[0] else "white"
@@ -129,18 +126,10 @@ def _draw_roofline(axes, rows: Sequence[dict[str, Any]], roofline: Roofline) -> 
         for name in dict.fromkeys(row["backbone"] for row in rows)
     ]
     if len(precisions) > 1:
-        handles.append(
-            Line2D(
-                [],
-                [],
-                linestyle="",
-                marker="o",
-                color=_GREY,
-                markerfacecolor="white",
-                label=f"{precisions[1]} (open)",
-            )
-        )
-    axes.legend(handles=handles, frameon=False, fontsize=9, loc="lower right")
+        open_marker = {"linestyle": "", "marker": "o", "color": _GREY, "markerfacecolor": "white"}
+        handles.append(Line2D([], [], **open_marker, label=f"{precisions[1]} (open; bars paler)"))
+    handles += axes.get_lines()[: len(precisions)]
+    axes.legend(handles=handles, fontsize=8.5, loc="lower right", framealpha=0.9, edgecolor="none")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_title("roofline, each point one objective's training step", loc="left", fontsize=11)

@@ -21,9 +21,9 @@ argument read and every output written once; "compiler's" is XLA's estimate, the
 operation; "peak" is what XLA plans to hold at once.
 Speed. w/s are windows a second, medians of turns that all programs take: "forward" the encoder in evaluation mode,
 "fwd+bwd" the encoder in train mode with the gradient of its parameters, "step" the whole training step, with its
-quartiles. "of roof" are shares of the roofline, which takes the operations by formula and the
-least traffic. "step copy" is how long this device takes to copy as much as the compiler estimates for the step, relative
-to the time of the step; it exceeds 100 % where caches serve part of it."""
+quartiles. "of roof" are shares of the roofline, which takes the operations by formula and the least traffic. "step
+copy" is how long this device takes to copy as much as the compiler estimates for the step, relative to the time of
+the step; it exceeds 100 % where caches serve part of it."""
 
 
 def cost_cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -85,6 +85,11 @@ def _rate(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
+def in_flops(rate: float) -> str:
+    """Operations per second in GFLOP/s or TFLOP/s."""
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
+
+
 def aligned(head: Sequence[str], lines: Sequence[Sequence[str]], text_columns: int = 3) -> str:
     """A table for the terminal; headings of several words take several lines. All but the first columns are
     numbers.
@@ -114,7 +119,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], text_columns: 
 def describe(roofline: Roofline, device: str) -> str:
     """The roofline in one sentence."""
     rates = ", ".join(
-        f"{rate / 1e12:.3g} TFLOP/s in {name} ({roofline.matrix_rows[name]} rows)"
+        f"{in_flops(rate)} in {name} ({roofline.matrix_rows[name]} rows)"
         for name, rate in roofline.flops_per_s.items()
     )
     return (

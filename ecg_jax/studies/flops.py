@@ -9,8 +9,8 @@ time measured against these figures contains work that they do not.
 What else the published figures turn out to contain: the 12.43 G of six Transformer layers are the four projections,
 the two linears of the feed-forward part, and both products of attention over all pairs of tokens (rotary positions
 and softmax are not products; a causal mask is not credited for the half it hides). The 4.26 G of the released Net1D
-are its convolutions, a grouped one with the inputs of its own group only, and the two linears of squeeze-excite,
-which act once on a window (0.005 G).
+are its convolutions, a grouped one with the inputs of its own group only (`models.net1d` computes it as a matrix
+product of twice that size), and the two linears of squeeze-excite, which act once on a window (0.005 G).
 
 Letters: T samples, C leads, L = ceil(T / 2) tokens, D width, K codes. All figures are for one window.
 """
