@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ecg_jax.config_checks import check_config
 from ecg_jax.config_flags import load_config, override
-from ecg_jax.data.preprocessing import Preprocessing
+from ecg_jax.data.preprocessing import INT16_MAX, MICROVOLTS_PER_MV, Preprocessing
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
 from ecg_jax.interop.teacher_check import check_teacher
@@ -131,13 +131,13 @@ def _config(layout: Layout, overrides: Mapping[str, str]) -> tuple[ConfigDict, l
     backbone = layout.model["backbone"]
     config = load_config(f"{CONFIGS[layout.objective]}:backbone={backbone},recipe=released")
     outputs = layout.fields.get("outputs")
-    read = {f"model.{name}": value for name, value in layout.model.items()} | {
+    read = {"objective.name": layout.objective}
+    read |= {f"model.{name}": value for name, value in layout.model.items()} | {
         f"objective.{name}": value for name, value in layout.fields.items() if name != "outputs"
     }
     for name, value in read.items():
         group, field = name.split(".")
         config[group][field] = value
-    read["objective.name"] = layout.objective
     for name, text in overrides.items():
         if name in read:
             raise UserError(f"--config.{name} cannot be set: the file decides it ({read[name]!r})")
@@ -239,6 +239,10 @@ def import_checkpoint(
     """
     source, workdir = Path(source), Path(workdir)
     _check_workdir(workdir)
+    if clip_mv is not None and not 0 < clip_mv <= INT16_MAX / MICROVOLTS_PER_MV:
+        raise UserError(
+            f"--clip-mv={clip_mv} must be above 0 and at most 32.767 mV, as for `ecg-jax prepare`"
+        )
     digest = sha256_of(source)
     checkpoint = read_torch_checkpoint(source)
     try:

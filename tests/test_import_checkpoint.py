@@ -18,11 +18,12 @@ import pytest
 from conftest import GOLDEN, assert_close, group, load_golden
 from ecg_jax import cli, import_checkpoint
 from ecg_jax.config_flags import load_config
+from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.errors import UserError
 from ecg_jax.interop import torch_file
 from ecg_jax.interop.teacher_check import check_teacher
 from ecg_jax.interop.torch_checkpoint import BACKBONE, HEAD, MASKING, STEM, TEACHER
-from ecg_jax.interop.torch_names import CLUSTERING, read_layout
+from ecg_jax.interop.torch_names import CLUSTERING, check_derived, read_layout
 from ecg_jax.models.encoder import build_encoder, tokens_of
 from ecg_jax.objectives import cpc, hubert
 from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state
@@ -32,6 +33,8 @@ from ecg_jax.training.pretrained import restore_encoder
 from ecg_jax.training.train_state import train_step, with_bases
 from golden_steps import FixedMask, unpacked
 
+#: Of the small HuBERT++ checkpoints made here.
+CODES = "--config.objective.codes=(8,12)"
 OBJECTIVES = ("cpc", "jepa", "data2vec", "dinosr", "hubertpp")
 NAMES = {"FloatStorage": np.float32, "LongStorage": np.int64}
 
@@ -110,8 +113,14 @@ def with_nodes(sd, tokens=300):
     return sd | nodes
 
 
-def golden_sd(objective):
-    return with_nodes(group(load_golden(f"ssl_steps_{objective}"), "sd/"))
+def golden_sd(golden):
+    """The checkpoint of an `ssl_steps_*` file, and the options that say what such a file does not."""
+    tokens = golden["in/x"].shape[-1] // 2
+    options = ["--normalisation=none", f"--window-s={tokens / 120}"]
+    codes = [len(value) for name, value in sorted(golden.items()) if name.startswith("in/prototypes")]
+    if codes:
+        options.append(f"--config.objective.codes={tuple(codes)}")
+    return with_nodes(group(golden, "sd/"), tokens), options
 
 
 def sizes(backbone, objective, width=16):
@@ -170,11 +179,13 @@ def small_sd(backbone, objective, **kwargs):
 def test_features_of_the_sample_checkpoints(objective, either_reader, tmp_path, capsys):
     name = f"ckpt_{objective}_narrow"
     expected = load_golden(f"{name}_expected")
-    assert run_command(GOLDEN / f"{name}.ckpt", tmp_path / "run") == 0
+    seconds = expected["in/x"].shape[2] / 240
+    options = [] if seconds == 2.5 else [f"--window-s={seconds}"]
+    assert run_command(GOLDEN / f"{name}.ckpt", tmp_path / "run", *options) == 0
     out = capsys.readouterr().out
     normalisation = {"cpc": "none", "jepa": "ptbxl_misordered"}[objective]
     assert f"data.normalisation={normalisation}" in out
-    assert "data.window_s=2.5" in out
+    assert f"data.window_s={seconds}" in out
     assert f"objective.name={objective}" in out.splitlines()[1]
     assert "Q of the S4 kernels" in out
     assert ("teacher: " in out) == (objective == "jepa")
@@ -221,14 +232,7 @@ def test_embed_takes_the_run(no_torch, tmp_path):
     assert_close(embedding, expected["out/pooled_mean"], 2e-3, "embedding but for the rounding")
 
 
-DROPOUT = ["--config.model.dropout=0.0", "--normalisation=none"]
-LAST = {
-    "cpc": [],
-    "jepa": ["--config.objective.head_dropout=0.0"],
-    "data2vec": ["--config.objective.head_dropout=0.0"],
-    "dinosr": ["--config.objective.head_dropout=0.0"],
-    "hubertpp": ["--config.objective.codes=(8,12)"],
-}
+NO_DROPOUT = ("--config.model.dropout=0.0", "--config.objective.head_dropout=0.0")
 
 
 def with_the_choices_of(golden, objective, model, monkeypatch):
@@ -252,18 +256,18 @@ def with_the_choices_of(golden, objective, model, monkeypatch):
 
 def restored_state(workdir, config, monkeypatch):
     """The state that a run of this config would continue from."""
-    encoder = restore_encoder(workdir)
+    contract = Preprocessing.from_dict(json.loads((workdir / "preprocessing.json").read_text()))
     _, tx = build_optimiser(config, 1)
     teacher = build_teacher(config, 1)
     # The tree of a run's first state, without compiling it; bases are made on the host, of numbers.
     with monkeypatch.context() as patch:
         patch.setattr(train_state, "with_bases", lambda state, **_: state)
-        start = jax.eval_shape(lambda: initial_state(config, tx, encoder.preprocessing, teacher))
+        start = jax.eval_shape(lambda: initial_state(config, tx, contract, teacher))
     meta = {"store_fingerprint": None, "config": {}, "preprocessing": {}}
     checkpoints = Checkpoints(workdir, keep_latest=1, keep_best=0, meta=meta)
     state = checkpoints.restore_latest(start, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     checkpoints.close()
-    tokens = tokens_of(encoder.preprocessing.window_samples)
+    tokens = tokens_of(contract.window_samples)
     return with_bases(state, tokens=tokens, l_max=config.model.l_max), tx, teacher
 
 
@@ -288,8 +292,9 @@ def config_of(workdir, objective):
 def test_one_step_of_the_reference(objective, monkeypatch, tmp_path, capsys):
     """File -> run -> restored state -> one training step: the loss of the reference."""
     golden = load_golden(f"ssl_steps_{objective}")
-    options = [*DROPOUT, *LAST[objective]]
-    code, workdir = import_arrays(monkeypatch, tmp_path, golden_sd(objective), *options)
+    sd, options = golden_sd(golden)
+    no_dropout = NO_DROPOUT if HEAD + "s4.decoder.bias" in sd else NO_DROPOUT[:1]
+    code, workdir = import_arrays(monkeypatch, tmp_path, sd, *options, *no_dropout)
     assert code == 0
     out = capsys.readouterr().out
     assert f"{objective} on s4" in out
@@ -345,7 +350,7 @@ def test_tokens_of_the_other_backbones(backbone, monkeypatch, tmp_path):
 @pytest.mark.parametrize("backbone", ["transformer", "net1d"])
 def test_masked_objectives_on_the_other_backbones(backbone, objective, monkeypatch, tmp_path):
     sd = small_sd(backbone, objective)
-    code, workdir = import_arrays(monkeypatch, tmp_path, sd, *LAST["hubertpp"] * (objective == "hubertpp"))
+    code, workdir = import_arrays(monkeypatch, tmp_path, sd, *[CODES] * (objective == "hubertpp"))
     assert code == 0
     config = json.loads((workdir / "config.json").read_text())
     assert config["model"]["backbone"] == backbone
@@ -456,6 +461,7 @@ SCALE = STEM + "layers.2.1.weight"
         (lambda sd: sd.update({Q1: -sd[Q1]}), f"not the conjugate of P: {Q1}"),
         (lambda sd: sd.update({SCALE: np.arange(16)}), f"not floating-point numbers: {SCALE}"),
         (lambda sd: sd.update({C1[:-1] + "omega": sd[C1[:-1] + "omega"] * 2}), "not the FFT nodes of 300 tokens"),
+        (lambda sd: sd.update(with_nodes({n: sd[n] for n in sd if HEAD in n}, 600)), f"300 tokens: {HEAD}"),
         (lambda sd: [sd.pop(name) for name in list(sd) if name.startswith(BACKBONE)], "those of no backbone"),
         (lambda sd: [sd.pop(name) for name in list(sd) if name.startswith(HEAD)], f"no key begins with {HEAD}"),
         (lambda sd: sd.pop(TEACHER + "encoder.layers.0.0.weight"), "missing ts_encoder.ema.encoder.layers.0.0.weight"),
@@ -469,7 +475,7 @@ def test_options_that_contradict_the_file(monkeypatch, tmp_path, capsys):
     sd = small_sd("s4", "hubertpp")
     error = refused(monkeypatch, tmp_path, capsys, sd)
     assert "20 outputs, but config.objective.codes=(128, 256) asks for 384" in error
-    codes = LAST["hubertpp"][0]
+    codes = CODES
     error = refused(monkeypatch, tmp_path, capsys, sd, codes, "--config.model.width=32")
     assert "--config.model.width cannot be set: the file decides it (16)" in error
     error = refused(monkeypatch, tmp_path, capsys, sd, codes, "--normalisation=zscore")
@@ -479,6 +485,7 @@ def test_options_that_contradict_the_file(monkeypatch, tmp_path, capsys):
     assert "no field 'widow_s'" in refused(
         monkeypatch, tmp_path, capsys, sd, codes, "--config.data.widow_s=3"
     )
+    assert "must be above 0 and at most 32.767" in refused(monkeypatch, tmp_path, capsys, sd, "--clip-mv=nan")
     assert "needs a value" in refused(monkeypatch, tmp_path, capsys, sd, "--config.data.window_s")
 
 
@@ -493,6 +500,16 @@ def test_objective_may_be_given(monkeypatch, tmp_path, capsys):
     assert "given: data.window_s=5.0" in out
     assert "made for 300 tokens (2.5 s), the window has 600" in out
     assert restore_encoder(workdir).preprocessing.window_samples == 1200
+
+
+@pytest.mark.parametrize("tokens", [299, 1200, 5000])
+def test_length_of_the_kernels_is_read_from_the_nodes(tokens):
+    sd = with_nodes(small_sd("s4", "cpc"), tokens)
+    layout = read_layout(sd)
+    assert layout.model["l_max"] == tokens
+    check_derived(sd, layout.expected, tokens)
+    with pytest.raises(UserError, match="not the FFT nodes of"):
+        check_derived(sd, layout.expected, 2 * tokens)
 
 
 def test_files_that_are_no_checkpoint(no_torch, tmp_path, capsys, monkeypatch):
@@ -639,14 +656,14 @@ def test_teacher_that_follows_the_student():
 
 def test_teacher_check_of_an_import(monkeypatch, tmp_path, capsys):
     """The reference's teacher of the stored steps has an initialiser's weights; a copy of the student is seen too."""
-    sd = golden_sd("jepa")
-    code, workdir = import_arrays(monkeypatch, tmp_path, sd)
+    sd, options = golden_sd(load_golden("ssl_steps_jepa"))
+    code, workdir = import_arrays(monkeypatch, tmp_path, sd, *options)
     assert code == 0
     assert json.loads((workdir / "import.json").read_text())["teacher"]["verdict"].startswith("untouched")
     assert "of an untouched initialisation" in capsys.readouterr().out
     own = {name: sd[name.replace("ema.", "")] for name in sd if name.startswith(TEACHER)}
     (tmp_path / "copied").mkdir()
-    code, workdir = import_arrays(monkeypatch, tmp_path / "copied", sd | own)
+    code, workdir = import_arrays(monkeypatch, tmp_path / "copied", sd | own, *options)
     assert code == 0
     assert json.loads((workdir / "import.json").read_text())["teacher"]["verdict"] == "copy"
     assert "it is an exact copy of the student" in capsys.readouterr().out
