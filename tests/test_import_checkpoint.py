@@ -2,13 +2,8 @@
 torch's zip files stands in for it, and state dicts are handed over in memory.
 """
 
-import collections
 import functools
 import json
-import pickle
-import sys
-import zipfile
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +14,9 @@ from conftest import GOLDEN, assert_close, group, load_golden
 from ecg_jax import cli, import_checkpoint
 from ecg_jax.config_flags import load_config
 from ecg_jax.data.preprocessing import Preprocessing
-from ecg_jax.errors import UserError
 from ecg_jax.interop import torch_file
-from ecg_jax.interop.teacher_check import check_teacher
-from ecg_jax.interop.torch_checkpoint import BACKBONE, HEAD, MASKING, STEM, TEACHER
-from ecg_jax.interop.torch_names import CLUSTERING, check_derived, read_layout
+from ecg_jax.interop.torch_checkpoint import BACKBONE, HEAD, STEM, TEACHER
+from ecg_jax.interop.torch_names import CLUSTERING
 from ecg_jax.models.encoder import build_encoder, tokens_of
 from ecg_jax.objectives import cpc, hubert
 from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state
@@ -32,40 +25,11 @@ from ecg_jax.training.checkpoint import Checkpoints
 from ecg_jax.training.pretrained import restore_encoder
 from ecg_jax.training.train_state import train_step, with_bases
 from golden_steps import FixedMask, unpacked
+from reference_files import read_zip, small_sd, with_nodes
 
 #: Of the small HuBERT++ checkpoints made here.
 CODES = "--config.objective.codes=(8,12)"
 OBJECTIVES = ("cpc", "jepa", "data2vec", "dinosr", "hubertpp")
-NAMES = {"FloatStorage": np.float32, "LongStorage": np.int64}
-
-
-class ZipReader(pickle.Unpickler):
-    """Reads the tensors of a torch zip file into numpy arrays, without torch."""
-
-    def __init__(self, path):
-        self.archive = zipfile.ZipFile(path)
-        (data,) = (name for name in self.archive.namelist() if name.endswith("/data.pkl"))
-        self.root = data.removesuffix("data.pkl")
-        super().__init__(self.archive.open(data))
-
-    def find_class(self, module, name):
-        known = {"OrderedDict": collections.OrderedDict, "_rebuild_tensor_v2": self.tensor} | NAMES
-        return known[name]
-
-    def persistent_load(self, saved_id):
-        _, dtype, key, _, _ = saved_id
-        return np.frombuffer(self.archive.read(f"{self.root}data/{key}"), dtype)
-
-    @staticmethod
-    def tensor(storage, offset, shape, stride, *_):
-        strides = [step * storage.itemsize for step in stride]
-        return np.lib.stride_tricks.as_strided(storage[offset:], shape, strides)
-
-
-def read_zip(path):
-    return torch_file.parse_content(
-        path, ZipReader(path).load(), to_array=lambda view: np.array(view, order="C")
-    )
 
 
 @pytest.fixture
@@ -100,19 +64,6 @@ def import_arrays(monkeypatch, tmp_path, sd, *options, global_step=0):
     return run_command(path, workdir, *options), workdir
 
 
-def with_nodes(sd, tokens=300):
-    """The state dict with the FFT nodes of its S4 layers, in float32 as the reference makes them."""
-    omega = np.exp(np.complex64(-2j * np.pi / tokens)) ** np.arange(tokens // 2 + 1)
-    omega = omega.astype(np.complex64)
-    z = 2 * (1 - omega) / (1 + omega)
-    nodes = {
-        f"{name.removesuffix('C')}{node}": np.stack([value.real, value.imag], axis=-1)
-        for name in sd if name.endswith(".kernel.kernel.C")
-        for node, value in (("omega", omega), ("z", z))
-    }  # fmt: skip
-    return sd | nodes
-
-
 def golden_sd(golden):
     """The checkpoint of an `ssl_steps_*` file, and the options that say what such a file does not."""
     tokens = golden["in/x"].shape[-1] // 2
@@ -121,58 +72,6 @@ def golden_sd(golden):
     if codes:
         options.append(f"--config.objective.codes={tuple(codes)}")
     return with_nodes(group(golden, "sd/"), tokens), options
-
-
-def sizes(backbone, objective, width=16):
-    """The arrays of a small checkpoint from which sizes are read, empty but for their shapes."""
-    sd = {STEM + "layers.0.0.weight": (width, 12, 3)}
-    sd |= {
-        "s4": {"s4_layers.1.kernel.kernel.C": (2, width, 4, 2), "s4_layers.0.kernel.kernel.C": (2, width, 4, 2)},
-        "transformer": {
-            "pos_encoding.inv_freq": (width // 4,), "layers.1.norm1.bias": (width,),
-            "layers.0.ff.linear1.weight": (2 * width, width),
-        },
-        "net1d": {
-            "first_conv.conv.weight": (8, width, 4), "stage_list.0.block_list.0.conv1.conv.weight": (8, 8, 1),
-            "stage_list.0.block_list.0.conv2.conv.weight": (8, 4, 4),
-            "stage_list.1.block_list.0.conv1.conv.weight": (width, 8, 1),
-            "stage_list.1.block_list.1.conv1.conv.weight": (width, width, 1),
-        },
-    }[backbone]  # fmt: skip
-    sd = {(name if name.startswith(STEM) else BACKBONE + name): shape for name, shape in sd.items()}
-    head = {
-        "cpc": {"proj.0.weight": (width, width)},
-        "hubertpp": {"proj.2.weight": (20, width), "proj.2.bias": (20,)},
-    }
-    s4_head = {"s4.s4_layers.0.kernel.kernel.C": (2, width, 8, 2)}
-    sd |= {HEAD + name: shape for name, shape in head.get(objective, s4_head).items()}
-    if objective != "cpc":
-        sd |= {
-            MASKING + ("mask_token" if objective == "jepa" else "mask_item"): (1, width),
-            TEACHER + "x": (),
-        }
-    if objective == "dinosr":
-        sd |= {f"{CLUSTERING}{i}.code_cnt": (16,) for i in range(2)}
-    return with_nodes({name: np.zeros(shape, np.float32) for name, shape in sd.items()})
-
-
-def small_sd(backbone, objective, **kwargs):
-    """A complete random state dict of small size."""
-    rng = np.random.default_rng(0)
-    layout = read_layout(sizes(backbone, objective, **kwargs))
-    sd = {name: rng.uniform(0.1, 0.5, shape).astype(np.float32) for name, shape in layout.expected.items()}
-    for name in sd:
-        if name.endswith("num_batches_tracked"):
-            sd[name] = np.array(7)
-        elif name.endswith(".kernel.kernel.w"):
-            sd[name][..., 0] = -0.5
-        elif name.endswith("kernel.kernel.log_dt"):
-            sd[name] -= 4
-        elif name.endswith(".kernel.kernel.Q"):
-            sd[name] = sd[name.removesuffix("Q") + "P"] * np.array([1, -1], np.float32)
-        elif name.endswith("inv_freq"):
-            sd[name] = 10_000.0 ** (-np.arange(len(sd[name])) / len(sd[name]))
-    return with_nodes(sd)
 
 
 @pytest.mark.parametrize("objective", ["cpc", "jepa"])
@@ -359,74 +258,6 @@ def test_masked_objectives_on_the_other_backbones(backbone, objective, monkeypat
     np.testing.assert_array_equal(stem["conv0"]["kernel"], sd[STEM + "layers.0.0.weight"].transpose(2, 1, 0))
 
 
-@pytest.mark.parametrize(
-    ("backbone", "objective", "total"),
-    [
-        ("s4", "cpc", 3_194_880 + 16_384), ("s4", "jepa", 4_067_328 - 262_656), ("s4", "hubertpp", 3_409_280),
-        ("transformer", "cpc", 18_915_328 + 808_960 + 262_144), ("net1d", "cpc", 9_678_464 + 808_960 + 262_144),
-    ],
-)  # fmt: skip
-def test_names_and_shapes_of_the_full_size(backbone, objective, total):
-    """The trainable parameters of a full-size checkpoint are those of spec §5.9, §4; a bidirectional CPC has 4 x 4 096
-    more, and the unused head is not asked for.
-    """
-    shapes = {STEM + "layers.0.0.weight": (512, 12, 3)}
-    shapes |= {
-        "s4": {f"{BACKBONE}s4_layers.{i}.kernel.kernel.C": (2, 512, 4, 2) for i in (0, 3)},
-        "transformer": {
-            BACKBONE + "pos_encoding.inv_freq": (32,), BACKBONE + "layers.5.norm1.bias": (512,),
-            BACKBONE + "layers.0.ff.linear1.weight": (2048, 512),
-        },
-        "net1d": {
-            BACKBONE + "first_conv.conv.weight": (64, 512, 16),
-            BACKBONE + "stage_list.0.block_list.0.conv2.conv.weight": (64, 16, 16),
-        },
-    }[backbone]  # fmt: skip
-    if backbone == "net1d":
-        for s, (filters, blocks) in enumerate(
-            zip((64, 128, 128, 256, 256, 512, 512), (2, 2, 2, 3, 3, 4, 4), strict=True)
-        ):
-            for j in range(blocks):
-                shapes[f"{BACKBONE}stage_list.{s}.block_list.{j}.conv1.conv.weight"] = (filters, 1, 1)
-    if objective == "jepa":
-        shapes |= {HEAD + "s4.s4_layers.0.kernel.kernel.C": (2, 512, 32, 2), MASKING + "mask_token": (512,)}
-    else:
-        shapes |= {HEAD + "proj.0.weight": (512, 512)}
-    if objective == "hubertpp":
-        shapes |= {
-            HEAD + "proj.2.weight": (384, 512),
-            HEAD + "proj.2.bias": (384,),
-            MASKING + "mask_item": (1, 512),
-        }
-    layout = read_layout(with_nodes({n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items()}))
-    buffers = (
-        "running_mean",
-        "running_var",
-        ".num_batches_tracked",
-        "inv_freq",
-        ".B",
-        ".P",
-        ".Q",
-        ".w",
-        ".log_dt",
-        "omega",
-        ".z",
-    )
-    idle = {name for names in layout.unused().values() for name in names}
-    count = sum(
-        int(np.prod(shape)) for name, shape in layout.expected.items()
-        if not name.startswith(TEACHER) and not name.endswith(buffers) and name not in idle
-    )  # fmt: skip
-    assert count == total
-    if backbone == "net1d":
-        affine = [
-            shape[0]
-            for name, shape in layout.expected.items()
-            if name in idle and name.endswith((".weight", ".bias"))
-        ]
-        assert sum(affine) == 36_864
-
-
 def refused(monkeypatch, tmp_path, capsys, sd, *options):
     code, _ = import_arrays(monkeypatch, tmp_path, sd, *options)
     assert code == 2
@@ -502,75 +333,6 @@ def test_objective_may_be_given(monkeypatch, tmp_path, capsys):
     assert restore_encoder(workdir).preprocessing.window_samples == 1200
 
 
-@pytest.mark.parametrize("tokens", [299, 1200, 5000])
-def test_length_of_the_kernels_is_read_from_the_nodes(tokens):
-    sd = with_nodes(small_sd("s4", "cpc"), tokens)
-    layout = read_layout(sd)
-    assert layout.model["l_max"] == tokens
-    check_derived(sd, layout.expected, tokens)
-    with pytest.raises(UserError, match="not the FFT nodes of"):
-        check_derived(sd, layout.expected, 2 * tokens)
-
-
-def test_files_that_are_no_checkpoint(no_torch, tmp_path, capsys, monkeypatch):
-    assert run_command(tmp_path / "nothing.ckpt", tmp_path / "run") == 2
-    assert "nothing.ckpt cannot be read: No such file or directory" in capsys.readouterr().err
-    path = tmp_path / "some.ckpt"
-    for content, sentence in [
-        ([1], "holds no state_dict"),
-        ({"state_dict": {"a": np.zeros(1)}}, "holds no global_step"),
-        ({"state_dict": {"a": np.zeros(1)}, "global_step": -1}, "global_step=-1 must be a whole number"),
-        ({"state_dict": {}, "global_step": 1}, "its state_dict is empty"),
-        ({"state_dict": {"a": "text"}, "global_step": 1}, "a of its state_dict is no tensor"),
-    ]:
-        with pytest.raises(UserError, match=sentence):
-            torch_file.parse_content(path, content, to_array=lambda value: value.astype(np.float32))
-
-
-def test_without_torch_it_says_what_to_install(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert run_command(GOLDEN / "ckpt_cpc_narrow.ckpt", tmp_path / "run") == 2
-    assert "needs torch: pip install 'ecg_jax[torch]'" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_damaged_files(tmp_path, capsys):
-    pytest.importorskip("torch")
-    whole = (GOLDEN / "ckpt_cpc_narrow.ckpt").read_bytes()
-    path = tmp_path / "file.ckpt"
-    for content in (b"", b"hello\n", whole[:1000], whole[:-50_000], pickle.dumps({"state_dict": print})):
-        path.write_bytes(content)
-        assert run_command(path, tmp_path / "run") == 2
-        error = capsys.readouterr().err
-        assert f"{path} cannot be read as a torch checkpoint" in error
-        assert error.count("\n") == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file.ckpt"]
-
-
-class Settings:
-    """Stands for the objects of other packages that Lightning stores."""
-
-    def __init__(self):
-        self.lr = 1e-3
-
-    def __setstate__(self, state):
-        raise AssertionError("code of the file's classes was run")
-
-
-def test_objects_of_other_packages_are_passed_over(tmp_path):
-    torch = pytest.importorskip("torch")
-    content = torch.load(GOLDEN / "ckpt_cpc_narrow.ckpt", weights_only=True)
-    whole = {name: value.clone() for name, value in content["state_dict"].items()}
-    ours = SimpleNamespace(a=Settings(), b=collections.defaultdict(list, {"x": [Settings()]}))
-    torch.save({**content, "hyper_parameters": {"config": ours}}, tmp_path / "file.ckpt")
-    read = torch_file.read_torch_checkpoint(tmp_path / "file.ckpt")
-    assert read.state_dict.keys() == whole.keys()
-    for name, value in read.state_dict.items():
-        np.testing.assert_array_equal(value, whole[name].numpy())
-        assert value.flags.c_contiguous
-        assert value.flags.owndata
-
-
 def test_workdir_must_be_free(no_torch, tmp_path, capsys):
     file, full, empty = GOLDEN / "ckpt_cpc_narrow.ckpt", tmp_path / "full", tmp_path / "empty"
     full.mkdir()
@@ -600,58 +362,6 @@ def test_interrupted_import_leaves_nothing(error, no_torch, monkeypatch, tmp_pat
     code = run_command(GOLDEN / "ckpt_cpc_narrow.ckpt", tmp_path / "run")
     assert code == (130 if error is KeyboardInterrupt else 2)
     assert not list(tmp_path.iterdir())
-
-
-@functools.cache
-def two_encoders():
-    encoder = build_encoder(
-        backbone="s4",
-        width=64,
-        state=8,
-        layers=2,
-        l_max=32,
-        bidirectional=True,
-        trainable_ssm=False,
-        dropout=0.2,
-    )
-    init = jax.jit(lambda key: encoder.init(key, jnp.zeros((1, 64, 12)), train=False))
-    return tuple(jax.device_get(init(jax.random.key(seed))) for seed in range(2))
-
-
-def test_teacher_of_the_released_code():
-    student, teacher = two_encoders()
-    teacher = teacher | {"batch_stats": jax.tree.map(lambda v: v + 0.1, teacher["batch_stats"])}
-    checked = check_teacher(student, teacher)
-    assert checked.verdict == "untouched"
-    assert checked.share_within_bound == 1
-    assert checked.distance < checked.distance_limit
-    assert abs(checked.correlation) < 0.05
-    assert checked.statistics_moved
-    assert "equals an untouched initialisation" in checked.sentence()
-    moved = jax.tree.map(lambda v: v + 0.01, teacher["params"])
-    assert check_teacher(student, teacher | {"params": moved}).verdict == "neither"
-    norms = {**teacher["params"]["stem"], "norm0": {"scale": np.full(64, 1.1), "bias": np.zeros(64)}}
-    trained = teacher | {"params": {**teacher["params"], "stem": norms}}
-    assert check_teacher(student, trained).verdict == "untouched_weights"
-
-
-def test_teacher_that_follows_the_student():
-    student, other = two_encoders()
-    assert check_teacher(student, student).verdict == "copy"
-    rng = np.random.default_rng(0)
-    trained = {
-        **student,
-        "params": jax.tree.map(lambda v: v + rng.normal(0, 0.02, v.shape), student["params"]),
-    }
-    checked = check_teacher(trained, student)
-    assert checked.verdict == "follows_student"
-    assert checked.correlation > 0.9
-    mixed = {
-        **student,
-        "params": jax.tree.map(lambda a, b: 0.7 * a + 0.3 * b, student["params"], other["params"]),
-    }
-    assert check_teacher(student, mixed).verdict == "follows_student"
-    assert check_teacher(other, mixed).verdict == "neither"
 
 
 def test_teacher_check_of_an_import(monkeypatch, tmp_path, capsys):
