@@ -145,7 +145,9 @@ def _run(
         "teacher": teacher,
         "normalisation": config.data.normalisation,
     }
-    step_fn = parallel.map_train_step(functools.partial(train_step, tx=tx, **bound), mesh)
+    step_fn = parallel.map_train_step(
+        functools.partial(train_step, tx=tx, accumulate=config.accumulate, **bound), mesh
+    )
     eval_fn = parallel.map_eval_step(functools.partial(eval_step, **bound), mesh)
     reading = {
         "batch_size": config.batch_size,

@@ -103,6 +103,7 @@ class PairsOfSamples(nn.Module):
     """
 
     l_max: int = 32
+    conv: str = "fft"
 
     @nn.compact
     def __call__(self, x, record_index, *, train, hidden, mask_token):

@@ -94,11 +94,10 @@ def batches(n, size=16):
         yield {"signal": walk.astype(np.int16), "record_index": np.arange(size, dtype=np.int32)}
 
 
-def run_mapped(devices, tx, n=3, trainable_ssm=False):
+def run_mapped(devices, tx, n=3, trainable_ssm=False, accumulate=1):
     mesh = Mesh(np.asarray(jax.devices()[:devices]), (parallel.AXIS,))
-    step = functools.partial(
-        train_step, model=tiny_cpc(parallel.AXIS, trainable_ssm), tx=tx, normalisation="none"
-    )
+    model = tiny_cpc(parallel.AXIS, trainable_ssm)
+    step = functools.partial(train_step, model=model, tx=tx, normalisation="none", accumulate=accumulate)
     step_fn = parallel.map_train_step(step, mesh)
     state, log = parallel.replicate(tiny_state(tx, trainable_ssm), mesh), []
     for batch in batches(n):
@@ -135,6 +134,39 @@ def one_device():
 
 def test_eight_devices_equal_one(one_device):
     assert_same_run(run_mapped(8, SGD), one_device)
+
+
+def test_parts_of_a_batch_do_not_depend_on_the_devices(one_device):
+    parts = run_mapped(1, SGD, accumulate=2)
+    assert_same_run(run_mapped(8, SGD, accumulate=2), parts)
+    assert parts[1][0]["loss"] != one_device[1][0]["loss"]  # batch statistics are those of a part
+
+
+def test_accumulated_gradients_are_the_mean_over_parts():
+    """Plain SGD of rate 1 shows the gradient: the update of two parts is the mean of the updates of each, the second
+    made with the running statistics that the first leaves.
+    """
+    step = functools.partial(
+        train_step, model=tiny_cpc(None), tx=optax.sgd(1.0), normalisation="none", axis_name=None
+    )
+    start, (batch,) = tiny_state(optax.sgd(1.0)), batches(1)
+    together, metrics = jax.jit(functools.partial(step, accumulate=2))(start, batch)
+    one_part, state, losses, moves = jax.jit(step), start, [], []
+    for part in range(2):
+        after, alone = one_part(state, {name: rows[part::2] for name, rows in batch.items()})
+        losses.append(alone["loss"])
+        moves.append(jax.tree.map(jnp.subtract, after.params, start.params))
+        state = start.replace(batch_stats=after.batch_stats)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *moves)
+    moved = jax.tree.map(jnp.subtract, together.params, start.params)
+    for (path, leaf), expected in zip(jax.tree.leaves_with_path(moved), jax.tree.leaves(mean), strict=True):
+        assert_close(leaf, expected, 2e-4, jax.tree_util.keystr(path))
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-6)
+    for leaf, expected in zip(
+        jax.tree.leaves(together.batch_stats), jax.tree.leaves(state.batch_stats), strict=True
+    ):
+        np.testing.assert_allclose(leaf, expected, rtol=1e-6)
+    assert int(together.step) == 1
 
 
 def test_step_is_compiled_once():

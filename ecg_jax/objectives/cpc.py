@@ -54,8 +54,10 @@ def cpc_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """InfoNCE over one positive and M negatives for every position (spec §5.3).
 
-    Every token is scored against every prediction of its record once, [B, L-k, L], and the scores of the
-    negatives are gathered: no vector is copied for a negative.
+    Every token is scored against every prediction of its record once, G [B, L-k, L]. With n_ij the number of times
+    that token j was drawn as a negative of position i, the denominator is sum_j (n_ij + [j = i + k]) exp G_ij: neither
+    a vector nor a score is copied for a negative, and the backward pass is a softmax instead of a scatter of floats,
+    whose order, and so its rounding, a GPU does not promise.
 
     Args:
         encoded: stem tokens s [B, L, D]; gradients flow into them.
@@ -83,8 +85,11 @@ def cpc_loss(
 
     if negative_records is None:
         scores = score(predicted, encoded)
+        drawn = _count(negative_idx, L)
+        is_positive = jnp.arange(L) == steps_ahead + jnp.arange(L - steps_ahead)[:, None]
         positive = jnp.diagonal(scores, offset=steps_ahead, axis1=1, axis2=2)
-        negative = jnp.take_along_axis(scores, negative_idx, axis=2)
+        total = jax.nn.logsumexp(scores, axis=-1, b=drawn + is_positive)
+        hardest = jnp.where(drawn > 0, scores, -jnp.inf).max(axis=-1)
     else:
         positive = jnp.einsum(
             "bid,bid->bi", predicted, encoded[:, steps_ahead:], preferred_element_type=jnp.float32
@@ -100,11 +105,17 @@ def cpc_loss(
             return jnp.take_along_axis(score(p, flat), idx, axis=1)
 
         negative = jax.lax.map(one_record, (predicted, negative_records * L + negative_idx))
-        positive = positive.astype(jnp.float32)
-    logits = jnp.concatenate([positive[..., None], negative], axis=-1)
-    loss = (jax.nn.logsumexp(logits, axis=-1) - positive).sum(axis=-1)
-    accuracy = (positive >= negative.max(axis=-1)).mean(axis=-1, dtype=jnp.float32)
+        logits = jnp.concatenate([positive[..., None], negative], axis=-1)
+        total, hardest = jax.nn.logsumexp(logits, axis=-1), negative.max(axis=-1)
+    loss = (total - positive).sum(axis=-1)
+    accuracy = (positive >= hardest).mean(axis=-1, dtype=jnp.float32)
     return loss, accuracy
+
+
+def _count(idx: jax.Array, L: int) -> jax.Array:
+    """How often each of L tokens occurs in the last axis of idx [B, P, M], float32 [B, P, L]."""
+    b, p, _ = jnp.ix_(*(jnp.arange(size) for size in idx.shape))
+    return jnp.zeros((*idx.shape[:2], L), jnp.float32).at[b, p, idx].add(1.0)
 
 
 class CPC(nn.Module):

@@ -174,9 +174,15 @@ def train_step(
     tx,
     normalisation: str,
     teacher: Teacher | None = None,
+    accumulate: int = 1,
     axis_name: str | None = AXIS,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser update, as seen by one device.
+
+    With `accumulate` n > 1 the batch passes through the model in n parts, row r in part r mod n whatever the number
+    of devices, and the update takes the mean of their gradients. Each part has its own means over masked tokens,
+    batch statistics, and clusters; running statistics and codebooks go from part to part, the teacher's parameters
+    move once. (HuBERT++ draws its first prototypes anew in every part of step 0.)
 
     Args:
         state: replicated.
@@ -187,11 +193,52 @@ def train_step(
         tx: optimiser.
         normalisation: see `models.inputs`.
         teacher: for objectives that have one.
+        accumulate: n, a divisor of this device's rows.
         axis_name: mapped axis; None for a single device without a map.
 
     Returns:
         The next state and scalar metrics: `loss`, its terms, the objective's metrics, `grad_norm`.
     """
+
+    def gradients(state, rows):
+        return _gradients(state, rows, model, normalisation, teacher, axis_name)
+
+    if accumulate == 1:
+        state, grads, metrics = gradients(state, batch)
+    else:
+        parts = jax.tree.map(
+            lambda rows: jnp.swapaxes(rows.reshape(-1, accumulate, *rows.shape[1:]), 0, 1), batch
+        )
+
+        def add(carry, rows):
+            state, *sums = carry
+            state, *more = gradients(state, rows)
+            return (state, *jax.tree.map(jnp.add, sums, more)), None
+
+        one = jax.eval_shape(gradients, state, jax.tree.map(lambda rows: rows[0], parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one[1:])
+        (state, grads, metrics), _ = jax.lax.scan(add, (state, *zeros), parts)
+        grads, metrics = jax.tree.map(lambda total: total / accumulate, (grads, metrics))
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    next_teacher = state.teacher
+    if teacher:
+        student = {"params": params["encoder"], "batch_stats": state.batch_stats["encoder"]}
+        next_teacher = teacher.follow(next_teacher, student, state.step)
+    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, teacher=next_teacher)
+    return state, metrics | {"grad_norm": optax.tree.norm(grads)}
+
+
+def _gradients(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    model,
+    normalisation: str,
+    teacher: Teacher | None,
+    axis_name: str | None,
+) -> tuple[TrainState, Any, dict[str, jax.Array]]:
+    """The state with the statistics and codebooks that a batch moves, its gradients, and its metrics with `loss`."""
     objective_key, dropout_key = step_keys(state.rng, state.step)
     inputs, next_teacher = _inputs(state, batch, normalisation, axis_name), state.teacher
     if teacher:
@@ -222,20 +269,12 @@ def train_step(
     (total, (metrics, changed)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     if axis_name:
         grads = jax.lax.pmean(grads, axis_name)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    if teacher:
-        student = {"params": params["encoder"], "batch_stats": changed["batch_stats"]["encoder"]}
-        next_teacher = teacher.follow(next_teacher, student, state.step)
     state = state.replace(
-        step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
         batch_stats=changed["batch_stats"],
         objective_state=changed["objective_state"] if state.objective_state else {},
         teacher=next_teacher,
     )
-    return state, metrics | {"loss": total, "grad_norm": optax.tree.norm(grads)}
+    return state, grads, metrics | {"loss": total}
 
 
 def eval_step(
