@@ -179,6 +179,7 @@ def step_program(model: Model) -> Program:
         tx=model.tx,
         normalisation=config.data.normalisation,
         teacher=model.teacher,
+        accumulate=config.accumulate,
     )
     states, batch = [model.state], parallel.shard_batch(random_batch(config), mesh)
     compiled, program = compile_program(

@@ -85,7 +85,7 @@ def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, 
         )
         speed.text(max(high, step["windows_per_s"]), y, text, va="center", fontsize=8)
         memory.barh(y, step["peak_bytes"] / 1e9, 0.9 * bar, **looks)
-        memory.text(step["peak_bytes"] / 1e9, y, f" {step['peak_bytes'] / 1e9:.2g}", va="center", fontsize=8)
+        memory.text(step["peak_bytes"] / 1e9, y, f" {step['peak_bytes'] / 1e9:.3g}", va="center", fontsize=8)
     speed.set_title("training step, windows per second", loc="left", fontsize=11)
     memory.set_title("training step, peak memory in GB", loc="left", fontsize=11)
     for axes in (speed, memory):
@@ -102,6 +102,7 @@ def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, 
 def _draw_roofline(axes, rows: Sequence[dict[str, Any]], roofline: Roofline) -> None:
     """Operations per second over operations per byte that the compiler estimates, both logarithmic."""
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import NullFormatter
 
     steps = [(row, row["programs"]["step"]) for row in rows]
     xs = [
@@ -110,7 +111,7 @@ def _draw_roofline(axes, rows: Sequence[dict[str, Any]], roofline: Roofline) -> 
     ]
     precisions = list(dict.fromkeys(row["precision"] for row in rows))
     ridge = [roofline.flops_per_s[name] / roofline.copy_bytes_per_s for name in precisions]
-    ends = np.geomspace(min([*xs, *ridge]) / 3, max([*xs, *ridge]) * 4, 200)
+    ends = np.geomspace(min([*xs, *ridge]) / 10, max([*xs, *ridge]) * 10, 200)
     for name in precisions:
         roof = np.minimum(roofline.flops_per_s[name], ends * roofline.copy_bytes_per_s)
         label = f"{in_flops(roofline.flops_per_s[name])} in {name}, copy {roofline.copy_bytes_per_s / 1e9:.3g} GB/s"
@@ -132,6 +133,12 @@ def _draw_roofline(axes, rows: Sequence[dict[str, Any]], roofline: Roofline) -> 
     axes.legend(handles=handles, fontsize=8.5, loc="lower right", framealpha=0.9, edgecolor="none")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    # Two decades at least, so that every axis has labelled powers of ten, and room for the legend below the points.
+    top = 2 * max(roofline.flops_per_s[name] for name in precisions)
+    low = min(*(step["flops_per_s"] for _, step in steps), top / 40)
+    axes.set_ylim(low * (low / top) ** 0.45, top)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("roofline, each point one objective's training step", loc="left", fontsize=11)
     axes.set_xlabel("FLOP per byte (FLOPs by formula, bytes estimated by the compiler)")
     axes.set_ylabel("FLOP/s")
@@ -163,9 +170,9 @@ def draw_scaling(
     places = {
         "window": (
             "length of the window in s",
-            f"{about['windows_at_each_length']} windows of growing length",
+            f"growing windows, {about['windows_at_each_length']} at a time",
         ),
-        "batch": ("windows in the batch", f"growing batch of windows of {about['window_s']:g} s"),
+        "batch": ("windows in the batch", f"growing batch, windows of {about['window_s']:g} s"),
     }
     for column, (axis, (x_label, title)) in enumerate(places.items()):
         for line, (cost, field, unit, y_label) in enumerate(costs):

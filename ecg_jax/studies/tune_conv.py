@@ -17,7 +17,7 @@ from ecg_jax.models import hippo
 from ecg_jax.models.convolution import candidates, convolve
 from ecg_jax.models.s4 import kernel_bases
 from ecg_jax.studies.efficiency import DoesNotFit, compile_program, memory_errors
-from ecg_jax.studies.timing import time_in_turns
+from ecg_jax.studies.timing import seconds_of, time_in_turns
 
 LENGTHS = (75, 150, 300, 600, 1200, 2400, 5000)
 WIDTHS = (64, 512)
@@ -28,6 +28,7 @@ DTYPES = ("float32", "bfloat16")
 #: Tokens in a batch: 64 windows of 2.5 s on a CPU, enough to fill an accelerator elsewhere.
 _TOKENS = {"cpu": 19_200}
 _MOST_TOKENS = 153_600
+_HOPELESS = 3.0
 
 
 class Case(NamedTuple):
@@ -65,8 +66,8 @@ def make_inputs(rng: np.random.Generator, *, batch: int, length: int, width: int
 
 
 def time_case(case: Case, *, tokens: int, repeats: int) -> dict[str, float]:
-    """Algorithm -> seconds of its forward and backward pass (gradients of u and C), median; those that do not fit
-    into memory are left out.
+    """Algorithm -> seconds of its forward and backward pass (gradients of u and C), median of turns; those that do not
+    fit into memory are left out, and one that takes `_HOPELESS` times as long as another is timed once.
     """
     rng = np.random.default_rng(0)
     u, C, basis, weights = make_inputs(
@@ -83,7 +84,7 @@ def time_case(case: Case, *, tokens: int, repeats: int) -> dict[str, float]:
         jax.tree.map(jnp.asarray, basis),
         jnp.asarray(weights),
     )
-    work = {}
+    work, once = {}, {}
     for algorithm in candidates(case.length, case.state):
 
         def loss(u, C, basis, weights, algorithm=algorithm):
@@ -94,10 +95,13 @@ def time_case(case: Case, *, tokens: int, repeats: int) -> dict[str, float]:
             program = compile_program(both, *inputs, precision=case.dtype)[1]
             with memory_errors():
                 jax.block_until_ready(program.run())
+                once[algorithm] = seconds_of(program.run)
         except DoesNotFit:
             continue
         work[algorithm] = program.run
-    return {
+    limit = _HOPELESS * min(once.values())
+    work = {name: run for name, run in work.items() if once[name] <= limit or name == "fft"}
+    return once | {
         name: timing.median for name, timing in time_in_turns(work, repeats=repeats, least_s=0.02).items()
     }
 
