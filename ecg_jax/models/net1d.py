@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ecg_jax.models.layers import REMAT, remat, uniform_bias, uniform_fan_in
+from ecg_jax.models.layers import remat, uniform_bias, uniform_fan_in
 
 
 def _padding(kernel: int, bidirectional: bool) -> tuple[int, int]:
@@ -219,5 +219,3 @@ class Net1D(nn.Module):
             raise ValueError(
                 f"model.blocks={self.blocks} must have one number for each of model.filters={filters}"
             )
-        if self.remat not in REMAT:
-            raise ValueError(f"model.remat={self.remat!r} is unknown; known: {', '.join(REMAT)}")

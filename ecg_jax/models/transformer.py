@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ecg_jax.models.layers import REMAT, Dropout, gelu, layer_norm, remat
+from ecg_jax.models.layers import Dropout, gelu, layer_norm, remat
 
 ROPE_BASE = 10_000.0
 
@@ -200,8 +200,6 @@ class Transformer(nn.Module):
                 f"model.heads={self.heads} must divide model.width={self.width} into heads of an even number of "
                 "components, which rotary positions turn in pairs"
             )
-        if self.remat not in REMAT:
-            raise ValueError(f"model.remat={self.remat!r} is unknown; known: {', '.join(REMAT)}")
         out = {}
         if x.shape[-1] != self.width:
             x = _dense(self.width, self.dtype, "input")(x)
