@@ -6,6 +6,7 @@ import os
 import sys
 
 import ecg_jax
+from ecg_jax import cpu
 from ecg_jax.errors import Stopped, UserError
 
 COMMANDS = {
@@ -67,6 +68,8 @@ def main(argv: list[str]) -> int:
 def entry_point() -> None:
     """What the `ecg-jax` script calls."""
     quieten()
+    cpu.tune()
+    cpu.keep_compiled_programs()
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()

@@ -91,6 +91,15 @@ def remat(block: Callable, mode: str) -> Callable:
     return block if mode == "none" else nn.remat(block, policy=_REMAT_POLICIES[mode])
 
 
+def channel_product(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """y[e, b, l] = sum_d kernel[d, e] x[d, b, l].
+
+    Written as a product of matrices: XLA swaps the operands of a transposed product of matrices, but not of one with
+    three axes, whose gradient it then computes token first and transposes.
+    """
+    return jnp.matmul(kernel.T, x.reshape(len(x), -1)).reshape(-1, *x.shape[1:])
+
+
 class ChannelDense(nn.Module):
     """A linear map of the first axis, y[e, b, l] = sum_d W[d, e] x[d, b, l] + bias[e]; parameters as `nn.Dense`.
 
@@ -108,7 +117,7 @@ class ChannelDense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [D, B, L] to [E, B, L]."""
         kernel = self.param("kernel", uniform_fan_in, (x.shape[0], self.features)).astype(self.dtype)
-        y = jnp.einsum("de,dbl->ebl", kernel, x.astype(self.dtype))
+        y = channel_product(kernel, x.astype(self.dtype))
         if self.bias_init is None:
             return y
         bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ecg_jax.models.layers import BatchNorm, uniform_fan_in
+from ecg_jax.models.layers import BatchNorm, channel_product, uniform_fan_in
 
 
 class Stem(nn.Module):
@@ -51,4 +51,4 @@ class _Convolution(nn.Module):
         k = self.kernel_size
         kernel = self.param("kernel", uniform_fan_in, (k, x.shape[0] // k, self.width))
         kernel = kernel.reshape(x.shape[0], self.width).astype(self.dtype)
-        return jnp.einsum("kd,kbl->dbl", kernel, x)
+        return channel_product(kernel, x)
