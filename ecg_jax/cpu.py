@@ -24,8 +24,7 @@ def tune() -> None:
     - A training step allocates gigabytes of activations anew. glibc maps every large block freshly and returns it
       when it is freed, so that each step pays for the page faults again.
     - Of what XLA hands to YNN by default only the matrix products gain; a sum over the first axis, as in a
-      channel-first
-      LayerNorm, takes four times as long. Left alone if XLA_FLAGS names the flag already.
+      channel-first LayerNorm, takes four times as long. Left alone if XLA_FLAGS names the flag already.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none

@@ -17,6 +17,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import numpy as np
 import pytest
 
+from ecg_jax import cpu
+
+cpu.tune()  # as the commands do
+
 # A fuller set of reference tensors with the same names can be tested by naming its folder here.
 GOLDEN = Path(os.environ.get("ECG_JAX_GOLDEN", Path(__file__).parent / "golden"))
 

@@ -4,8 +4,7 @@
 
 The objectives take turns, so that whatever slows the machine down slows all of them down, and ratios are taken within
 each turn. On a CPU that others use too, the processor time of a step says more than the time that passes; there it
-is what "time over FLOPs" compares. FFTs are not counted as FLOPs (see `ecg_jax.studies.flops`); the time that the
-convolutions of the S4 layers alone take is measured in the same turns, and its share of each step is given.
+is what "time over FLOPs" compares. The S4 convolutions are not counted as FLOPs (see `ecg_jax.studies.flops`).
 
 `ECG_JAX_BENCHMARK_BATCH` changes the batch (16) and `ECG_JAX_BENCHMARK_ROUNDS` the number of turns (7).
 """
@@ -15,7 +14,6 @@ import os
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -23,7 +21,6 @@ from jax.sharding import Mesh
 from ecg_jax.config_flags import load_config, override, shipped_configs
 from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.models.encoder import tokens_of
-from ecg_jax.models.s4 import fft_convolve
 from ecg_jax.run_setup import (
     OBJECTIVES,
     build_objective,
@@ -94,27 +91,6 @@ def training_step(config, store_path, mesh):
     return run
 
 
-def convolution(width: int, tokens: int, gradient: bool, device):
-    """A function without arguments that convolves as one bidirectional S4 layer does."""
-    rng = np.random.default_rng(0)
-    u, K, weights = (
-        jax.device_put(rng.normal(size=shape).astype(np.float32), device)
-        for shape in ((BATCH, tokens, width), (2, width, tokens), (BATCH, tokens, width))
-    )
-
-    def loss(u, K):
-        return jnp.vdot(fft_convolve(u, K), weights)
-
-    compute = jax.jit(jax.value_and_grad(loss, (0, 1)) if gradient else fft_convolve)
-    return lambda: jax.block_until_ready(compute(u, K))
-
-
-def convolution_seconds(config, forward: float, both: float) -> float:
-    """What the convolutions of one step take: backbone and S4 head forward and backward, the teacher forward."""
-    trained = config.model.layers + ("head_state" in config.objective)
-    return trained * both + ("teacher" in config.objective) * config.model.layers * forward
-
-
 @pytest.mark.parametrize("width", [64, 512])
 def test_training_steps_of_all_objectives(benchmark, store, width):
     mesh = Mesh(np.asarray(jax.devices()[:1]), (parallel.AXIS,))
@@ -122,15 +98,12 @@ def test_training_steps_of_all_objectives(benchmark, store, width):
     for config in chosen.values():
         override(config, "model.width", str(width))
         override(config, "batch_size", str(BATCH))
-    tokens = tokens_of(round(chosen[BASE].data.window_s * chosen[BASE].data.rate_hz))
     device = jax.devices()[0].device_kind
     seconds: dict[str, list[float]] = {}
     processor: dict[str, list[float]] = {}  # seconds of all threads
 
     with jax.default_matmul_precision("highest"):
         work = {name: training_step(config, store, mesh) for name, config in chosen.items()}
-        work["convolution forward"] = convolution(width, tokens, False, jax.devices()[0])
-        work["convolution"] = convolution(width, tokens, True, jax.devices()[0])
         for run in work.values():
             for _ in range(2):  # compiles; and the first step of HuBERT++ chooses its prototypes
                 run()
@@ -153,12 +126,11 @@ def test_training_steps_of_all_objectives(benchmark, store, width):
     def ratio_to_base(times, name):
         return float(np.median(np.divide(times[name], times[BASE])))
 
-    forward, both = (np.median(told[name]) for name in ("convolution forward", "convolution"))
     lines = [
         f"width {width}, batch {BATCH}, {device}",
         "| objective | windows/s | ms a step | processor ms | time / CPC | processor / CPC | FLOPs / CPC "
-        "| time over FLOPs | convolutions |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| time over FLOPs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, config in chosen.items():
         median = float(np.median(seconds[name]))
@@ -171,10 +143,9 @@ def test_training_steps_of_all_objectives(benchmark, store, width):
             "processor_ratio": ratio_to_base(processor, name),
             "flop_ratio": flops,
             "time_over_flops": ratio_to_base(told, name) / flops,
-            "convolution_share": convolution_seconds(config, forward, both) / float(np.median(told[name])),
         }
         benchmark.extra_info[name] = figures
-        digits = (".3g", ".0f", ".0f", ".2f", ".2f", ".2f", ".2f", ".0%")
+        digits = (".3g", ".0f", ".0f", ".2f", ".2f", ".2f", ".2f")
         cells = [format(value, form) for value, form in zip(figures.values(), digits, strict=True)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     benchmark.extra_info["device"] = device
