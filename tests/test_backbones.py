@@ -242,6 +242,16 @@ def remat_run(backbone, mode):
     return run_steps(config, None, drawn_state(config, None), devices=2, steps=1)
 
 
+@pytest.mark.parametrize("backbone", ["transformer", "net1d"])
+def test_accumulation_does_not_depend_on_the_devices(backbone):
+    config = tiny_config("cpc", backbone=backbone, accumulate=2)
+    one, two = (run_steps(config, None, drawn_state(config, None), devices, steps=1) for devices in (1, 2))
+    assert_same_run(two.last, two.log, one)
+    assert two.log[0]["loss"] != run_pair("cpc", backbone, 8).log[0]["loss"], (
+        "each part has its own statistics"
+    )
+
+
 # One run of each backbone through the commands, on the PTB-XL sample that ships with the package.
 RUNS = {
     "s4": ("cpc", {"data__window_s": 1.0}),  # 120 tokens on layers made for 40

@@ -141,6 +141,7 @@ def bound_step(config, teacher, axis_name=parallel.AXIS):
         tx=SGD,
         normalisation=config.data.normalisation,
         teacher=teacher,
+        accumulate=config.accumulate,
         axis_name=axis_name,
     )
 
