@@ -135,7 +135,7 @@ def _check_fields(config: ConfigDict) -> None:
             raise UserError(f"config.{field} is not set; every field but the store needs a value")
         if not _is_like(value, declared[field]):
             raise UserError(f"config.{field}={value!r} must be {_kind(declared[field])}")
-        if _kind(value) == "a whole number" and abs(value) >= 2**31 and field != "seed":
+        if type(value) is int and abs(value) >= 2**31 and field != "seed":
             raise UserError(f"config.{field}={value} must be below 2^31")
 
 
@@ -143,7 +143,8 @@ def _is_like(value: Any, declared: Any) -> bool:
     if declared is None:
         return value is None or isinstance(value, str)
     if isinstance(declared, tuple):
-        return isinstance(value, tuple | list) and all(_is_like(item, declared[0]) for item in value)
+        items = value if isinstance(value, tuple | list) else ()
+        return len(items) > 0 and all(_is_like(item, declared[0]) for item in items)
     if isinstance(declared, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is type(declared)
@@ -151,7 +152,7 @@ def _is_like(value: Any, declared: Any) -> bool:
 
 def _kind(declared: Any) -> str:
     if isinstance(declared, tuple):
-        return "a tuple, each item " + _kind(declared[0])
+        return "a tuple of one item or more, each " + _kind(declared[0])
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
     return names.get(type(declared), "text")
 

@@ -181,13 +181,13 @@ def override(config: ConfigDict, path: str, text: str) -> None:
 
 
 def _field_names(config: ConfigDict, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, those of a group called `objective` left out."""
+    """Dotted names of all fields; of the groups `objective` and `model`, whose fields differ from one to the other, the
+    name alone.
+    """
     names = []
     for name, value in config.items():
-        if not isinstance(value, ConfigDict):
+        if not isinstance(value, ConfigDict) or name in ("objective", "model"):
             names.append(prefix + name)
-        elif name == "objective":
-            names.append(prefix + "objective")
         else:
             names += _field_names(value, f"{prefix}{name}.")
     return names

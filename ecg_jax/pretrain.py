@@ -30,6 +30,7 @@ from ecg_jax.run_setup import (
     build_optimiser,
     build_teacher,
     claim_workdir,
+    convolutions,
     initial_state,
     open_store,
     open_targets,
@@ -335,6 +336,7 @@ def _announce(config: ConfigDict, store: Store, selection: Selection, state: Tra
         f"{config.objective.name} on {config.model.backbone}: {parameters:,} trainable parameters, "
         f"{config.precision}, {len(devices)} x {devices[0].device_kind}"
     )
+    lines += convolutions(config, tokens_of(round(config.data.window_s * config.data.rate_hz)))
     lines.append(
         f"continuing at step {start} of {steps}" if start else f"{steps} steps of {config.batch_size} windows"
     )

@@ -16,6 +16,7 @@ from ecg_jax.data.store import Store
 from ecg_jax.data.targets import Targets
 from ecg_jax.errors import UserError
 from ecg_jax.files import lock, write_atomic
+from ecg_jax.models import convolution
 from ecg_jax.models.encoder import build_encoder, tokens_of
 from ecg_jax.objectives.cpc import CPC
 from ecg_jax.objectives.data2vec import Data2Vec
@@ -111,6 +112,29 @@ def initial_state(
         l_max=config.model.l_max,
         teacher=teacher,
     )
+
+
+def convolutions(config: ConfigDict, tokens: int) -> list[str]:
+    """What each kind of S4 layer of the run convolves windows of `tokens` tokens with, one sentence each."""
+    model, objective = config.model, config.objective
+    layers = []
+    if model.backbone == "s4":
+        layers.append(("S4", model.conv, model.state, model.bidirectional, not model.trainable_ssm))
+    if "head_state" in objective:
+        layers.append(("S4 head", model.conv, objective.head_state, True, True))
+    lines = []
+    for name, conv, state, bidirectional, fixed in layers:
+        algorithm, reason = convolution.choose(
+            conv,
+            length=tokens,
+            width=model.width,
+            state=state,
+            channels=1 + bidirectional,
+            dtype=DTYPES[config.precision],
+            fixed=fixed,
+        )
+        lines.append(f"{name} convolution: {algorithm} ({reason})")
+    return lines
 
 
 def open_targets(config: ConfigDict, store: Store) -> Targets | None:

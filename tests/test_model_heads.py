@@ -8,9 +8,9 @@ from clu.parameter_overview import count_parameters
 
 from conftest import assert_close, group, load_golden
 from ecg_jax.interop.torch_checkpoint import convert_mlp_head, convert_s4_head
+from ecg_jax.models.convolution import kernel_from_basis
 from ecg_jax.models.encoder import constants
 from ecg_jax.models.heads import MLPHead, S4Head
-from ecg_jax.models.convolution import kernel_from_basis
 
 
 def golden_head():

@@ -72,7 +72,9 @@ def tiny_config(name, recipe="described", backbone="s4", **changes):
 
 
 def batches(n, size=16):
-    rng = np.random.default_rng(0)
+    # With seed 0 a unit of the stem comes so close to zero in CPC's second step that the order of a sum decides on
+    # which side of its ReLU it lies; one device and eight then rightly go different ways.
+    rng = np.random.default_rng(1)
     for _ in range(n):
         walk = rng.normal(scale=30, size=(size, 2 * TOKENS, 12)).cumsum(axis=1)
         yield {
@@ -87,11 +89,11 @@ def batches(n, size=16):
 SGD = optax.sgd(1e-2, momentum=0.0)
 
 
-def first_state(config, teacher):
+def first_state(config, teacher, tx=SGD):
     class Contract:
         window_samples, leads = 2 * TOKENS, range(12)
 
-    return initial_state(config, SGD, Contract, teacher)
+    return initial_state(config, tx, Contract, teacher)
 
 
 def drawn_state(config, teacher):
@@ -134,11 +136,11 @@ def drawn_state(config, teacher):
     )
 
 
-def bound_step(config, teacher, axis_name=parallel.AXIS):
+def bound_step(config, teacher, axis_name=parallel.AXIS, tx=SGD):
     return functools.partial(
         train_step,
         model=build_objective(config, axis_name),
-        tx=SGD,
+        tx=tx,
         normalisation=config.data.normalisation,
         teacher=teacher,
         accumulate=config.accumulate,

@@ -76,14 +76,22 @@ def toeplitz_matrix(K: jax.Array, size: int) -> jax.Array:
 
 def toeplitz_convolve(u: jax.Array, K: jax.Array) -> jax.Array:
     """The convolution as one matrix product for each channel, in the type of u; shapes as `fft_convolve`."""
-    T = toeplitz_matrix(K, u.shape[-1]).astype(u.dtype)
-    return jnp.matmul(u, T, preferred_element_type=K.dtype)
+    return _product(u, toeplitz_matrix(K, u.shape[-1]))
+
+
+def _product(tokens: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Tokens times a matrix, computed in the type of the tokens, returned in that of the matrix.
+
+    The result is rounded to the type of the tokens first: otherwise the gradient would come back in the wide type,
+    and the products of the backward pass would be wide ones.
+    """
+    return jnp.matmul(tokens, matrix.astype(tokens.dtype)).astype(matrix.dtype)
 
 
 def chunked_convolve(u: jax.Array, C: jax.Array, basis: dict[str, jax.Array], *, chunk: int) -> jax.Array:
     """The convolution in chunks, for state matrices that are fixed.
 
-    Products of tokens with the kernel are taken in the type of u, states are kept and passed on in that of C.
+    Products with tokens are taken in the type of u; states pass from chunk to chunk in that of C.
 
     Args:
         u: [H, B, L].
@@ -103,24 +111,20 @@ def chunked_convolve(u: jax.Array, C: jax.Array, basis: dict[str, jax.Array], *,
     highest = {"precision": jax.lax.Precision.HIGHEST}
     K = jnp.einsum("chn,hnt->cht", c, phi, **highest)
     tokens = jnp.pad(u, ((0, 0), (0, 0), (0, count * Q - L))).reshape(H, B * count, Q)
-
-    def product(a, b):
-        return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=c.dtype)
-
-    y = product(tokens, toeplitz_matrix(K, Q))
+    y = _product(tokens, toeplitz_matrix(K, Q))
     if count > 1:
         outputs = _outputs(c, basis["powers"], Q + 1)  # c A^t, [c, H, N, Q + 1]
         step = _power(basis["powers"], Q)
         leave = jnp.flip(
             phi, -1
         )  # sum_s A^(Q-1-s) b u_s: a chunk's own part of the state after its last token
-        states = _entering(product(tokens, leave.swapaxes(1, 2)).reshape(H, B, count, N), step)
-        y += jnp.matmul(states.reshape(H, B * count, N), outputs[0, ..., 1:])
+        states = _entering(_product(tokens, leave.swapaxes(1, 2)).reshape(H, B, count, N), step)
+        y += _product(states.reshape(H, B * count, N).astype(u.dtype), outputs[0, ..., 1:])
         if c.shape[0] == 2:
             # The same backwards in time: a chunk leaves sum_s A^s b u_s, and t tokens before its end reads c A^t.
-            states = product(tokens, phi.swapaxes(1, 2)).reshape(H, B, count, N)
+            states = _product(tokens, phi.swapaxes(1, 2)).reshape(H, B, count, N)
             states = jnp.flip(_entering(jnp.flip(states, 2), step), 2)
-            y += jnp.matmul(states.reshape(H, B * count, N), jnp.flip(outputs[1, ..., :Q], -1))
+            y += _product(states.reshape(H, B * count, N).astype(u.dtype), jnp.flip(outputs[1, ..., :Q], -1))
     return y.reshape(H, B, count * Q)[..., :L]
 
 
