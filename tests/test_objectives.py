@@ -274,7 +274,7 @@ def test_steps_may_not_change_while_the_momentum_moves(tmp_path, labelled_store)
         ("hubert", {"objective__alpha": 0.0}, "objective.alpha=0.0 must be above 0"),
         ("dinosr", {"objective__idle_logits": 10**20}, "objective.idle_logits=1.* must be below 2.31"),
         ("jepa", {"objective__mask__blocks": 10**6}, "objective.mask.blocks=1000000 must lie between 1 and 40"),
-        ("jepa", {"objective__name": "cpc"}, "is missing; configs/cpc.py:backbone=s4 declares it, for the objective cpc"),
+        ("jepa", {"objective__name": "cpc"}, "is missing; configs/cpc.py:backbone=s4 declares it"),
         ("data2vec", {"objective__mask__probability": 1e-9}, "probability=1e-09 with mask.span=10 hides .* on average"),
         ("jepa", {"data__window_s": 1e-9}, "makes a window of 0 samples"),
         ("data2vec", {"data__window_s": 1e9}, "makes a window of 240000000000 samples"),

@@ -104,6 +104,8 @@ def test_no_product_with_tokens_is_wide_by_accident(name, backbone, conv):
     assert len(inside) > 20
     for equation in inside:
         stack = str(equation.source_info.name_stack)
+        if any(part in stack for part in float32):
+            continue
         for operand in equation.invars[:2]:
             if math.prod(operand.aval.shape) >= BATCH * TOKENS * WIDTH / 2 and "attention" not in stack:
                 assert operand.aval.dtype == jnp.bfloat16, f"{stack}: {[v.aval for v in equation.invars]}"
