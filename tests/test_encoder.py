@@ -1,3 +1,6 @@
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +128,40 @@ def test_causal_encoder_sees_no_future_and_bidirectional_does():
     assert causal[:20].max() < 1e-5, "token i reads samples up to 2i + 1"
     assert causal[20:].min() > 1e-4
     assert changed(True)[:20].max() > 1e-4
+
+
+@pytest.mark.parametrize("conv", ["fft", "toeplitz", "chunked:8"])
+def test_nothing_is_transposed_between_layers(conv):
+    """Channels stay first from stem to last layer: in forward and backward pass no array of a batch of tokens changes
+    its layout but the output and its cotangent.
+    """
+    B, T, D = 4, 48, 32
+    encoder = build_encoder(
+        backbone="s4", width=D, state=4, layers=3, l_max=24, bidirectional=False, trainable_ssm=False,
+        dropout=0.2, conv=conv,
+    )  # fmt: skip
+    x = jnp.zeros((B, T, 12))
+    variables = encoder.init(jax.random.key(0), x, train=False)
+    variables |= constants(variables, length=T // 2, l_max=24)
+
+    def loss(params, x, cotangent):
+        rngs = {"dropout": jax.random.key(1)}
+        (tokens, _), changed = encoder.apply(
+            {**variables, "params": params}, x, train=True, rngs=rngs, mutable=["batch_stats"]
+        )
+        return (tokens * cotangent).sum(), changed
+
+    arguments = variables["params"], x, jnp.ones((B, T // 2, D))
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*arguments).compile().as_text()
+    found = [
+        (shape, name)
+        for shape, name in re.findall(r'= f32\[([\d,]+)\]\S* transpose\([^\n]*op_name="([^"]*)"', program)
+        if math.prod(map(int, shape.split(","))) >= B * T // 2 * D
+    ]
+    inner = [name for _, name in found if not name.endswith(("backbone/transpose", "stem/transpose"))]
+    assert not inner
+    forward = {shape for shape, name in found if name.endswith("jvp(Encoder)/backbone/transpose")}
+    assert forward == {f"{B},{T // 2},{D}"}  # the tokens that leave the encoder, none that enter the backbone
 
 
 def test_gelu_is_the_exact_one():

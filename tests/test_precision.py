@@ -80,7 +80,7 @@ def dots(jaxpr):
 @pytest.mark.parametrize(
     ("name", "backbone", "conv"),
     [
-        *((name, "s4", "chunked:16") for name in SPECS),
+        *((name, "s4", "chunked:32") for name in SPECS),
         ("cpc", "s4", "toeplitz"),
         *(("jepa", backbone, "toeplitz") for backbone in ("s4", "transformer", "net1d")),
     ],
