@@ -22,14 +22,19 @@ RECIPES = ("described", "released")
 
 
 def get_config(backbone: str, *, bidirectional: bool) -> ConfigDict:
-    """Fields that all objectives share. An objective's file adds `objective` and sets what differs."""
+    """Fields that all objectives share. An objective's file adds `objective` and sets what differs.
+
+    Args:
+        backbone: one of `BACKBONES`.
+        bidirectional: whether its tokens see later ones.
+    """
     config = ConfigDict()
     config.model = model(backbone, bidirectional)
     config.seed = 0
     config.store = placeholder(str)  # folder written by `ecg-jax prepare`
 
     config.batch_size = 64  # crops a step, over all devices
-    config.accumulate = 1  # parts into which a batch is cut, to pass through the model one after the other
+    config.accumulate = 1  # parts of a batch that pass through the model one after the other, to save memory
     config.epochs = 10.0  # an epoch is one random crop of each recording
     config.steps = 0  # optimiser updates; 0: as many as `epochs` make
     config.precision = (
@@ -91,7 +96,9 @@ def model(backbone: str, bidirectional: bool) -> ConfigDict:
     config.width = 512  # D
     config.bidirectional = bidirectional  # False: a token sees itself and those before it
     config.l_max = 300  # tokens for which S4 output vectors, of a head too, are length-corrected (2.5 s)
-    config.conv = "auto"  # of S4 layers, of a head too; see ecg_jax/models/convolution.py
+    config.conv = (
+        "auto"  # of S4 layers; heads have too many states for "chunked" and then choose by themselves
+    )
     config.remat = "none"  # "block" or "dots": recompute in the backward pass, see ecg_jax/models/layers.py
     if backbone == "s4":
         config.layers = 4

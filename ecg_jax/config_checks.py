@@ -18,6 +18,7 @@ from ecg_jax.objectives.masking import Masking
 from ecg_jax.run_setup import CONFIGS, DTYPES, OBJECTIVES, build_objective, build_teacher, flatten
 
 MOST_SAMPLES = 10**6  # in a window: more than an hour
+MOST_LAYERS = 10**4  # and channels of a stage
 
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "log_every", "checkpoint_every", "keep_latest", "optimiser.learning_rate",
@@ -63,7 +64,7 @@ def check_config(config: ConfigDict) -> None:
     for name in ("optimiser.b1", "optimiser.b2"):
         if not 0 <= fields[name] < 1:
             raise UserError(f"config.{name}={fields[name]} must be at least 0 and below 1")
-    samples = round(config.data.window_s * config.data.rate_hz)
+    samples = round(min(config.data.window_s * config.data.rate_hz, 1e9))
     if not 4 <= samples <= MOST_SAMPLES:
         raise UserError(
             f"config.data.window_s={config.data.window_s} at config.data.rate_hz={config.data.rate_hz} makes a window "
@@ -92,15 +93,26 @@ def _check_model(config: ConfigDict) -> int:
         if name in model and not 0.0 <= model[name] < 1.0:
             raise UserError(f"config.model.{name}={model[name]} must be at least 0 and below 1")
     for name in ("filters", "blocks"):
-        if name in model and (not model[name] or min(model[name]) < 1):
-            raise UserError(f"config.model.{name}={model[name]} must be positive numbers, one for each stage")
+        if name in model and not all(1 <= number <= MOST_LAYERS for number in model[name]):
+            raise UserError(
+                f"config.model.{name}={model[name]} must be numbers between 1 and {MOST_LAYERS}, one for each stage"
+            )
+    if "layers" in model and model.layers > MOST_LAYERS:
+        raise UserError(f"config.model.layers={model.layers} must be at most {MOST_LAYERS}")
     try:
         conv, _ = convolution.parse(model.conv)
         encoder = build_encoder(**model.to_dict())
         x = jnp.zeros((1, 16, len(CANONICAL_LEADS)))
         (_, out), _ = jax.eval_shape(lambda: encoder.init_with_output(jax.random.key(0), x, train=False))
     except ValueError as error:
+        if not str(error).startswith("model."):
+            raise
         raise UserError(f"config.{error}") from error
+    if conv == "chunked" and "state" in model and model.state > convolution.MOST_CHUNKED_STATES:
+        raise UserError(
+            f"config.model.conv={model.conv!r} is for at most {convolution.MOST_CHUNKED_STATES} states, not "
+            f"config.model.state={model.state}; take auto, fft or toeplitz"
+        )
     if conv == "chunked" and "trainable_ssm" in model and model.trainable_ssm:
         raise UserError(
             f"config.model.conv={model.conv!r} needs fixed state matrices, but config.model.trainable_ssm is set; "
@@ -191,10 +203,11 @@ def _check_objective(config: ConfigDict, depth: int) -> None:
         )
     if objective.name in ("dinosr", "hubertpp"):
         codes = objective.codes if isinstance(objective.codes, int) else max(objective.codes)
-        if codes > config.batch_size * tokens:
+        windows = config.batch_size // config.accumulate
+        if codes > windows * tokens:
             raise UserError(
-                f"config.objective.codes={objective.codes} asks for more codes than the {config.batch_size * tokens} "
-                f"tokens of a batch ({config.batch_size} windows of {tokens}); lower it or raise config.batch_size"
+                f"config.objective.codes={objective.codes} asks for more codes than the {windows * tokens} tokens that "
+                f"pass through the model at once ({windows} windows of {tokens}); lower it or raise config.batch_size"
             )
     if "head_state" in objective:
         if objective.head_state < 2 or objective.head_state % 2:

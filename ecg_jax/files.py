@@ -42,12 +42,14 @@ def lock(file: IO, refusal: str) -> None:
     """Locks an open file for this process until it is closed.
 
     Raises:
-        UserError: `refusal`; another process holds it.
+        UserError: `refusal`; another process holds it. Or the file system has no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise UserError(refusal) from error
+    except OSError as error:
+        raise UserError(f"cannot lock {file.name}: {error.strerror}; use another file system") from error
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -89,7 +89,8 @@ def test_no_product_with_tokens_is_wide_by_accident(name, backbone, conv):
     """In encoder and head every product whose operand has about as many numbers as a batch of tokens takes bfloat16
     operands, in the backward pass too. Attention weights are float32, like every softmax, and so are S4 kernels.
     """
-    float32 = ("attention", "chn,hnl->chl", "chn,hnt->cht")  # the latter two make K from C and its basis
+    kernels = ("chn,hnl->chl", "chn,hnt->cht")  # K from C and its basis
+    projections = [f"attention/{part}" for part in ("query", "key", "value", "output")]
     config = config_of(name, "bfloat16", backbone=backbone, model__conv=conv)
     teacher = build_teacher(config, 3)
     state, (batch,) = first_state(config, teacher), batches(1)
@@ -102,13 +103,18 @@ def test_no_product_with_tokens_is_wide_by_accident(name, backbone, conv):
         if any(part in str(equation.source_info.name_stack) for part in ("encoder", "Encoder", "head"))
     ]
     assert len(inside) > 20
+    projected = 0
     for equation in inside:
         stack = str(equation.source_info.name_stack)
-        if any(part in stack for part in float32):
+        projection = any(part in stack for part in projections)
+        if any(part in stack for part in kernels) or ("attention" in stack and not projection):
             continue
+        projected += projection
         for operand in equation.invars[:2]:
             if math.prod(operand.aval.shape) >= BATCH * TOKENS * WIDTH / 2 and "attention" not in stack:
                 assert operand.aval.dtype == jnp.bfloat16, f"{stack}: {[v.aval for v in equation.invars]}"
+
+    assert bool(projected) == (backbone == "transformer")
 
 
 def test_parameters_statistics_and_optimiser_stay_float32():

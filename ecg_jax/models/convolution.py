@@ -215,7 +215,7 @@ def choose(
     """Which algorithm a layer uses, and why.
 
     Args:
-        conv: "auto", or the name of an algorithm.
+        conv: "auto", or the name of an algorithm. Where "chunked" cannot be used it means "auto".
         length, width, state, channels: L, H, N, and 1 for causal or 2 for bidirectional.
         dtype: compute dtype.
         fixed: whether the state matrices are, as the chunked form needs.
@@ -231,6 +231,18 @@ def choose(
     chunked = fixed and state <= MOST_CHUNKED_STATES
     if name == "chunked" and chunked:
         return f"chunked:{chunk}", "as model.conv says"
+    if name == "chunked":  # a head, or the pass that initialises a model and knows no basis yet
+        best, reason = choose(
+            "auto",
+            length=length,
+            width=width,
+            state=state,
+            channels=channels,
+            dtype=dtype,
+            fixed=fixed,
+            device_kind=device_kind,
+        )
+        return best, f"chunks need fixed state matrices and at most {MOST_CHUNKED_STATES} states; {reason}"
     if name in ("fft", "toeplitz"):
         return name, "as model.conv says"
     kind = device_kind or jax.devices()[0].device_kind

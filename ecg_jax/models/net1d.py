@@ -211,6 +211,8 @@ class Net1D(nn.Module):
             raise ValueError(f"model.filters={filters} must end with model.width={self.width}")
         if list(filters) != sorted(filters):
             raise ValueError(f"model.filters={filters} must not fall from one stage to the next")
+        if self.bidirectional and filters[0] < 2:
+            raise ValueError(f"model.filters={filters} must be at least 2: squeeze-excite halves them")
         if any(f % self.group_width for f in filters):
             raise ValueError(
                 f"model.filters={filters} must be multiples of model.group_width={self.group_width}"

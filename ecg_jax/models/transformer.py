@@ -44,7 +44,7 @@ def attention_implementation(device: Any, dtype: Any, head_dim: int) -> str:
     gets XLA's own form.
 
     Args:
-        device: a `jax.Device`; this process's first, when a model is traced.
+        device: a `jax.Device`; the first of all processes when a model is traced, so that all trace the same.
         dtype: of queries, keys and values.
         head_dim: components of a head.
     """
@@ -100,7 +100,7 @@ class Attention(nn.Module):
                 key,
                 value,
                 is_causal=not self.bidirectional,
-                implementation=attention_implementation(jax.local_devices()[0], query.dtype, head_dim),
+                implementation=attention_implementation(jax.devices()[0], query.dtype, head_dim),
             )
         return _dense(D, self.dtype, "output")(y.reshape(B, L, D))
 

@@ -7,6 +7,7 @@ from types import TracebackType
 import jax
 import numpy as np
 
+from ecg_jax import cpu
 from ecg_jax.errors import UserError
 
 
@@ -29,12 +30,22 @@ def initialise(coordinator: str | None, num_processes: int | None, process_id: i
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process-id={process_id} is not below --num-processes={num_processes}")
         jax.distributed.initialize(coordinator, num_processes=num_processes, process_id=process_id)
+        _forget_own_cache()
     elif any(given):
         raise UserError(
             "--coordinator, --num-processes and --process-id belong together; give all three or none"
         )
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         jax.distributed.initialize()
+        _forget_own_cache()
+
+
+def _forget_own_cache() -> None:
+    """Compiled programs of several processes are kept only where the user says: JAX wants one folder that all of them
+    share, and a home directory may belong to one host.
+    """
+    if cpu.own_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 class StopSignal:

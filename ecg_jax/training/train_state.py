@@ -180,9 +180,10 @@ def train_step(
     """One optimiser update, as seen by one device.
 
     With `accumulate` n > 1 the batch passes through the model in n parts, row r in part r mod n whatever the number
-    of devices, and the update takes the mean of their gradients. Each part has its own means over masked tokens,
-    batch statistics, and clusters; running statistics and codebooks go from part to part, the teacher's parameters
-    move once. (HuBERT++ draws its first prototypes anew in every part of step 0.)
+    of devices, and the update takes the mean of their gradients. That saves memory, not communication: the gradients
+    of every part are averaged over the devices. Each part has its own means over masked tokens, batch statistics and
+    clusters; running statistics and codebooks go from part to part, the teacher's parameters move once. (HuBERT++
+    draws its first prototypes anew in every part of step 0.)
 
     Args:
         state: replicated.
