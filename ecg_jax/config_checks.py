@@ -72,8 +72,6 @@ def check_config(config: ConfigDict) -> None:
         )
     if config.seed >= 2**63:
         raise UserError(f"config.seed={config.seed} must be below 2^63")
-    depth = _check_model(config)
-    _check_objective(config, depth)
     devices = jax.device_count()
     parts = devices * config.accumulate
     if config.batch_size % parts:
@@ -82,6 +80,8 @@ def check_config(config: ConfigDict) -> None:
             f"config.batch_size={config.batch_size} does not divide over {devices} devices{cut}; "
             f"use a multiple of {parts}"
         )
+    depth = _check_model(config)
+    _check_objective(config, depth)
 
 
 def _check_model(config: ConfigDict) -> int:
