@@ -11,7 +11,7 @@ import difflib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -114,6 +114,12 @@ def run_file(prefix: str, name: str, use: Callable[[ModuleType], Any]) -> Any:
         raise UserError(f"{prefix}: {name}{line}: {type(error).__name__}: {text}") from error
 
 
+def with_argument(spec: str, **arguments: str) -> str:
+    """`FILE[:ARGS]` with more arguments for the file's get_config, "key=value" each; they follow those it has."""
+    added = ",".join(f"{key}={value}" for key, value in arguments.items())
+    return f"{spec}{',' if ':' in spec else ':'}{added}"
+
+
 def load_config(spec: str) -> ConfigDict:
     """The config of `FILE[:ARGS]`, see `run_file`.
 
@@ -180,6 +186,30 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     node[last] = _parse_value(path, text, node[last], kind)
 
 
+def split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Takes `--config.a.b=VALUE` and `--config.a.b VALUE` out of a command line.
+
+    Returns:
+        ("a.b", "VALUE") of each, in order, and all other words.
+
+    Raises:
+        UserError: a field without a value.
+    """
+    overrides, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        path, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
+        overrides.append((path, value))
+    return overrides, rest
+
+
 def _field_names(config: ConfigDict, prefix: str = "") -> list[str]:
     """Dotted names of all fields; of the groups `objective` and `model`, whose fields differ from one to the other, the
     name alone.
@@ -236,18 +266,7 @@ def parse_command(
     parser.add_argument("--print-config", action="store_true", help=argparse.SUPPRESS)
     extra(parser)
 
-    overrides, rest = [], []
-    words = iter(argv)
-    for word in words:
-        if not word.startswith("--config."):
-            rest.append(word)
-            continue
-        path, equals, value = word.removeprefix("--config.").partition("=")
-        if not equals:
-            value = next(words, None)
-            if value is None:
-                raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
-        overrides.append((path, value))
+    overrides, rest = split_overrides(argv)
     options = parser.parse_args(rest)
     config = load_config(options.config)
     fields = _field_names(config)

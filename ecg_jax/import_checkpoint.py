@@ -1,6 +1,7 @@
 """`ecg-jax import-checkpoint`: a checkpoint of the reference implementation becomes a run that probe and embed take."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ecg_jax.config_checks import check_config
-from ecg_jax.config_flags import load_config, override
+from ecg_jax.config_flags import load_config, override, split_overrides, with_argument
 from ecg_jax.data.preprocessing import INT16_MAX, MICROVOLTS_PER_MV, Preprocessing
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
@@ -129,7 +130,7 @@ def convert(
 def _config(layout: Layout, overrides: Mapping[str, str]) -> tuple[ConfigDict, list[str]]:
     """The config of the run, and the names of the fields that were read from the file."""
     backbone = layout.model["backbone"]
-    config = load_config(f"{CONFIGS[layout.objective]}:backbone={backbone},recipe=released")
+    config = load_config(with_argument(CONFIGS[layout.objective], backbone=backbone, recipe="released"))
     outputs = layout.fields.get("outputs")
     read = {"objective.name": layout.objective}
     read |= {f"model.{name}": value for name, value in layout.model.items()} | {
@@ -250,7 +251,9 @@ def import_checkpoint(
     except UserError as error:
         raise UserError(f"{source} cannot be imported: {error}") from error
     report = {"file": source.name, "sha256": digest, **imported.report}
-    temporary = workdir.absolute().with_name(f".{workdir.absolute().name}.{os.getpid()}.tmp")
+    parent = workdir.absolute().parent
+    temporary = parent / f".{workdir.absolute().name}.{os.getpid()}.tmp"
+    made = [folder for folder in (parent, *parent.parents) if not os.path.exists(folder)]
     try:
         temporary.mkdir(parents=True)
         _write_run(temporary, imported, report)
@@ -259,6 +262,9 @@ def import_checkpoint(
         raise UserError(f"cannot write --workdir={workdir}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first of them is not empty when the run is there
+            for folder in made:
+                folder.rmdir()
     return report
 
 
@@ -327,15 +333,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--normalisation", metavar="NAME", help="of the input: --config.data.normalisation")
     parser.add_argument("--window-s", metavar="SECONDS", help="of a crop: --config.data.window_s")
     parser.add_argument("--clip-mv", type=float, metavar="MV", help="of the stores it will be probed on")
-    overrides, rest = {}, []
-    for word in argv:
-        name, equals, value = word.removeprefix("--config.").partition("=")
-        if not word.startswith("--config."):
-            rest.append(word)
-        elif equals:
-            overrides[name] = value
-        else:
-            raise UserError(f"{word} needs a value: {word}=VALUE")
+    given, rest = split_overrides(argv)
+    overrides = dict(given)
     options = parser.parse_args(rest)
     for field, value in (("data.normalisation", options.normalisation), ("data.window_s", options.window_s)):
         if value is not None:

@@ -110,7 +110,7 @@ def test_embed_takes_the_run(no_torch, tmp_path):
     they are the reference's but for the rounding.
     """
     expected = load_golden("ckpt_jepa_narrow_expected")
-    run, options = tmp_path / "run", ["--normalisation=none", "--config.model.dropout=0.1"]
+    run, options = tmp_path / "new" / "run", ["--normalisation=none", "--config.model.dropout", "0.1"]
     assert run_command(GOLDEN / "ckpt_jepa_narrow.ckpt", run, *options) == 0
     x = expected["in/x"][0].T
     np.save(tmp_path / "ecg.npy", x.astype(np.float64))
@@ -317,7 +317,9 @@ def test_options_that_contradict_the_file(monkeypatch, tmp_path, capsys):
         monkeypatch, tmp_path, capsys, sd, codes, "--config.data.widow_s=3"
     )
     assert "must be above 0 and at most 32.767" in refused(monkeypatch, tmp_path, capsys, sd, "--clip-mv=nan")
-    assert "needs a value" in refused(monkeypatch, tmp_path, capsys, sd, "--config.data.window_s")
+    window = "--config.data.window_s"
+    assert f"{window} needs a value" in refused(monkeypatch, tmp_path, capsys, sd, window)
+    assert f"{window} needs a value" in refused(monkeypatch, tmp_path, capsys, sd, window, "--clip-mv=5")
 
 
 def test_objective_may_be_given(monkeypatch, tmp_path, capsys):
@@ -359,7 +361,7 @@ def test_interrupted_import_leaves_nothing(error, no_torch, monkeypatch, tmp_pat
         write(path, data)
 
     monkeypatch.setattr(import_checkpoint, "write_atomic", fail_at_the_last)
-    code = run_command(GOLDEN / "ckpt_cpc_narrow.ckpt", tmp_path / "run")
+    code = run_command(GOLDEN / "ckpt_cpc_narrow.ckpt", tmp_path / "new" / "runs" / "run")
     assert code == (130 if error is KeyboardInterrupt else 2)
     assert not list(tmp_path.iterdir())
 
