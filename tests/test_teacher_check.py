@@ -59,4 +59,7 @@ def test_teacher_that_follows_the_student():
         "params": jax.tree.map(lambda a, b: 0.7 * a + 0.3 * b, student["params"], other["params"]),
     }
     assert check_teacher(student, mixed).verdict == "follows_student"
-    assert check_teacher(other, mixed).verdict == "neither"
+    checked = check_teacher(other, mixed)
+    assert checked.verdict == "neither"
+    assert 0.3 < checked.correlation < 0.5
+    assert "correlates with the student by at most 0.5 (" in checked.sentence()

@@ -19,7 +19,7 @@ _SENTENCES = {
     UNTOUCHED_WEIGHTS: "its weights are those of an untouched initialisation, its norms are not",
     COPY: "it is an exact copy of the student",
     FOLLOWS: "it is no independent initialisation: it follows the student",
-    NEITHER: "it neither equals an untouched initialisation nor resembles the student",
+    NEITHER: f"it equals no untouched initialisation and correlates with the student by at most {RELATED}",
 }
 
 

@@ -2,10 +2,13 @@
 Needs no torch.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from ecg_jax.errors import UserError
 
 STEM = "ts_encoder.encoder."
 BACKBONE = "ts_encoder.predictor.predictor."
@@ -17,10 +20,10 @@ TEACHER = "ts_encoder.ema."
 def convert_stem(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Stem parameters `layers.{i}.{0,1}.*` -> {"params": ..., "batch_stats": ...} of `models.stem.Stem`."""
     params, stats = {}, {}
-    for i in range(_count(sd, "layers.")):
+    for i in range(count_below(sd, "layers.")):
         # torch stores convolutions as (out, in, k), Flax as (k, in, out).
         params[f"conv{i}"] = {"kernel": np.transpose(sd[f"layers.{i}.0.weight"], (2, 1, 0))}
-        params[f"norm{i}"] = {"scale": sd[f"layers.{i}.1.weight"], "bias": sd[f"layers.{i}.1.bias"]}
+        params[f"norm{i}"] = _norm(sd, f"layers.{i}.1")
         stats[f"norm{i}"] = {"mean": sd[f"layers.{i}.1.running_mean"], "var": sd[f"layers.{i}.1.running_var"]}
     return {"params": params, "batch_stats": stats}
 
@@ -51,10 +54,10 @@ def convert_s4_layer(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 def convert_s4_backbone(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """`s4_layers.{l}.*` and `norms.{l}.*` -> {"params": ..., "ssm": ...} of `models.s4.S4Backbone`."""
     params, ssm = {}, {}
-    for i in range(_count(sd, "s4_layers.")):
+    for i in range(count_below(sd, "s4_layers.")):
         layer = convert_s4_layer(_under(sd, f"s4_layers.{i}."))
         params[f"layer{i}"], ssm[f"layer{i}"] = layer["params"], layer["ssm"]
-        params[f"norm{i}"] = {"scale": sd[f"norms.{i}.weight"], "bias": sd[f"norms.{i}.bias"]}
+        params[f"norm{i}"] = _norm(sd, f"norms.{i}")
     return {"params": params, "ssm": ssm}
 
 
@@ -66,7 +69,7 @@ def convert_transformer(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any
     if "encoder.weight" in sd:
         params["input"] = _linear(sd, "encoder")
     projections = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
-    for i in range(_count(sd, "layers.")):
+    for i in range(count_below(sd, "layers.")):
         layer = f"layers.{i}."
         params[f"layer{i}"] = {
             "norm1": _norm(sd, layer + "norm1"),
@@ -83,8 +86,8 @@ def convert_net1d(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     (spec §4.2), its blocks numbered through all stages. The idle BatchNorms are left aside.
     """
     params = {"input": _convolution(sd, "first_conv.conv")}
-    for s in range(_count(sd, "stage_list.")):
-        for j in range(_count(sd, f"stage_list.{s}.block_list.")):
+    for s in range(count_below(sd, "stage_list.")):
+        for j in range(count_below(sd, f"stage_list.{s}.block_list.")):
             block = f"stage_list.{s}.block_list.{j}."
             pointwise = {name: _convolution(sd, f"{block}{name}.conv") for name in ("conv1", "conv3")}
             params[f"block{len(params) - 1}"] = {
@@ -129,7 +132,7 @@ def convert_s4_head(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     layer = convert_s4_layer(_under(sd, "s4.s4_layers.0."))
     params = {
         "layer": layer["params"],
-        "norm": {"scale": sd["s4.norms.0.weight"], "bias": sd["s4.norms.0.bias"]},
+        "norm": _norm(sd, "s4.norms.0"),
         "decoder": _linear(sd, "s4.decoder"),
     }
     return {"params": params, "ssm": {"layer": layer["ssm"]}}
@@ -182,6 +185,19 @@ def convert_objective(sd: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]
     return variables
 
 
+def count_below(sd: Mapping[str, np.ndarray], prefix: str) -> int:
+    """One more than the largest number that follows `prefix` in a name.
+
+    Raises:
+        UserError: no name goes on with a number, or one with a number of four digits.
+    """
+    numbers = [re.match(r"\d+", name.removeprefix(prefix)) for name in sd if name.startswith(prefix)]
+    found = [int(number.group()) for number in numbers if number]
+    if not found or max(found) >= 1000:
+        raise UserError(f"the keys that begin with {prefix} are not numbered as layers are")
+    return 1 + max(found)
+
+
 def _linear(sd: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
     return {"kernel": sd[f"{name}.weight"].T, "bias": sd[f"{name}.bias"]}
 
@@ -196,7 +212,3 @@ def _norm(sd: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
 
 def _under(sd: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): value for name, value in sd.items() if name.startswith(prefix)}
-
-
-def _count(sd: Mapping[str, np.ndarray], prefix: str) -> int:
-    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in sd if name.startswith(prefix))

@@ -11,14 +11,13 @@ import numpy as np
 
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.errors import UserError
-from ecg_jax.interop.torch_checkpoint import BACKBONE, HEAD, MASKING, STEM, TEACHER
+from ecg_jax.interop.torch_checkpoint import BACKBONE, HEAD, MASKING, STEM, TEACHER, count_below
 
 Shapes = dict[str, tuple[int, ...]]
 
 #: Heads that enter no loss (spec §5.0), of the student and of its teacher.
 UNUSED_HEADS = ("ts_encoder.head.proj.0.", TEACHER + "head.proj.0.")
 CLUSTERING = TEACHER + "clustering."
-BACKBONES = ("s4", "transformer", "net1d")
 
 #: Keys that carry nothing we need -> why; matched from the left, the first that fits counts.
 _IDLE = {
@@ -96,7 +95,7 @@ def read_layout(sd: Mapping[str, np.ndarray], objective: str | None = None) -> L
     outputs = width
     if objective == "dinosr":
         sizes = []
-        for i in range(_count(sd, CLUSTERING)):
+        for i in range(count_below(sd, CLUSTERING)):
             (codes,) = _shape(sd, f"{CLUSTERING}{i}.code_cnt", 1)
             book = {"codebook": (codes, width), "code_sum": (codes, width), "code_cnt": (codes,)}
             expected |= _prefixed(book, f"{CLUSTERING}{i}.")
@@ -187,7 +186,7 @@ def _backbone(sd: Mapping[str, np.ndarray], width: int) -> tuple[dict[str, Any],
     if len(found) != 1:
         raise UserError(
             f"the keys that begin with {BACKBONE} are those of {' and '.join(found) or 'no backbone known here'}; "
-            f"known: {', '.join(BACKBONES)}"
+            f"known: {', '.join(below)}"
         )
     (kind,) = found
     make = {"s4": _s4_backbone, "transformer": _transformer, "net1d": _net1d}[kind]
@@ -220,7 +219,7 @@ def _s4_backbone(sd: Mapping[str, np.ndarray], width: int) -> tuple[dict[str, An
     first = BACKBONE + "s4_layers.0."
     channels, _, half, _ = _shape(sd, first + "kernel.kernel.C", 4)
     nodes, _ = _shape(sd, first + "kernel.kernel.omega", 2)
-    layers = _count(sd, BACKBONE + "s4_layers.")
+    layers = count_below(sd, BACKBONE + "s4_layers.")
     shapes: Shapes = {}
     for i in range(layers):
         shapes |= _prefixed(_s4_layer(width, half, channels, nodes), f"s4_layers.{i}.")
@@ -236,7 +235,7 @@ def _transformer(sd: Mapping[str, np.ndarray], width: int) -> tuple[dict[str, An
         raise UserError(
             f"{BACKBONE}pos_encoding.inv_freq has {frequencies} frequencies, which divide no head of the width {width}"
         )
-    layers = _count(sd, BACKBONE + "layers.")
+    layers = count_below(sd, BACKBONE + "layers.")
     shapes: Shapes = {"pos_encoding.inv_freq": (frequencies,)}
     for i in range(layers):
         layer = {f"attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
@@ -257,10 +256,10 @@ def _net1d(sd: Mapping[str, np.ndarray], width: int) -> tuple[dict[str, Any], Sh
     }
     shapes |= _batch_norm("first_bn.", channels)
     filters, blocks = [], []
-    for s in range(_count(sd, BACKBONE + "stage_list.")):
+    for s in range(count_below(sd, BACKBONE + "stage_list.")):
         stage = f"stage_list.{s}.block_list."
         filters.append(_shape(sd, f"{BACKBONE}{stage}0.conv1.conv.weight", 3)[0])
-        blocks.append(_count(sd, BACKBONE + stage))
+        blocks.append(count_below(sd, BACKBONE + stage))
         for j in range(blocks[-1]):
             into, out, prefix = channels, filters[-1], f"{stage}{j}."
             weights = {
@@ -319,12 +318,3 @@ def _shape(sd: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...
     if len(shape) != rank or 0 in shape:
         raise UserError(f"{name} has the shape {shape}; {rank} axes expected, none of them empty")
     return shape
-
-
-def _count(sd: Mapping[str, np.ndarray], prefix: str) -> int:
-    """One more than the largest number that follows `prefix`."""
-    numbers = [re.match(r"\d+", name.removeprefix(prefix)) for name in sd if name.startswith(prefix)]
-    found = [int(number.group()) for number in numbers if number]
-    if not found or max(found) >= 1000:
-        raise UserError(f"the keys that begin with {prefix} are not numbered as layers are")
-    return 1 + max(found)
