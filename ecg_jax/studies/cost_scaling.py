@@ -70,11 +70,11 @@ def measure_scaling(
         encoder = key(config)[:2]
         if key(config) in programs or key(config) in failed:
             continue
-        if encoder not in variables:
-            variables[encoder] = build(config).encoder_variables()
         try:
-            program = encoder_program(config, variables[encoder], gradient=True)
             with memory_errors():
+                if encoder not in variables:
+                    variables[encoder] = build(config).encoder_variables()
+                program = encoder_program(config, variables[encoder], gradient=True)
                 jax.block_until_ready(program.run())
         except DoesNotFit as error:
             failed.add(key(config))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -46,7 +47,7 @@ class Program(NamedTuple):
     run: Callable[[], Any]
     """Calls it and returns what it computes, without waiting."""
     compile_s: float
-    """Seconds of tracing and compiling."""
+    """Seconds of tracing and compiling; see `without_compilation_cache`."""
     flops: float | None
     """The compiler's count of operations; None where it makes none."""
     estimated_bytes: float | None
@@ -116,10 +117,25 @@ def compile_program(function, *arguments, precision: str) -> tuple[Callable, Pro
 
 
 @contextlib.contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Programs are compiled, not read from JAX's persistent cache, so that their compile time is one."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX looks at the setting once, when it compiles for the first time
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turns the device's own refusal into `DoesNotFit`."""
+    """Turns the refusal of the device, or of the host, into `DoesNotFit`."""
     try:
         yield
+    except MemoryError as error:
+        raise DoesNotFit("the host is out of memory") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -130,9 +146,9 @@ def random_batch(config: ConfigDict) -> dict[str, np.ndarray]:
     """A batch of a run: random walks, int16 [B, T, C] in microvolts; no program's cost depends on the signal."""
     rng = np.random.default_rng(0)
     samples = round(config.data.window_s * config.data.rate_hz)
-    walk = rng.normal(scale=30, size=(config.batch_size, samples, len(CANONICAL_LEADS))).cumsum(axis=1)
+    steps = rng.integers(-50, 51, (config.batch_size, samples, len(CANONICAL_LEADS)), np.int16)
     batch = {
-        "signal": walk.astype(np.int16),
+        "signal": np.cumsum(steps, axis=1, dtype=np.int16),
         "record_index": np.arange(config.batch_size, dtype=np.int32),
     }
     if config.objective.name == "hubert":
@@ -193,9 +209,7 @@ def step_program(model: Model) -> Program:
     return program._replace(run=run)
 
 
-def encoder_program(
-    config: ConfigDict, variables: dict[str, Any], *, gradient: bool, rows: int | None = None
-) -> Program:
+def encoder_program(config: ConfigDict, variables: dict[str, Any], *, gradient: bool) -> Program:
     """The encoder alone.
 
     Args:
@@ -203,13 +217,12 @@ def encoder_program(
         variables: the encoder's collections.
         gradient: False is the forward pass in evaluation mode; True the forward pass in train mode and the gradient
             of the parameters.
-        rows: windows in the batch, `config.batch_size` if None.
     """
     encoder = build_objective(config, axis_name=None).encoder
     samples = round(config.data.window_s * config.data.rate_hz)
     rng = np.random.default_rng(0)
-    shape = (rows or config.batch_size, samples, len(CANONICAL_LEADS))
-    x = jnp.asarray(rng.normal(scale=0.3, size=shape), jnp.float32)
+    shape = (config.batch_size, samples, len(CANONICAL_LEADS))
+    x = jnp.asarray(rng.standard_normal(shape, np.float32))
     record_index = jnp.arange(len(x))
 
     def forward(variables, x):
@@ -235,7 +248,7 @@ def encoder_program(
 
     params, fixed = variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
     tokens = jax.eval_shape(forward, variables, x)
-    cotangent = jnp.asarray(rng.normal(size=tokens.shape), tokens.dtype)
+    cotangent = jnp.asarray(rng.standard_normal(tokens.shape, np.float32), tokens.dtype)
     both = jax.jit(forward_and_backward)
     return compile_program(both, params, fixed, x, cotangent, precision=config.precision)[1]
 
@@ -254,7 +267,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each cell.
 
-    All programs are compiled first and then take turns, so that rows can be compared.
+    All programs are compiled and run first and then take turns, so that rows can be compared; all their arrays are in
+    memory then, and a cell whose programs do not run beside the others has failed too.
 
     Args:
         configs: cell -> config of its run.
@@ -280,9 +294,15 @@ def measure(
             say(f"{cell}: {error}")
             continue
         programs |= compiled
-        say(f"{cell}: compiled and run once in {time.perf_counter() - begin:.1f} s")
+        say(f"{cell}: compiled and run in {time.perf_counter() - begin:.1f} s")
+    crowded = _drop_what_does_not_run(programs)
+    for cell, config in configs.items():
+        if "failed" not in rows[cell] and crowded.intersection(_keys(config).values()):
+            rows[cell] = {"failed": "out of memory beside the other rows"}
+            say(f"{cell}: {rows[cell]['failed']}")
     say(f"{len(programs)} programs take turns, {repeats} times")
-    timings = time_in_turns({key: program.run for key, program in programs.items()}, repeats=repeats)
+    work = {key: program.run for key, program in programs.items()}
+    timings = time_in_turns(work, repeats=repeats, warm_up=0)
     for cell, config in configs.items():
         if "failed" not in rows[cell]:
             keys = _keys(config)
@@ -300,6 +320,19 @@ def measure(
     return [cell._asdict() | row for cell, row in rows.items()]
 
 
+def _drop_what_does_not_run(programs: dict[tuple, Program]) -> set[tuple]:
+    """Runs each program once, now that the arrays of all are in memory; those that fail are taken out and returned."""
+    failed = set()
+    for key in list(programs):
+        try:
+            with memory_errors():
+                jax.block_until_ready(programs[key].run())
+        except DoesNotFit:
+            failed.add(key)
+            del programs[key]
+    return failed
+
+
 def _keys(config: ConfigDict) -> dict[str, tuple]:
     """Program -> what tells it apart: the encoder is the same for all objectives that leave its config alone."""
     encoder = (config.model.to_json(), config.precision, config.batch_size, config.data.window_s)
@@ -307,7 +340,7 @@ def _keys(config: ConfigDict) -> dict[str, tuple]:
 
 
 def _compile(config: ConfigDict, known: dict) -> tuple[dict[str, Any], dict[tuple, Program]]:
-    """The first fields of a row, and those of its programs that are not known yet, run so often that they are warm."""
+    """The first fields of a row, and those of its programs that are not known yet; each has been run."""
     before, keys = jax.devices()[0].memory_stats(), _keys(config)
     model = build(config)
     row = {
@@ -324,6 +357,7 @@ def _compile(config: ConfigDict, known: dict) -> tuple[dict[str, Any], dict[tupl
     for name, gradient in (("forward", False), ("forward_backward", True)):
         if keys[name] not in known:
             programs[keys[name]] = encoder_program(config, variables, gradient=gradient)
+            jax.block_until_ready(programs[keys[name]].run())
     return row, programs
 
 

@@ -18,7 +18,7 @@ NOTES = """\
 Cost. GFLOP are of one window, 2 for a multiply-add of convolutions and matrix products; FFTs are not counted.
 "compiler's GFLOP" is what XLA counts for the step. GB are of one training step: "least" is a lower bound, every
 argument read and every output written once; "compiler's" is XLA's estimate, the operands and results of every
-operation; "peak" is what XLA plans to hold at once.
+operation; "peak" is what XLA plans to hold at once. "compile s" is of the step, without JAX's persistent cache.
 Speed. w/s are windows a second, medians of turns that all programs take: "forward" the encoder in evaluation mode,
 "fwd+bwd" the encoder in train mode with the gradient of its parameters, "step" the whole training step, with its
 quartiles. "of roof" are shares of the roofline, which takes the operations by formula and the least traffic. "step

@@ -12,14 +12,16 @@ from ecg_jax.studies.timing import seconds_of, time_in_turns
 #: Precision of a run -> precision of its matrix products (as `ecg_jax.pretrain` runs them).
 MATMUL_PRECISION = {"float32": "highest", "bfloat16": "default"}
 
-_LARGEST_MATRIX, _LARGEST_COPY = 2**14, 2**28  # rows; float32 numbers, 1 GiB
+_LARGEST_MATRIX = 2**14  # rows
+#: float32 numbers, 128 MiB and 1 GiB, of which a copy holds two arrays: more than the caches of most processors.
+_SMALLEST_COPY, _LARGEST_COPY = 2**25, 2**28
 
 
 class Roofline(NamedTuple):
     """What a device reaches at best."""
 
     copy_bytes_per_s: float
-    """Bytes read and bytes written, together, of a copy far larger than any cache that it leaves room for."""
+    """Bytes read and bytes written, together, of a copy of `copy_bytes`."""
     flops_per_s: dict[str, float]
     """Precision -> operations of a square matrix product, 2 for a multiply-add."""
     matrix_rows: dict[str, int]
@@ -53,7 +55,7 @@ def measure_roofline(*, budget_s: float = 2.0, repeats: int = 5) -> Roofline:
         while rows[precision] < _LARGEST_MATRIX and _seconds(work[precision]) < share / 4:
             rows[precision] *= 2
             work[precision] = _product(rows[precision], precision)
-    numbers = 2**22
+    numbers = _SMALLEST_COPY
     work["copy"] = _copy(numbers)
     while numbers < _LARGEST_COPY and _seconds(work["copy"]) < share / 2:
         numbers *= 2
