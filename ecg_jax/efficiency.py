@@ -15,15 +15,15 @@ import jaxlib
 from ml_collections import ConfigDict
 
 import ecg_jax
-from ecg_jax.config_checks import check_config
-from ecg_jax.config_flags import closest, load_config, override
+from ecg_jax.config_checks import MOST_SAMPLES, check_config
+from ecg_jax.config_flags import closest, load_config, override, split_overrides, with_argument
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
 from ecg_jax.models.encoder import BACKBONES
 from ecg_jax.run_setup import CONFIGS, DTYPES, flatten
 from ecg_jax.studies import cost_scaling, efficiency_plots, efficiency_report, flops, tune_conv
 from ecg_jax.studies.cost_scaling import Point
-from ecg_jax.studies.efficiency import Cell, measure
+from ecg_jax.studies.efficiency import Cell, measure, without_compilation_cache
 from ecg_jax.studies.roofline import measure_roofline
 
 DESCRIPTION = """\
@@ -58,7 +58,7 @@ _OPTIONS = {
     "objective.name": "--objectives",
 }
 
-_QUICK_BATCH, _BATCH = "8", "64"
+_QUICK_BATCH, _BATCH, _WINDOW = "8", "64", 2.5
 
 #: Seconds of a window for --scaling.
 WINDOWS_S = (2.5, 5.0, 10.0, 20.0)
@@ -86,18 +86,14 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple
         help="folder to write; with --tune-conv the table to add to",
     )
     lists = {"backbones": tuple(BACKBONES), "objectives": tuple(CONFIGS), "precisions": tuple(DTYPES)}
-    defaults = {"precisions": "float32"}
+    defaults = {**lists, "precisions": ("float32",)}
     for name, known in lists.items():
-        default = defaults[name] if name in defaults else ",".join(known)
-        parser.add_argument(
-            f"--{name}", default=default, metavar="A,B", help=f"of {', '.join(known)} (default: {default})"
-        )
+        default = "all" if defaults[name] == known else ",".join(defaults[name])
+        parser.add_argument(f"--{name}", metavar="A,B", help=f"of {', '.join(known)} (default: {default})")
     parser.add_argument(
         "--batch", metavar="N,M", help=f"windows in a batch; several make rows (default: {_BATCH})"
     )
-    parser.add_argument(
-        "--window", type=float, default=2.5, metavar="S", help="seconds in a window (default: 2.5)"
-    )
+    parser.add_argument("--window", type=float, metavar="S", help=f"seconds in a window (default: {_WINDOW})")
     parser.add_argument("--repeats", type=int, metavar="N", help="turns of all programs (default: 5)")
     parser.add_argument(
         "--quick", action="store_true", help="narrow models, small batch, two turns: to try it out"
@@ -106,26 +102,34 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple
     kind.add_argument(
         "--scaling",
         action="store_true",
-        help="cost of the encoder over window length and batch, with exponents",
+        help="cost of the encoder over window length and batch, with exponents; of one objective, one precision, and "
+        "batches up to --batch",
     )
     kind.add_argument(
         "--tune-conv",
         action="store_true",
         help="time the algorithms of the S4 convolution for model.conv=auto",
     )
-    overrides, rest = [], []
-    for word in argv:
-        path, equals, value = word.removeprefix("--config.").partition("=")
-        if not word.startswith("--config."):
-            rest.append(word)
-        elif not equals:
-            raise UserError(f"{word} needs a value: {word}=VALUE")
-        else:
-            overrides.append((path, value))
+    overrides, rest = split_overrides(argv)
     options = parser.parse_args(rest)
+    given = [name for name in (*lists, "batch", "window") if getattr(options, name) is not None]
+    if options.tune_conv and (given or overrides):
+        name = given[0] if given else f"config.{overrides[0][0]}"
+        raise UserError(
+            f"--{name} says nothing with --tune-conv, which takes --output, --quick and --repeats"
+        )
     for name, known in lists.items():
-        setattr(options, name, _names(f"--{name}", getattr(options, name), known))
-    options.batch = _batches(options.batch or (_QUICK_BATCH if options.quick else _BATCH))
+        text = getattr(options, name)
+        names = defaults[name] if text is None else _names(f"--{name}", text, known)
+        setattr(options, name, names)
+    default = _QUICK_BATCH if options.quick else _BATCH
+    options.batch = _batches(default if options.batch is None else options.batch)
+    if options.scaling:
+        for name in ("objectives", "precisions", "batch"):
+            if name in given and len(getattr(options, name)) > 1:
+                raise UserError(f"--{name} has several values, --scaling takes one")
+        options.objectives, options.precisions = options.objectives[:1], options.precisions[:1]
+    options.window = _WINDOW if options.window is None else options.window
     if not (math.isfinite(options.window) and options.window > 0):
         raise UserError(f"--window={options.window:g} must be a positive number of seconds")
     options.repeats = (2 if options.quick else 5) if options.repeats is None else options.repeats
@@ -171,8 +175,11 @@ def run_config(
     Raises:
         UserError: no run could have this config.
     """
-    spec = CONFIGS[objective]
-    config = load_config(f"{spec}{',' if ':' in spec else ':'}backbone={backbone}")
+    config = load_config(with_argument(CONFIGS[objective], backbone=backbone))
+    if window_s * config.data.rate_hz > MOST_SAMPLES:
+        raise UserError(
+            f"--window={window_s:g} is too long: at {config.data.rate_hz:g} Hz it has more than {MOST_SAMPLES} samples"
+        )
     tokens = flops.tokens_of_window(window_s, config.data.rate_hz)
     fields = {
         "precision": precision,
@@ -188,9 +195,13 @@ def run_config(
             override(config, path, str(value))
     if objective == "hubert":
         config.data.targets = "random"  # of which only the number counts
+    if config.accumulate > 0 and batch % config.accumulate:
+        raise UserError(
+            f"a batch of {batch} windows does not divide into the {config.accumulate} parts of config.accumulate"
+        )
     # A run spreads its batch over all devices, the measurement uses one.
-    devices = jax.device_count()
-    config.batch_size = -(-batch // devices) * devices
+    parts = jax.device_count() * max(1, config.accumulate)
+    config.batch_size = -(-batch // parts) * parts
     check_config(config)
     config.batch_size = batch
     return config
@@ -221,7 +232,7 @@ def provenance(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]
     return {
         "device_kind": device.device_kind,
         "platform": device.platform,
-        "processors": os.cpu_count(),
+        "processors": len(os.sched_getaffinity(0)),
         "versions": {name: module.__version__ for name, module in versions.items()},
         "precisions": options.precisions,
         "batches": options.batch,
@@ -229,8 +240,6 @@ def provenance(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]
         "repeats": options.repeats,
         "quick": options.quick,
         "overrides": dict(overrides),
-        # Compile times are those of reading the cache where there is one.
-        "compilation_cache": jax.config.jax_compilation_cache_dir is not None,
     }
 
 
@@ -282,7 +291,7 @@ def scaling(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
     Raises:
         UserError: a config that no run could have, or the folder cannot be written.
     """
-    largest = max(options.batch)
+    (largest,) = options.batch
     fixed = max(1, largest // WINDOW_SHARE)
     batches = [largest // share for share in (16, 8, 4, 2, 1) if largest >= share]
     places = [("window", window, window, fixed) for window in WINDOWS_S]
@@ -304,6 +313,7 @@ def scaling(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
     rows = cost_scaling.measure_scaling(configs, repeats=options.repeats, say=_say)
     fits = cost_scaling.fit_all(rows)
     about = provenance(options, overrides) | {
+        "batches": batches,
         "windows_at_each_length": fixed,
         "objective": options.objectives[0],
     }
@@ -316,10 +326,11 @@ def scaling(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
 def main(argv: list[str]) -> int:
     """Entry point of `ecg-jax efficiency`."""
     options, overrides = parse_arguments(argv)
-    if options.tune_conv:
-        tune_conv.tune(Path(options.output), quick=options.quick, repeats=options.repeats, say=_say)
-    elif options.scaling:
-        scaling(options, overrides)
-    else:
-        table(options, overrides)
+    with without_compilation_cache():
+        if options.tune_conv:
+            tune_conv.tune(Path(options.output), quick=options.quick, repeats=options.repeats, say=_say)
+        elif options.scaling:
+            scaling(options, overrides)
+        else:
+            table(options, overrides)
     return 0

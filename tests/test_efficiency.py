@@ -1,17 +1,30 @@
 """`ecg-jax efficiency`: what it writes, what it refuses, and the arithmetic behind its figures."""
 
+import contextlib
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from ecg_jax import cli, efficiency
 from ecg_jax.config_flags import load_config
 from ecg_jax.models.convolution import candidates
 from ecg_jax.studies import cost_scaling, efficiency_report, tune_conv
+from ecg_jax.studies import efficiency as cells
 from ecg_jax.studies.cost_scaling import fit_exponent
-from ecg_jax.studies.efficiency import DoesNotFit, compile_program
+from ecg_jax.studies.efficiency import (
+    Cell,
+    DoesNotFit,
+    Program,
+    compile_program,
+    measure,
+    memory_errors,
+    random_batch,
+    without_compilation_cache,
+)
 from ecg_jax.studies.roofline import Roofline, measure_roofline
 from ecg_jax.studies.timing import time_in_turns
 
@@ -33,6 +46,7 @@ def run(*argv):
 def test_roofline_is_positive_and_takes_the_larger_of_both_times():
     roofline = measure_roofline(budget_s=0.02, repeats=2)
     assert roofline.copy_bytes_per_s > 0
+    assert roofline.copy_bytes >= 2**27
     assert set(roofline.flops_per_s) == {"float32", "bfloat16"} == set(roofline.matrix_rows)
     assert min(roofline.flops_per_s.values()) > 0
     known = Roofline(100.0, {"float32": 1000.0, "bfloat16": 4000.0}, {}, 0)
@@ -67,6 +81,96 @@ def test_program_that_plans_for_too_much_memory_is_refused(monkeypatch):
     monkeypatch.setattr("ecg_jax.studies.efficiency.device_memory_bytes", lambda: 1000.0)
     with pytest.raises(DoesNotFit, match="of memory"):
         compile_program(jax.jit(lambda a: a + 1), np.ones(1000, np.float32), precision="float32")
+
+
+@pytest.fixture
+def cached(monkeypatch):
+    """Lets whole runs of the command read the tests' own cache of compiled programs: that takes half as long."""
+    monkeypatch.setattr(efficiency, "without_compilation_cache", contextlib.nullcontext)
+
+
+@pytest.fixture
+def compilation_cache_folder(tmp_path):
+    """JAX keeps every program in this folder for as long as the test takes."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_compile_times_are_not_those_of_reading_a_cache(compilation_cache_folder, monkeypatch):
+    def compile_anew():
+        jax.jit(lambda a: a * 3 + 1).lower(np.ones(5, np.float32)).compile()
+
+    monkeypatch.setattr(tune_conv, "tune", lambda *_, **__: compile_anew())
+    assert run("--tune-conv", "--output=none") == 0
+    assert not list(compilation_cache_folder.iterdir())
+    compile_anew()
+    assert list(compilation_cache_folder.iterdir()), "the setting is as it was"
+    with pytest.raises(ZeroDivisionError), without_compilation_cache():
+        raise ZeroDivisionError
+    assert jax.config.jax_enable_compilation_cache
+
+
+def test_batch_too_large_for_the_host_does_not_fit():
+    config = load_config("configs/cpc.py")
+    config.batch_size = 4
+    signal = random_batch(config)["signal"]
+    assert (signal.dtype, signal.shape) == (np.int16, (4, 600, 12))
+    assert 100 < signal[:, -1].std() < 3000
+    config.batch_size = 10**12
+    with pytest.raises(DoesNotFit, match="the host is out of memory"), memory_errors():
+        random_batch(config)
+
+
+def test_only_rows_that_do_not_run_fail(monkeypatch):
+    """A program may fail when it is run first, and later when the arrays of all rows are in memory."""
+    runs = []
+
+    def program(name, most):
+        def run():
+            runs.append(name)
+            if runs.count(name) > most:
+                raise MemoryError
+            return np.zeros(1)
+
+        return Program(
+            run, 1.0, None, None, dict.fromkeys(("arguments", "outputs", "aliased", "temporary"), 1)
+        )
+
+    most = {"s4": 1, "net1d": 0, "transformer": 10**6}
+    state = types.SimpleNamespace(params={"encoder": np.zeros(3), "head": np.zeros(2)})
+    monkeypatch.setattr(
+        cells, "build", lambda config: types.SimpleNamespace(state=state, encoder_variables=dict)
+    )
+    monkeypatch.setattr(cells, "step_program", lambda model: program("step", 10**6))
+    monkeypatch.setattr(
+        cells,
+        "encoder_program",
+        lambda config, _, *, gradient: program(
+            (config.model.backbone, gradient), most[config.model.backbone]
+        ),
+    )
+    configs = {
+        Cell(backbone, "cpc", "float32", 1): load_config(f"configs/cpc.py:backbone={backbone}")
+        for backbone in most
+    }
+    roofline = Roofline(1.0, {"float32": 1.0}, {}, 0)
+    rows = measure(configs, roofline, repeats=1)
+    assert [row["backbone"] for row in rows] == list(most)
+    assert [row.get("failed") for row in rows] == [
+        "out of memory beside the other rows",
+        "out of memory",
+        None,
+    ]
+    assert (rows[2]["parameters"], rows[2]["encoder_parameters"]) == (5, 3)
+    assert set(rows[2]["programs"]) == set(cells.PROGRAMS)
+    assert runs.count(("net1d", False)) == 1
 
 
 def test_fitted_exponent_recovers_a_known_law():
@@ -116,7 +220,7 @@ def test_s4_row_shows_the_published_figure():
     assert dict(zip(efficiency_report.COST_HEAD, line, strict=True))["encoder forward GFLOP"] == "1.741"
 
 
-def test_quick_run_writes_table_json_and_pictures(tmp_path, capsys):
+def test_quick_run_writes_table_json_and_pictures(tmp_path, capsys, cached):
     folder = tmp_path / "new" / "efficiency"
     arguments = [*ONE, "--quick", "--batch=3", "--window=0.5", *TINY]
     assert run(f"--output={folder}", *arguments) == 0
@@ -124,6 +228,7 @@ def test_quick_run_writes_table_json_and_pictures(tmp_path, capsys):
     assert files == {f"efficiency.{suffix}" for suffix in ("json", "md", "png", "svg")}
     told = json.loads((folder / "efficiency.json").read_text())
     (row,) = told["rows"]
+    assert told["processors"] >= 1
     assert [row[name] for name in ("backbone", "objective", "precision", "batch")] == [
         "s4",
         "cpc",
@@ -157,7 +262,7 @@ def test_quick_run_writes_table_json_and_pictures(tmp_path, capsys):
     assert "written:" in out
 
 
-def test_scaling_writes_exponents_and_picture(tmp_path, capsys, monkeypatch):
+def test_scaling_writes_exponents_and_picture(tmp_path, capsys, monkeypatch, cached):
     monkeypatch.setattr(efficiency, "WINDOWS_S", (0.25, 0.5))
     arguments = [*ONE, "--quick", "--batch=2", "--window=0.25", *TINY]
     assert run("--scaling", f"--output={tmp_path}", *arguments) == 0
@@ -167,11 +272,12 @@ def test_scaling_writes_exponents_and_picture(tmp_path, capsys, monkeypatch):
     assert {(fit["axis"], fit["cost"]) for fit in told["fits"]} == {
         (axis, cost) for axis in ("window", "batch") for cost in ("time", "memory")
     }
+    assert (told["batches"], told["objective"], told["precisions"]) == ([1, 2], "cpc", ["float32"])
     assert (tmp_path / "scaling.png").read_bytes().startswith(PNG)
     assert "exponent" in capsys.readouterr().out
 
 
-def test_tuning_adds_rows_of_this_device(tmp_path):
+def test_tuning_adds_rows_of_this_device(tmp_path, cached):
     path = tmp_path / "table.json"
     elsewhere = {
         "device_kind": "Abacus",
@@ -196,6 +302,17 @@ def test_tuning_adds_rows_of_this_device(tmp_path):
         assert row["relative"][row["algorithm"]] == max(row["relative"].values())
 
 
+def test_tuning_leaves_out_cases_that_do_not_fit(tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise DoesNotFit("needs more")
+
+    monkeypatch.setattr(tune_conv, "compile_program", refuse)
+    path = tmp_path / "table.json"
+    assert run("--tune-conv", "--quick", f"--output={path}") == 0
+    assert json.loads(path.read_text())["rows"] == []
+    assert capsys.readouterr().out.count("left out, needs more") == 2
+
+
 def test_tuning_cases_cover_backbones_and_heads():
     cases = tune_conv.all_cases()
     assert len(cases) == len(set(cases)) == 7 * 2 * 2 * 2 + 2 * 2 * 2
@@ -212,12 +329,19 @@ def test_tuning_cases_cover_backbones_and_heads():
         (["--batch=0"], "--batch=0 must be"),
         (["--batch=64,-1"], "--batch=64,-1 must be"),
         (["--batch=many"], "--batch=many must be"),
+        (["--batch="], "--batch= must be"),
+        (["--batch=3", "--config.accumulate=2"], "windows does not divide into the 2 parts of config.accumulate"),
+        (["--config.accumulate=0"], "config.accumulate=0 must be positive"),
+        (["--window=1e308"], "--window=1e+308 is too long"),
+        (["--window=5000"], "--window=5000 is too long: at 240 Hz it has more than 1000000 samples"),
         (["--window=0"], "--window=0 must be"),
         (["--window=nan"], "--window=nan must be"),
         (["--window=0.001"], "must have between 4 and"),
         (["--repeats=0"], "--repeats=0 must be"),
         (["--config.model.wdith=3"], "did you mean 'width'?"),
         (["--config.model.width"], "needs a value"),
+        (["--config.model.width", "--quick"], "--config.model.width needs a value"),
+        (["--config.model.width", "wide"], "'wide' is not a value of type int"),
         (["--config.batch_size=3"], "use --batch"),
         (["--backbones=net1d", "--config.model.state=4"], "no field 'state'"),
     ],
@@ -233,13 +357,33 @@ def test_refusals(tmp_path, capsys, monkeypatch, arguments, said, kind):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", [[], ["--scaling"], ["--tune-conv"]])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tune-conv", "--backbones=s4"], "--backbones says nothing with --tune-conv"),
+        (["--tune-conv", "--batch=8"], "--batch says nothing with"),
+        (["--tune-conv", "--window=2.5"], "--window says nothing with"),
+        (["--tune-conv", "--config.model.width=8"], "--config.model.width says nothing with"),
+        (["--scaling", "--objectives=jepa,cpc"], "--objectives has several values, --scaling takes one"),
+        (["--scaling", "--precisions=float32,bfloat16"], "--precisions has several values"),
+        (["--scaling", "--batch=8,16"], "--batch has several values"),
+    ],
+)
+def test_options_that_a_kind_of_measurement_does_not_take(tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr(cost_scaling, "measure_scaling", lambda *_, **__: pytest.fail("measured something"))
+    monkeypatch.setattr(tune_conv, "time_case", lambda *_, **__: pytest.fail("measured something"))
+    assert run(f"--output={tmp_path / 'out'}", *arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [[*ONE], [*ONE, "--scaling"], ["--tune-conv"]])
 def test_output_that_cannot_be_written(tmp_path, capsys, monkeypatch, kind):
     monkeypatch.setattr(efficiency, "measure_roofline", lambda **_: pytest.fail("measured something"))
     monkeypatch.setattr(tune_conv, "time_case", lambda *_, **__: pytest.fail("measured something"))
     (tmp_path / "file").write_text("[]")
     output = tmp_path / "file" if kind != ["--tune-conv"] else tmp_path / "none" / "table.json"
-    assert run(f"--output={output}", *ONE, *kind) == 2
+    assert run(f"--output={output}", *kind) == 2
     assert str(output) in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "[]"
 
