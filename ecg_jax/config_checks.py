@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ecg_jax.config_flags import closest, load_config
+from ecg_jax.config_flags import closest, load_config, with_argument
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.errors import UserError
 from ecg_jax.models import convolution
@@ -131,8 +131,7 @@ def _check_fields(config: ConfigDict) -> None:
     ):
         if not isinstance(value, str) or value not in known:
             raise UserError(f"config.{field}={value!r} is unknown; known: {', '.join(known)}")
-    shipped = CONFIGS[name]
-    shipped = f"{shipped}{',' if ':' in shipped else ':'}backbone={backbone}"
+    shipped = with_argument(CONFIGS[name], backbone=backbone)
     declared = flatten(load_config(shipped).to_dict())
     for field in declared:
         if field not in fields:
