@@ -64,8 +64,11 @@ def test_every_backbone_is_tested_here():
     assert BACKBONES.keys() == {"s4", *(backbone for _, backbone in PAIRS)}
 
 
-@pytest.mark.parametrize(("name", "backbone"), PAIRS)
+@pytest.mark.parametrize(
+    ("name", "backbone"), [pair for pair in PAIRS if pair[0] in ("cpc", "dinosr", "hubertpp")]
+)
 def test_one_and_eight_devices_agree(name, backbone):
+    """Of negatives, codebooks and prototypes; the step and the other objectives are compared on S4."""
     one, eight = run_pair(name, backbone, 1), run_pair(name, backbone, 8)
     assert_same_run(eight.last, eight.log, one)
     losses = [entry["loss"] for entry in one.log]
