@@ -51,9 +51,9 @@ def parse_arg(arg: str, **choices: tuple[str, ...]) -> SimpleNamespace:
         choices: key -> allowed values, the first of them the default.
 
     Raises:
-        UserError: unknown key or value, or not of the form key=value.
+        UserError: unknown key or value, a key twice, or not of the form key=value.
     """
-    values = {key: allowed[0] for key, allowed in choices.items()}
+    values, given = {key: allowed[0] for key, allowed in choices.items()}, set()
     for item in filter(None, arg.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
@@ -64,6 +64,9 @@ def parse_arg(arg: str, **choices: tuple[str, ...]) -> SimpleNamespace:
             raise UserError(f"--config argument {key!r} is unknown{closest(key, choices)}")
         if value not in choices[key]:
             raise UserError(f"--config argument {key}={value!r} is unknown{closest(value, choices[key])}")
+        if key in given:
+            raise UserError(f"--config argument {key!r} is given twice, as {values[key]!r} and {value!r}")
+        given.add(key)
         values[key] = value
     return SimpleNamespace(**values)
 
@@ -265,6 +268,8 @@ def parse_command(
     )
     parser.add_argument("--print-config", action="store_true", help=argparse.SUPPRESS)
     extra(parser)
+    for action in parser._actions if "--print-config" in argv else ():
+        action.required = action.required and action.dest == "config"  # printing needs no workdir
 
     overrides, rest = split_overrides(argv)
     options = parser.parse_args(rest)

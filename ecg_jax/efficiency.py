@@ -46,7 +46,7 @@ QUICK = {
     "model.width": "64",
     "model.ff_width": "256",
     "model.filters": "(16,32,64)",
-    "model.blocks": "(1,1,1)",
+    "model.blocks": "(1,1,2)",  # data2vec and DinoSR read two layers as wide as the tokens
 }
 
 #: Fields that are no overrides, because several values of them make several rows.
@@ -202,16 +202,23 @@ def run_config(
     # A run spreads its batch over all devices, the measurement uses one.
     parts = jax.device_count() * max(1, config.accumulate)
     config.batch_size = -(-batch // parts) * parts
-    check_config(config)
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{objective} on {backbone}: {error}") from error
     config.batch_size = batch
     return config
 
 
-def _check_overrides(configs: Sequence[ConfigDict], overrides: Sequence[tuple[str, str]]) -> None:
-    """Refuses a field that none of the configs declares, with what `override` says about the first of them."""
+def _check_overrides(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
+    """Refuses a field that no config declares, with what `override` says about the first of them."""
+    pairs = [(objective, backbone) for objective in options.objectives for backbone in options.backbones]
+    shipped = [
+        load_config(with_argument(CONFIGS[objective], backbone=backbone)) for objective, backbone in pairs
+    ]
     for path, value in overrides:
-        if not any(path in flatten(config.to_dict()) for config in configs):
-            override(configs[0], path, value)
+        if not any(path in flatten(config.to_dict()) for config in shipped):
+            override(shipped[0], path, value)
 
 
 def _open_folder(output: str) -> Path:
@@ -269,7 +276,6 @@ def table(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> 
         cell: run_config(cell.backbone, cell.objective, precision=cell.precision, batch=cell.batch, **fields)
         for cell in cells
     }
-    _check_overrides(list(configs.values()), overrides)
     folder = _open_folder(options.output)
     about = provenance(options, overrides)
     roofline = measure_roofline(budget_s=0.1 if options.quick else 2.0)
@@ -308,7 +314,6 @@ def scaling(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
                 quick=options.quick,
                 overrides=overrides,
             )
-    _check_overrides(list(configs.values()), overrides)
     folder = _open_folder(options.output)
     rows = cost_scaling.measure_scaling(configs, repeats=options.repeats, say=_say)
     fits = cost_scaling.fit_all(rows)
@@ -329,8 +334,7 @@ def main(argv: list[str]) -> int:
     with without_compilation_cache():
         if options.tune_conv:
             tune_conv.tune(Path(options.output), quick=options.quick, repeats=options.repeats, say=_say)
-        elif options.scaling:
-            scaling(options, overrides)
-        else:
-            table(options, overrides)
+            return 0
+        _check_overrides(options, overrides)
+        (scaling if options.scaling else table)(options, overrides)
     return 0

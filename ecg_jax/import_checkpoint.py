@@ -26,7 +26,7 @@ from ecg_jax.interop.torch_file import TorchCheckpoint, read_torch_checkpoint, s
 from ecg_jax.interop.torch_names import Layout, check_derived, listed, read_layout
 from ecg_jax.models.encoder import tokens_of
 from ecg_jax.objectives.contract import Inputs
-from ecg_jax.run_setup import CONFIGS, build_objective, build_optimiser, flatten
+from ecg_jax.run_setup import CONFIGS, IMPORT_NAME, build_objective, build_optimiser, flatten
 from ecg_jax.training.checkpoint import Checkpoints, describe_mismatch, flat_shapes
 from ecg_jax.training.train_state import TrainState, seed_keys
 
@@ -289,7 +289,7 @@ def _write_run(folder: Path, imported: Imported, report: dict[str, Any]) -> None
     )
     checkpoints.save(imported.state, val_loss=None)
     checkpoints.close()
-    files = {"config.json": config | provenance, "preprocessing.json": contract, "import.json": report}
+    files = {"config.json": config | provenance, "preprocessing.json": contract, IMPORT_NAME: report}
     for name, value in files.items():
         write_atomic(folder / name, (json.dumps(value, indent=2) + "\n").encode())
 

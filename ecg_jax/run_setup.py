@@ -47,6 +47,8 @@ CONFIGS = {
     "hubertpp": "configs/hubert.py",
     "hubert": "configs/hubert.py:variant=offline",
 }
+#: What `ecg-jax import-checkpoint` writes beside a checkpoint, and no run of ours.
+IMPORT_NAME = "import.json"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # What may differ when a run is continued; everything else makes it another run.
@@ -204,12 +206,17 @@ def claim_workdir(
     on. So are offline targets.
 
     Raises:
-        UserError: the workdir belongs to another run (the differing fields are named), is in use, or is no
-            folder.
+        UserError: the workdir belongs to another run (the differing fields are named) or holds an imported
+            checkpoint, is in use, or is no folder.
     """
     if jax.process_index() != 0:
         yield
         return
+    if (workdir / IMPORT_NAME).exists():
+        raise UserError(
+            f"{workdir} is an imported checkpoint, which can be probed but not continued: its store and optimiser are "
+            "not known; choose another --workdir"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         held = (workdir / ".lock").open("w")

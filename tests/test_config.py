@@ -10,6 +10,7 @@ from ecg_jax.config_checks import check_config
 from ecg_jax.config_flags import load_config, override, parse_arg, shipped_configs
 from ecg_jax.errors import UserError
 from ecg_jax.objectives import masking
+from ecg_jax.pretrain import main as pretrain_main
 from ecg_jax.pretrain import pretrain
 from ecg_jax.training.metric_writers import read_log
 from tiny_runs import SPECS
@@ -207,3 +208,25 @@ def test_print_config_shows_overrides(capsys):
 def test_every_device_is_used():
     """The other tests rely on eight virtual devices."""
     assert jax.device_count() == 8
+
+
+def test_printing_a_config_needs_no_workdir(capsys):
+    with pytest.raises(SystemExit) as done:
+        pretrain_main(["--config=configs/jepa.py:backbone=net1d", "--print-config"])
+    assert done.value.code == 0
+    assert "group_width: 16" in capsys.readouterr().out
+
+
+def test_an_argument_twice_is_refused():
+    with pytest.raises(UserError, match=r"'backbone' is given twice, as 's4' and 'net1d'"):
+        load_config("configs/cpc.py:backbone=s4,backbone=net1d")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("width", "1000000000"), ("layers", "1000000"), ("kernel", "100000")]
+)
+def test_sizes_beyond_all_reason_are_refused(field, value):
+    config = load_config("configs/cpc.py:backbone=net1d" if field == "kernel" else "configs/cpc.py")
+    override(config, f"model.{field}", value)
+    with pytest.raises(UserError, match=rf"config.model.{field}={value} must be at most"):
+        check_config(config)
