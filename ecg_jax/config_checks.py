@@ -65,11 +65,12 @@ def check_config(config: ConfigDict) -> None:
     for name in ("optimiser.b1", "optimiser.b2"):
         if not 0 <= fields[name] < 1:
             raise UserError(f"config.{name}={fields[name]} must be at least 0 and below 1")
-    samples = round(min(config.data.window_s * config.data.rate_hz, 1e9))
+    samples = config.data.window_s * config.data.rate_hz
+    samples = round(samples) if samples < 1e9 else samples
     if not 4 <= samples <= MOST_SAMPLES:
         raise UserError(
             f"config.data.window_s={config.data.window_s} at config.data.rate_hz={config.data.rate_hz} makes a window "
-            f"of {samples} samples; it must have between 4 and {MOST_SAMPLES}"
+            f"of {samples:g} samples; it must have between 4 and {MOST_SAMPLES}"
         )
     if config.seed >= 2**63:
         raise UserError(f"config.seed={config.seed} must be below 2^63")

@@ -350,7 +350,7 @@ def test_killed_in_finalisation_and_resumed_gives_the_same_bytes(source, referen
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_signal_in_the_middle_and_resumed_gives_the_same_bytes(tmp_path_factory, tmp_path, sent):
     source = tmp_path_factory.mktemp("long")
-    for i in range(160):
+    for i in range(320):
         write_record(source, f"r{i:03d}", ecg(20.0, 500.0, i % 3) + i * 1e-3)
     prepare("wfdb", source, tmp_path / "reference", workers=2, progress=False)
     for _ in range(5):  # on a busy machine it may be through before the signal comes
