@@ -18,8 +18,8 @@ from ecg_jax.objectives.masking import Masking
 from ecg_jax.run_setup import CONFIGS, DTYPES, OBJECTIVES, build_objective, build_teacher, flatten
 
 MOST_SAMPLES = 10**6  # in a window: more than an hour
-MOST_LAYERS = 10**4  # and channels of a stage, and tokens of a kernel
-MOST_WIDTH = 10**5
+MOST_LAYERS = 10**4  # and blocks and channels of a stage
+_MOST = {"width": 10**5, "ff_width": 10**5, "state": 10**4, "layers": MOST_LAYERS, "kernel": 10**4}
 
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "log_every", "checkpoint_every", "keep_latest", "optimiser.learning_rate",
@@ -99,8 +99,7 @@ def _check_model(config: ConfigDict) -> int:
             raise UserError(
                 f"config.model.{name}={model[name]} must be numbers between 1 and {MOST_LAYERS}, one for each stage"
             )
-    most = {"width": MOST_WIDTH, "ff_width": MOST_WIDTH, "state": MOST_LAYERS, "layers": MOST_LAYERS}
-    for name, limit in (most | {"kernel": MOST_LAYERS}).items():
+    for name, limit in _MOST.items():
         if name in model and model[name] > limit:
             raise UserError(f"config.model.{name}={model[name]} must be at most {limit}")
     try:

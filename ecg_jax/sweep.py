@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from ecg_jax.cluster import cluster
 from ecg_jax.data.pipeline import held_out_folds
@@ -150,39 +148,18 @@ def _run(sweep: Sweep, output: Path, store: str | Path | None, chosen: Sequence[
         print(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished already")
     failed: dict[str, str] = {}
     results = _write_results(sweep, output, opened)
-    with _shared_programs():
-        for number, run in enumerate(waiting, start=1):
-            print(f"\n[{number}/{len(waiting)}] {run.name}: {run.declared}", flush=True)
-            try:
-                _pretrain_and_probe(run, output / run.name, opened)
-            except Stopped:
-                raise
-            except Exception as error:  # whatever it is, the other runs go on
-                failed[run.name] = _report(error, output / run.name)
-                print(f"{run.name} failed: {failed[run.name]}", file=sys.stderr, flush=True)
-            jax.clear_caches()  # programs of a run that is over
-            results = _write_results(sweep, output, opened)
-    return results | {"failed": failed}
-
-
-@contextlib.contextmanager
-def _shared_programs() -> Iterator[None]:
-    """Lets runs that differ in their seed alone share what they compile, about half a minute each on two CPU cores.
-
-    The folder lives as long as the command: compiled programs do not belong on a disk that other kinds of
-    machines read.
-    """
-    if jax.config.jax_compilation_cache_dir is not None:  # the user has one
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="ecg_jax_sweep_", ignore_cleanup_errors=True) as folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        compilation_cache.reset_cache()  # JAX looks at the setting once
+    for number, run in enumerate(waiting, start=1):
+        print(f"\n[{number}/{len(waiting)}] {run.name}: {run.declared}", flush=True)
         try:
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", None)
-            compilation_cache.reset_cache()
+            _pretrain_and_probe(run, output / run.name, opened)
+        except Stopped:
+            raise
+        except Exception as error:  # whatever it is, the other runs go on
+            failed[run.name] = _report(error, output / run.name)
+            print(f"{run.name} failed: {failed[run.name]}", file=sys.stderr, flush=True)
+        jax.clear_caches()  # programs of a run that is over
+        results = _write_results(sweep, output, opened)
+    return results | {"failed": failed}
 
 
 def _check_store(sweep: Sweep, output: Path, store: Store) -> None:

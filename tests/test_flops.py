@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecg_jax.config_flags import load_config, override
+from ecg_jax.config_flags import load_config, override, with_argument
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.models.encoder import BACKBONES, tokens_of
 from ecg_jax.run_setup import OBJECTIVES, build_objective, build_optimiser, build_teacher, initial_state
@@ -118,7 +118,7 @@ def test_formulas_agree_with_the_program(name, backbone):
     loss uses. (What does not depend on the batch, the generation of S4 kernels, drops out of the difference.)
     """
     spec, overrides = CONFIGS[name]
-    config = load_config(f"{spec}{',' if ':' in spec else ':'}backbone={backbone}")
+    config = load_config(with_argument(spec, backbone=backbone))
     # The other algorithms of the S4 convolution make products of their own.
     small = {"model.width": 16, "model.conv": "fft", "model.l_max": 60, "data.window_s": 0.5}
     for field, value in (small | SMALL[backbone] | overrides).items():

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ecg_jax.config_flags import load_config, override
+from ecg_jax.config_flags import load_config, override, with_argument
 from ecg_jax.models import hippo, s4
 from ecg_jax.objectives.contract import Inputs
 from ecg_jax.run_setup import CONFIGS, build_objective, build_teacher, initial_state
@@ -60,8 +60,7 @@ def overrides(name, backbone="s4", **changes):
 
 def spec_of(name, recipe="described", backbone="s4"):
     """The shipped config of an objective with its arguments."""
-    spec = SPECS[name]
-    return f"{spec}{',' if ':' in spec else ':'}recipe={recipe},backbone={backbone}"
+    return with_argument(SPECS[name], recipe=recipe, backbone=backbone)
 
 
 def tiny_config(name, recipe="described", backbone="s4", **changes):

@@ -231,20 +231,11 @@ def choose(
     chunked = fixed and state <= MOST_CHUNKED_STATES
     if name == "chunked" and chunked:
         return f"chunked:{chunk}", "as model.conv says"
-    if name == "chunked":  # a head, or the pass that initialises a model and knows no basis yet
-        best, reason = choose(
-            "auto",
-            length=length,
-            width=width,
-            state=state,
-            channels=channels,
-            dtype=dtype,
-            fixed=fixed,
-            device_kind=device_kind,
-        )
-        return best, f"chunks need fixed state matrices and at most {MOST_CHUNKED_STATES} states; {reason}"
     if name in ("fft", "toeplitz"):
         return name, "as model.conv says"
+    unfit = ""
+    if name == "chunked":  # a head, or the pass that initialises a model and knows no basis yet
+        unfit = f"chunks need fixed state matrices and at most {MOST_CHUNKED_STATES} states; "
     kind = device_kind or jax.devices()[0].device_kind
     rows = [
         row
@@ -257,10 +248,8 @@ def choose(
     if not rows:
         quadratic = length <= (CHUNK if chunked else 4 * CHUNK)
         rest = f"chunked:{CHUNK}" if chunked else "fft"
-        return (
-            "toeplitz" if quadratic else rest,
-            f"nothing was measured for {kind} in {jnp.dtype(dtype).name}",
-        )
+        reason = f"nothing was measured for {kind} in {jnp.dtype(dtype).name}"
+        return "toeplitz" if quadratic else rest, unfit + reason
 
     def distance(row):
         sizes = ((row["length"], length), (row["width"], width), (row["state"], state))
@@ -273,7 +262,7 @@ def choose(
         speeds.pop("toeplitz", None)
     best = max(speeds, key=speeds.get)
     at = f"{row['length']} tokens, width {row['width']}"
-    return best, f"{speeds[best]:.1f} times as fast as fft on {kind} at {at}"
+    return best, f"{unfit}{speeds[best]:.1f} times as fast as fft on {kind} at {at}"
 
 
 def convolve(u: jax.Array, C: jax.Array, basis: dict[str, jax.Array], *, algorithm: str) -> jax.Array:

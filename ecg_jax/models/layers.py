@@ -105,23 +105,19 @@ class ChannelDense(nn.Module):
 
     Attributes:
         features: E.
-        bias_init: None for no bias.
         dtype: of the product; parameters stay float32.
     """
 
     features: int
-    bias_init: Callable | None
+    bias_init: Callable
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [D, B, L] to [E, B, L]."""
         kernel = self.param("kernel", uniform_fan_in, (x.shape[0], self.features)).astype(self.dtype)
-        y = channel_product(kernel, x.astype(self.dtype))
-        if self.bias_init is None:
-            return y
         bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
-        return y + bias[:, None, None]
+        return channel_product(kernel, x.astype(self.dtype)) + bias[:, None, None]
 
 
 class BatchNorm(nn.Module):
