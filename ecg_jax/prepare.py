@@ -141,6 +141,7 @@ def prepare(
             label_sets=job.listing.label_sets,
             classes=job.listing.classes,
             descriptions=job.listing.descriptions,
+            values=job.listing.values,
             first_problems=job.listing.problems,
             drop_duplicates=duplicates == "drop",
             strict=strict,

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 import ecg_jax.data.store as store_module
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import CANONICAL_LEADS
-from ecg_jax.data.store import Store
+from ecg_jax.data.store import PARTIAL, Store
 from ecg_jax.data.synthetic import synthetic_recording
-from ecg_jax.data.writer import UnitWriter, finalise, sidecar_path, unit_size
+from ecg_jax.data.writer import UnitWriter, finalise, read_sidecar, sidecar_path, unit_size
 from ecg_jax.errors import UserError
 
 
@@ -337,3 +338,32 @@ def test_importing_the_store_imports_neither_jax_nor_wfdb():
         "print([m for m in ('jax', 'wfdb', 'pyarrow', 'zarr', 'scipy', 'matplotlib') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_values_come_back_in_order_with_nan_where_unknown(tmp_path):
+    names = {"labs": {"sodium": "mmol/l", "ferritin": "ug/l"}, "vitals": {"rate": "1/min"}}
+    found = [
+        {"labs": {"ferritin": 3.5}},
+        {"labs": {"sodium": 140.0, "ferritin": math.nan}, "vitals": {"rate": 71.0}},
+        {},
+    ]
+    (tmp_path / PARTIAL).mkdir()
+    with UnitWriter(tmp_path, 0, "test") as writer:
+        for index, values in enumerate(found):
+            recording, _ = synthetic_recording(0, index, 3.0, 240.0)
+            recording.fold, recording.values = 1, values
+            writer.append(recording, Preprocessing().apply(recording), "")
+        writer.finish()
+    assert read_sidecar(tmp_path, 0) is not None
+    finalise(
+        tmp_path, n_units=1, preprocessing=Preprocessing(), attributes={"corpus": "test", "fold_source": ""},
+        label_sets=(), classes={}, descriptions={}, first_problems=[], drop_duplicates=False, strict=False,
+        values=names,
+    )  # fmt: skip
+    store = Store(tmp_path)
+    assert store.values == names
+    nan = math.nan
+    np.testing.assert_array_equal(store.value_matrix("labs"), [[nan, 3.5], [140.0, nan], [nan, nan]])
+    np.testing.assert_array_equal(store.value_matrix("vitals"), [[nan], [71.0], [nan]])
+    with pytest.raises(UserError, match=r"no value set 'height'; it has labs, vitals"):
+        store.value_matrix("height")

@@ -152,6 +152,7 @@ class Recording:
       patient_id: the patient, None if unknown.
       fold: the corpus' own fold, None if it has none.
       labels: label set -> codes.
+      values: value set -> name -> number (a measurement, or 0 and 1); names left out and NaN are unknown.
       age: years, None if unknown.
       sex: "F", "M" or None.
       rail_samples: samples at the limit of the converter's number format, over the canonical leads.
@@ -165,6 +166,7 @@ class Recording:
     patient_id: str | None = None
     fold: int | None = None
     labels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    values: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     age: float | None = None
     sex: str | None = None
     rail_samples: int = 0

@@ -86,6 +86,7 @@ class Store:
       classes: label set -> class names in fixed order; a record's labels are in column `labels_<set>`.
       class_info: label set -> class name -> {"count": records, "description": text, empty where the corpus
         has none}.
+      values: value set -> name -> description with its unit, of the numbers a record may have; see `value_matrix`.
       fold_source: where the folds come from.
       fingerprint: SHA-256 over record ids, checksums and preprocessing.
     """
@@ -104,6 +105,8 @@ class Store:
         self.preprocessing = Preprocessing.from_dict(attributes["preprocessing"])
         self.classes: dict[str, list[str]] = attributes["classes"]
         self.class_info: dict[str, dict] = attributes["class_info"]
+        # Stores written before there were values have no such attribute.
+        self.values: dict[str, dict[str, str]] = attributes.get("values", {})
         self.fold_source: str = attributes["fold_source"]
         self.fingerprint: str = attributes["fingerprint"]
         self.attributes: dict = attributes
@@ -155,6 +158,25 @@ class Store:
         out = np.empty(len(column), object)
         out[:] = column.to_pylist()
         return out
+
+    def value_matrix(self, name: str) -> np.ndarray:
+        """The numbers of one value set.
+
+        Args:
+          name: a key of `values`.
+
+        Returns:
+          float64 [n, K] in the order of `values[name]`, NaN where unknown.
+
+        Raises:
+          UserError: there is no such value set.
+        """
+        if name not in self.values:
+            known = ", ".join(self.values) or "none"
+            raise UserError(f"The store {self.path} has no value set {name!r}; it has {known}.")
+        column = _read_table(self.path / "records.parquet", f"values_{name}").column(0).combine_chunks()
+        numbers = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+        return numbers.reshape(len(self), len(self.values[name]))
 
     def read_crops(self, starts: np.ndarray, n_samples: int, out: np.ndarray | None = None) -> np.ndarray:
         """Reads crops straight from the chunk files into one array.

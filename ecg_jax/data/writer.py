@@ -13,11 +13,13 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -107,6 +109,7 @@ class UnitWriter:
                 "saturated": processed.saturated,
                 "flags": processed.flags,
                 **{f"labels_{name}": codes for name, codes in recording.labels.items()},
+                **{f"values_{name}": numbers for name, numbers in recording.values.items()},
             }
         )
         self._samples += len(processed.signal)
@@ -153,8 +156,13 @@ def _check_sidecar(sidecar: dict) -> None:
         raise ValueError("the rows are not all of the unit")
     for problem in sidecar["problems"]:
         Problem(**problem)
-    label_sets = {key.removeprefix("labels_") for row in sidecar["rows"] for key in row if "labels_" in key}
-    _unit_table(sidecar["rows"], record_schema(sorted(label_sets)))
+    keys = sorted({key for row in sidecar["rows"] for key in row})
+    label_sets = [key.removeprefix("labels_") for key in keys if key.startswith("labels_")]
+    values: dict[str, dict] = {key.removeprefix("values_"): {} for key in keys if key.startswith("values_")}
+    for name, numbers in values.items():
+        for row in sidecar["rows"]:
+            numbers.update(row.get(f"values_{name}", {}))
+    _unit_table(sidecar["rows"], record_schema(label_sets, values), values)
 
 
 def finalise(
@@ -169,6 +177,7 @@ def finalise(
     first_problems: Sequence[Problem],
     drop_duplicates: bool,
     strict: bool,
+    values: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> None:
     """Makes a store out of finished units.
 
@@ -184,16 +193,17 @@ def finalise(
       first_problems: problems found before any recording was read.
       drop_duplicates: leave later records with an identical signal out of the table.
       strict: an identical signal is an error.
+      values: value set -> name -> description, see `Listing.values`.
 
     Raises:
       UserError: a unit is damaged, a duplicate under `strict`, no recording is left, or the disk is full.
     """
     import pyarrow as pa
 
-    schema = record_schema(label_sets)
+    schema = record_schema(label_sets, values)
     tables, samples = [], []
     problems = [vars(problem) for problem in first_problems]
-    for unit_samples, unit_problems, table in _verified_units(store, n_units, schema):
+    for unit_samples, unit_problems, table in _verified_units(store, n_units, schema, values):
         samples.append(unit_samples)
         problems += unit_problems
         tables.append(table)
@@ -250,6 +260,7 @@ def finalise(
                 "preprocessing": preprocessing.to_dict(),
                 "classes": classes,
                 "class_info": class_info,
+                "values": {name: dict(numbers) for name, numbers in values.items()},
             }
         },
     }
@@ -257,7 +268,7 @@ def finalise(
     shutil.rmtree(store / PARTIAL)
 
 
-def _verified_units(store: Path, n_units: int, schema) -> list[tuple]:
+def _verified_units(store: Path, n_units: int, schema, values) -> list[tuple]:
     """(samples, problems, table) of all units, after comparing each unit's samples with the checksums in its sidecar.
 
     A unit may have been written days before, by a run that was interrupted: what a disk did to it since must
@@ -279,7 +290,7 @@ def _verified_units(store: Path, n_units: int, schema) -> list[tuple]:
                     if checksum(np.frombuffer(data, "<i2")) != row["checksum"]:
                         return None
         # A table and not the rows: those of millions of records would not fit into memory.
-        return sidecar["samples"], sidecar["problems"], _unit_table(sidecar["rows"], schema)
+        return sidecar["samples"], sidecar["problems"], _unit_table(sidecar["rows"], schema, values)
 
     # Reading and hashing let other threads run.
     with concurrent.futures.ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
@@ -354,8 +365,8 @@ def array_metadata(n_samples: int, chunk_samples: int) -> dict:
     }
 
 
-def record_schema(label_sets: Sequence[str]):
-    """Columns of `records.parquet`, a `pyarrow.Schema`."""
+def record_schema(label_sets: Sequence[str], values: Iterable[str] = ()):
+    """Columns of `records.parquet`, a `pyarrow.Schema`, for these label sets and value sets."""
     import pyarrow as pa
 
     strings = pa.list_(pa.string())
@@ -377,16 +388,25 @@ def record_schema(label_sets: Sequence[str]):
             ("duplicate_of", pa.string()),
             ("flags", strings),
             *((f"labels_{name}", strings) for name in label_sets),
+            *((f"values_{name}", pa.list_(pa.float64())) for name in values),
         ]
     )
 
 
-def _unit_table(rows: list[dict], schema):
-    """Rows of one unit as a table; a record without a label set has an empty list there."""
+def _unit_table(rows: list[dict], schema, values: Mapping[str, Iterable[str]]):
+    """Rows of one unit as a table; a record without a label set has an empty list there. The numbers of a value set
+    become a list in the order of its names, null where unknown.
+    """
     import pyarrow as pa
 
+    def numbers(row: dict, name: str) -> list[float | None]:
+        known = row.get(f"values_{name}", {})
+        found = (known.get(key, math.nan) for key in values[name])
+        return [number if math.isfinite(number) else None for number in found]
+
     empty = {name: [] for name in schema.names if name.startswith("labels_")}
-    return pa.Table.from_pylist([{**empty, **row} for row in rows], schema=schema)
+    filled = [{**empty, **row, **{f"values_{name}": numbers(row, name) for name in values}} for row in rows]
+    return pa.Table.from_pylist(filled, schema=schema)
 
 
 def _replace(records, name: str, values):

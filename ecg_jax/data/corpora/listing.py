@@ -21,7 +21,7 @@ class Entry:
     Attributes:
       record_id: unique in the corpus.
       file: path relative to SOURCE.
-      patient_id, fold, labels, age, sex: what the corpus' tables say; None where only the file itself can
+      patient_id, fold, labels, age, sex, values: what the corpus' tables say; None where only the file itself can
         tell.
       problems: found in the tables, reported once the recording is read.
     """
@@ -34,6 +34,8 @@ class Entry:
     age: float | None = None
     sex: str | None = None
     problems: tuple[Problem, ...] = ()
+    # Not in the repr, so that the digest of a corpus without values is what it was before there were any.
+    values: dict[str, dict[str, float]] | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Listing:
       classes: label set -> class names in order; None if only reading tells.
       descriptions: label set -> class -> text.
       fold_source: one phrase on where folds come from.
+      values: value set -> name -> description with its unit; the numbers a record may have (`Entry.values`).
     """
 
     entries: list[Entry]
@@ -55,12 +58,15 @@ class Listing:
     classes: dict[str, list[str]] | None
     descriptions: dict[str, dict[str, str]]
     fold_source: str
+    values: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
     def digest(self) -> str:
         """SHA-256 of all entries: tells whether SOURCE still is what it was."""
         digest = hashlib.sha256()
         for entry in self.entries:
             digest.update(repr(entry).encode())
+            if entry.values is not None:
+                digest.update(repr(entry.values).encode())
         return digest.hexdigest()
 
 
