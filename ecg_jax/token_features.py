@@ -14,11 +14,10 @@ import numpy as np
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import TOKEN_SAMPLES, Grid
 from ecg_jax.errors import UserError
-from ecg_jax.models.encoder import build_encoder, tokens_of
-from ecg_jax.models.inputs import to_model_input
-from ecg_jax.training.pretrained import restore_encoder
+from ecg_jax.models.encoder import tokens_of
+from ecg_jax.training.pretrained import FINAL as FINAL  # where callers of this module find it
+from ecg_jax.training.pretrained import layer_outputs, layer_shapes, restore_encoder
 
-FINAL = "tokens"  # name of the encoder's output beside those of its intermediates
 SPECTRUM = "spectrum"
 
 _SPECTRUM_MAX_HZ = 45.0  # below the power line; an ECG has little above
@@ -113,16 +112,8 @@ def of_checkpoint(checkpoint: str | Path, layer: str, store: Store) -> Features:
             f"The store {store.path} has {store.rate_hz:g} samples per second, the checkpoint {checkpoint} takes "
             f"{contract.rate_hz:g}; prepare the recordings for it."
         )
-    module, window = build_encoder(**encoder.config["model"]), contract.window_samples
-
-    def outputs(variables, signal):
-        x = to_model_input(signal, contract.normalisation)
-        tokens, intermediates = module.apply(variables, x, train=False)
-        return {**intermediates, FINAL: tokens}
-
-    signal = jax.ShapeDtypeStruct((1, window, len(contract.leads)), jnp.int16)
-    shapes = jax.eval_shape(outputs, encoder.variables, signal)
-    known = [name for name, shape in shapes.items() if shape.shape[:-1] == (1, tokens_of(window))]
+    outputs, window = layer_outputs(encoder), contract.window_samples
+    known = [name for name, (length, _) in layer_shapes(encoder).items() if length == tokens_of(window)]
     if layer not in known:
         raise UserError(
             f"--layer={layer} is unknown; the encoder of {checkpoint} has {', '.join(sorted(known))}."

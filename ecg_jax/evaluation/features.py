@@ -10,22 +10,25 @@ from collections.abc import Callable
 import numpy as np
 
 
-def encode_padded(
-    encode: Callable[[np.ndarray], np.ndarray], crops: np.ndarray, batch_size: int
-) -> np.ndarray:
+def encode_padded(encode: Callable, crops: np.ndarray, batch_size: int):
     """Encode up to `batch_size` crops as a batch of exactly that size, so that the encoder compiles once.
 
     Args:
-        encode: int16 [B, T, C] microvolts -> float32 [B, D]; rows must not influence each other.
+        encode: int16 [B, T, C] microvolts -> float32 [B, D], or a dict of such; rows must not influence each other.
         crops: int16 [b, T, C] with 1 <= b <= batch_size.
 
     Returns:
-        float32 [b, D].
+        float32 [b, D], or a dict of such.
     """
     missing = batch_size - len(crops)
     if missing:
         crops = np.concatenate([crops, np.zeros((missing, *crops.shape[1:]), crops.dtype)])
-    return np.asarray(encode(crops), dtype=np.float32)[: batch_size - missing]
+    encoded = encode(crops)
+    if isinstance(encoded, dict):
+        return {
+            name: np.asarray(of, dtype=np.float32)[: batch_size - missing] for name, of in encoded.items()
+        }
+    return np.asarray(encoded, dtype=np.float32)[: batch_size - missing]
 
 
 def compute_features(

@@ -3,7 +3,9 @@ on.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.models.encoder import build_encoder, constants, tokens_of
 from ecg_jax.models.inputs import to_model_input
 from ecg_jax.training.checkpoint import read_encoder, resolve_checkpoint
+
+#: Name of the encoder's output beside those of its intermediates.
+FINAL = "tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,31 +95,101 @@ def random_twin(encoder: RestoredEncoder, seed: int) -> RestoredEncoder:
     )
 
 
-def encode_fn(encoder: RestoredEncoder) -> Callable[[np.ndarray], np.ndarray]:
-    """The encoder as a function of stored samples.
+@functools.lru_cache(maxsize=8)
+def _pooled_program(model: str, normalisation: str, layers: tuple[str, ...]) -> Callable:
+    """Jitted (variables, int16 [B, T, C]) -> {layer: float32 [B, D]}, one for all weights of an architecture.
 
-    Returns:
-        int16 [B, T, C] in microvolts -> float32 [B, D], the mean over tokens of the backbone's output in
-        evaluation mode. T is the window of the contract. Compiled once for each B. Anything else raises a
-        ValueError.
+    `model` is the JSON of `config.model`. Kept, so that random twins do not compile the same program again.
     """
-    crop = (encoder.preprocessing.window_samples, len(encoder.preprocessing.leads))
-    module = build_encoder(**encoder.config["model"])
-    normalisation = encoder.preprocessing.normalisation
-    variables = jax.device_put(encoder.variables)
+    outputs = _outputs(json.loads(model), normalisation)
 
     @jax.jit
-    def embed(variables, signal):
-        tokens, _ = module.apply(variables, to_model_input(signal, normalisation), train=False)
-        return tokens.astype(jnp.float32).mean(axis=1)
+    def pooled(variables, signal):
+        every = outputs(variables, signal)
+        return {name: every[name].astype(jnp.float32).mean(axis=1) for name in layers}
 
-    def encode(signal: np.ndarray) -> np.ndarray:
+    return pooled
+
+
+def _outputs(model: dict[str, Any], normalisation: str) -> Callable:
+    module = build_encoder(**model)
+
+    def outputs(variables, signal):
+        tokens, intermediates = module.apply(variables, to_model_input(signal, normalisation), train=False)
+        return {**intermediates, FINAL: tokens}
+
+    return outputs
+
+
+def layer_outputs(encoder: RestoredEncoder) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+    """Every layer of the encoder in evaluation mode, as a function that JAX can trace.
+
+    Returns:
+        (variables, int16 [B, T, C] microvolts) -> {name: [B, L, D] of that layer}; "tokens" is the final output,
+        the others are named as `models.encoder.Encoder` names its intermediates.
+    """
+    return _outputs(encoder.config["model"], encoder.preprocessing.normalisation)
+
+
+def layer_shapes(encoder: RestoredEncoder) -> dict[str, tuple[int, int]]:
+    """(tokens L, width D) of every layer for one window of the contract, by name; from the stem on, "tokens" last."""
+    crop = (1, encoder.preprocessing.window_samples, len(encoder.preprocessing.leads))
+    signal = jax.ShapeDtypeStruct(crop, jnp.int16)
+    shapes = jax.eval_shape(layer_outputs(encoder), encoder.variables, signal)
+    known = {name: shape.shape[1:] for name, shape in shapes.items() if len(shape.shape) == 3}
+
+    def depth(name: str) -> tuple:
+        number = "".join(filter(str.isdigit, name))
+        return (name == FINAL, name != "stem", int(number) if number else -1, name)
+
+    return {name: known[name] for name in sorted(known, key=depth)}
+
+
+def layer_names(encoder: RestoredEncoder) -> tuple[str, ...]:
+    """The layers worth probing, from the input on: "stem", "block0", "block1", ..., and "tokens", the final output.
+
+    Other intermediates (`layer{i}`, a branch before its residual sum) are known to `layer_shapes` only.
+    """
+    return tuple(name for name in layer_shapes(encoder) if not name.startswith("layer"))
+
+
+def pooled_fn(
+    encoder: RestoredEncoder, layers: Sequence[str] = (FINAL,)
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """The encoder as a function of stored samples, averaged over tokens, for several layers at once.
+
+    Args:
+        encoder: from `restore_encoder` or `random_twin`.
+        layers: names out of `layer_shapes`; widths may differ between layers.
+
+    Returns:
+        int16 [B, T, C] in microvolts -> {layer: float32 [B, D]}, the mean over tokens of each layer in evaluation
+        mode. T is the window of the contract. Compiled once for each B. Anything else raises a ValueError.
+
+    Raises:
+        ValueError: the encoder has no such layer.
+    """
+    known = layer_shapes(encoder)
+    if unknown := [name for name in layers if name not in known]:
+        raise ValueError(f"the encoder has no layer {', '.join(unknown)}; it has {', '.join(known)}")
+    crop = (encoder.preprocessing.window_samples, len(encoder.preprocessing.leads))
+    model = json.dumps(encoder.config["model"], sort_keys=True)
+    program = _pooled_program(model, encoder.preprocessing.normalisation, tuple(layers))
+    variables = jax.device_put(encoder.variables)
+
+    def pooled(signal: np.ndarray) -> dict[str, np.ndarray]:
         if signal.dtype != np.int16 or signal.ndim != 3 or signal.shape[1:] != crop:
             raise ValueError(
                 f"int16 microvolts of shape [B, {crop[0]}, {crop[1]}] expected, got {signal.dtype} of shape "
                 f"{signal.shape}; from millivolts: np.rint(1000 * x).astype(np.int16)"
             )
         with jax.default_matmul_precision("highest"):
-            return np.asarray(embed(variables, signal))
+            return jax.device_get(program(variables, signal))
 
-    return encode
+    return pooled
+
+
+def encode_fn(encoder: RestoredEncoder) -> Callable[[np.ndarray], np.ndarray]:
+    """`pooled_fn` of the final output alone: int16 [B, T, C] in microvolts -> float32 [B, D]."""
+    pooled = pooled_fn(encoder)
+    return lambda signal: pooled(signal)[FINAL]
