@@ -22,6 +22,7 @@ from ecg_jax.config_flags import parse_command
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, heads, metrics, tasks
+from ecg_jax.evaluation.examples import Examples, choose_examples
 from ecg_jax.evaluation.features import compute_features, mean_per_record
 from ecg_jax.evaluation.plots import FEW_POSITIVES, auroc_forest
 from ecg_jax.files import write_atomic
@@ -43,7 +44,7 @@ class Fitted:
     """float64 [n_test, K], averaged over the crops of each record."""
 
 
-def fit_linear(encoder: RestoredEncoder, examples: tasks.Examples, config, label: str) -> Fitted:
+def fit_linear(encoder: RestoredEncoder, examples: Examples, config, label: str) -> Fitted:
     """Features of all parts, head on the training part, l2 by the validation part, test probabilities.
 
     Raises:
@@ -94,7 +95,7 @@ def _solver_report(selection: heads.Selection) -> dict:
     }
 
 
-def score(examples: tasks.Examples, fitted: Fitted, random_init: Fitted, config) -> tuple[dict, dict]:
+def score(examples: Examples, fitted: Fitted, random_init: Fitted, config) -> tuple[dict, dict]:
     """Scores with intervals, on one set of resamples for all models.
 
     Returns:
@@ -248,7 +249,7 @@ def probe(config, workdir, checkpoint: str, store, test_store=None) -> dict:
         contract.check_compatible(each.preprocessing, f"checkpoint {encoder.run}", f"store {each.path}")
     identity = _identity(config, encoder, store, test_store)
     _check_workdir(workdir, identity)
-    examples = tasks.choose_examples(task, store, test_store, contract.window_samples, config.min_count)
+    examples = choose_examples(task, store, test_store, contract.window_samples, config.min_count)
 
     # Before the long part, so that a folder that cannot be written to costs nothing.
     try:
@@ -327,7 +328,7 @@ def check_config(config) -> None:
         raise UserError(f"--config.seed={config.seed} must be at least 0.")
 
 
-def _write_predictions(path: Path, examples: tasks.Examples, fitted: Fitted, random_init: Fitted) -> None:
+def _write_predictions(path: Path, examples: Examples, fitted: Fitted, random_init: Fitted) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
@@ -370,9 +371,6 @@ def summary(results: dict) -> str:
             lines.append(f"  {len(names)} classes {what}: {shown}")
     if not results["solver"]["converged"]:
         lines.append("  WARNING: the solver did not reach its tolerance; raise --config.linear.max_steps")
-    if results["split"]["patients_in_train_or_val_and_test"]:
-        n = results["split"]["patients_in_train_or_val_and_test"]
-        lines.append(f"  WARNING: {n} patients are both trained or validated on and tested on")
     return "\n".join(lines)
 
 

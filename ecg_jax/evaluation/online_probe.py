@@ -20,7 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecg_jax.data.store import Store
+from ecg_jax.errors import UserError
 from ecg_jax.evaluation import metrics, tasks
+from ecg_jax.evaluation.examples import is_labelled, target_matrix
 from ecg_jax.models.inputs import to_model_input
 from ecg_jax.training import parallel
 from ecg_jax.training.collapse import student_tokens
@@ -47,6 +49,12 @@ class Slice:
     targets: np.ndarray
 
 
+def _can_watch(task: tasks.Task) -> bool:
+    """Whether the classes of all labelled records of a store are the task's."""
+    everything = task.dataset is None and task.subset is None and task.protocol is None
+    return task.source == "labels" and task.split == "corpus_folds" and everything
+
+
 def choose_slice(
     store: Store, train_rows: np.ndarray, *, task: str, every: int, max_records: int
 ) -> tuple[Slice | None, str]:
@@ -69,9 +77,7 @@ def choose_slice(
     if not task or not every:
         return None, "no online probe: switched off by config.monitor"
     if task == "auto":
-        fitting = [
-            t for t in tasks.TASKS.values() if t.corpus == store.corpus and t.label_set in store.classes
-        ]
+        fitting = [t for t in tasks.fitting(store.corpus, list(store.classes), ()) if _can_watch(t)]
         if not fitting:
             return (
                 None,
@@ -80,13 +86,21 @@ def choose_slice(
         chosen = fitting[0]
     else:
         chosen = tasks.get_task(task)
-        tasks.check_store(chosen, store.corpus, list(store.classes), f"the store {store.path}")
+        tasks.check_store(
+            chosen, store.corpus, list(store.classes), list(store.values), f"the store {store.path}"
+        )
+        if not _can_watch(chosen):
+            watched = ", ".join(t.name for t in tasks.TASKS.values() if _can_watch(t))
+            raise UserError(
+                f"config.monitor.task={task} needs numbers, a part of a corpus or folds of its own, which the online "
+                f"probe does not take; use one of {watched}, or an empty name for none."
+            )
 
     folds, labels = store.column("fold"), store.column(f"labels_{chosen.label_set}")
     highest = np.unique(folds)[1:][-1:]  # a store of one fold keeps it
     rows = train_rows[~np.isin(folds[train_rows], highest)]
     if chosen.unlabelled == "exclude":
-        rows = rows[tasks.is_labelled(labels[rows])]
+        rows = rows[is_labelled(labels[rows])]
     patients, records = store.column("patient_id"), store.column("record_id")
     owner = {row: str(records[row] if patients[row] is None else patients[row]) for row in rows.tolist()}
     order = sorted(
@@ -96,7 +110,7 @@ def choose_slice(
     while 0 < n_fit < len(order) and owner[order[n_fit]] == owner[order[n_fit - 1]]:
         n_fit += 1
     rows = np.array(order, np.int64)
-    targets = tasks.target_matrix(labels[rows], store.classes[chosen.label_set])
+    targets = target_matrix(labels[rows], store.classes[chosen.label_set])
     known = metrics.has_both_kinds(targets[:n_fit]) & metrics.has_both_kinds(targets[n_fit:])
     if not known.any():
         return None, (

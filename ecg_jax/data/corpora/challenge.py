@@ -5,6 +5,7 @@ Reyna et al., CinC 2021; Perez Alday et al., Physiol Meas 41:124003 (2020).
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated, find_files
@@ -54,6 +55,26 @@ def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
     recording = read_wfdb(source / entry.file, entry.record_id, repair=True, assume_gain=assume_gain)
     recording.labels.setdefault("dx", [])
     return recording
+
+
+_DATASETS = {
+    "A": "cpsc2018", "Q": "cpsc_extra", "I": "st_petersburg", "S": "ptb", "HR": "ptbxl", "E": "georgia",
+}  # fmt: skip
+_NAME = re.compile(r"([A-Z]+)(\d+)")
+_LAST_OF_CHAPMAN = 10646
+
+
+def dataset_of(record_id: str) -> str | None:
+    """The dataset a Challenge record came from, which its name tells: "cpsc2018" (A0001), "cpsc_extra" (Q0001),
+    "st_petersburg" (I0001), "ptb" (S0001), "ptbxl" (HR00001), "georgia" (E00001), "chapman" (JS00001 to JS10646),
+    "ningbo" (JS10647 on); None for another name.
+    """
+    match = _NAME.fullmatch(record_id)
+    if match is None:
+        return None
+    if match[1] == "JS":
+        return "chapman" if int(match[2]) <= _LAST_OF_CHAPMAN else "ningbo"
+    return _DATASETS.get(match[1])
 
 
 def _is_challenge(path: Path) -> bool:
