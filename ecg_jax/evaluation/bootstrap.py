@@ -1,12 +1,14 @@
-"""Confidence intervals by resampling patients.
+"""Confidence intervals and tests by resampling patients.
 
 Records of one patient are not independent, so the unit that is drawn with replacement is the patient with all
 their records (cluster bootstrap); a record whose patient is unknown is a unit of its own. A resample is kept
 as counts, how often each record was drawn, and two models are compared on the same counts (paired).
 
-Intervals are percentile intervals. A class without positives or negatives in a resample is left out of that
-resample's macro mean; the reference implementation counts it 0.5 instead, which can push the point estimate
-out of its own interval (`undefined="half"` reproduces that).
+Intervals are percentile intervals or BCa intervals (Efron 1987), which correct a bias of the median and a standard
+error that changes with the value; their acceleration needs the scores with one unit left out each time
+(`leave_one_out`). A class without positives or negatives in a resample is left out of that resample's macro mean; the
+reference implementation counts its AUROC 0.5 instead, which can push the point estimate out of its own interval
+(`undefined="half"` reproduces that).
 """
 
 from typing import NamedTuple
@@ -77,79 +79,258 @@ def counts_of(indices) -> np.ndarray:
     return np.stack([np.bincount(row, minlength=indices.shape[1]) for row in indices], axis=1)
 
 
-def interval(point, resampled, level: float = 0.95) -> Interval:
-    """Percentile interval: the (1 ± level)/2 quantiles of the resampled values, NaN ones left out.
+def leave_one_out(codes, max_groups: int = 1000) -> np.ndarray:
+    """Samples with one unit left out each time, as counts: what the acceleration of a BCa interval is made of.
+
+    With more than `max_groups` units, groups of units are left out instead, unit u in group u mod max_groups. The
+    skewness of a mean of g influences is 1/sqrt(g) of theirs and there are 1/g as many, so the acceleration has the
+    same expectation.
 
     Args:
-        point: the value on the full sample.
-        resampled: float [R].
-        level: of confidence.
+        codes: int [n], the unit of each record (from `units`).
+        max_groups: at most so many samples.
 
     Returns:
-        The interval; low and high are NaN if no resample is defined.
+        uint8 [n, U]: 0 for the records left out, 1 for the others.
     """
-    resampled = np.asarray(resampled, dtype=np.float64)
-    resampled = resampled[~np.isnan(resampled)]
-    if not resampled.size:
-        return Interval(float(point), float("nan"), float("nan"))
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(point), float(low), float(high))
+    group = np.asarray(codes) % max_groups
+    return (group[:, None] != np.arange(group.max() + 1)).astype(np.uint8)
 
 
-class AurocBootstrap(NamedTuple):
-    """AUROC of one model on the full sample and on every resample."""
+def _quantiles(ordered, n_defined, probability) -> np.ndarray:
+    """Quantiles of each column by linear interpolation between order statistics, as NumPy's default.
 
+    Args:
+        ordered: [R, K], sorted down the columns, NaN last.
+        n_defined: [K], values that are not NaN, at least one.
+        probability: [K].
+    """
+    position = probability * (n_defined - 1)
+    lower = np.floor(position).astype(np.int64)
+    upper, columns = np.minimum(lower + 1, n_defined - 1), np.arange(ordered.shape[1])
+    low, high = ordered[lower, columns], ordered[upper, columns]
+    return low + (high - low) * (position - lower)
+
+
+def _bca_probabilities(points, resampled, n_defined, left_out, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which quantiles of the resampled values are the ends of BCa intervals: ([K], [K]).
+
+    With z₀ = Φ⁻¹(share of resampled values below the point, ties half), a = Σ d³ / (6 (Σ d²)^(3/2)) where d are mean
+    minus leave-one-out values, and z = Φ⁻¹((1 ± level)/2), the ends are Φ(z₀ + (z₀ + z) / (1 − a (z₀ + z)))
+    (Efron 1987, eq. 6.8).
+    """
+    from scipy.special import ndtr, ndtri
+
+    share = ((resampled < points).sum(axis=0) + 0.5 * (resampled == points).sum(axis=0)) / n_defined
+    # A point beyond all its resamples would have infinite bias: it counts as half a resample away from the end.
+    z0 = ndtri(np.clip(share, 0.5 / n_defined, 1 - 0.5 / n_defined))
+    defined = ~np.isnan(left_out)
+    mean = np.where(defined, left_out, 0.0).sum(axis=0) / np.maximum(defined.sum(axis=0), 1)
+    d = np.where(defined, mean - left_out, 0.0)
+    # Differences that are rounding of equal values would make an acceleration of noise.
+    d[np.abs(d) < 1e-13] = 0.0
+    spread = (d**2).sum(axis=0) ** 1.5
+    acceleration = np.where(spread > 0, (d**3).sum(axis=0) / (6 * np.where(spread > 0, spread, 1.0)), 0.0)
+
+    def end(z: float) -> np.ndarray:
+        shifted = z0 + z
+        room = 1 - acceleration * shifted
+        # Past the pole the map is at its limit.
+        inside = z0 + shifted / np.where(room > 0, room, 1.0)
+        return ndtr(np.where(room > 0, inside, np.sign(shifted) * np.inf))
+
+    return end(ndtri((1 - level) / 2)), end(ndtri((1 + level) / 2))
+
+
+def intervals(points, resampled, level: float = 0.95, kind: str = "percentile", left_out=None):
+    """Intervals of K quantities at once; resampled values that are NaN are left out.
+
+    Args:
+        points: [K], the values on the full sample.
+        resampled: [R, K].
+        level: of confidence.
+        kind: "percentile", the (1 ± level)/2 quantiles of the resampled values, or "bca", bias-corrected and
+            accelerated.
+        left_out: [U, K], the values on the samples of `leave_one_out`, which "bca" needs.
+
+    Returns:
+        list[Interval]. Low and high are NaN where no resample is defined or the point is not. If all resampled values
+        are equal, both ends are that value. In a BCa interval a point beyond all resampled values counts as half a
+        resample away from them, and the acceleration is 0 where leaving out a unit changes nothing.
+
+    Raises:
+        ValueError: another kind, or "bca" without `left_out`.
+    """
+    points, resampled = np.asarray(points, dtype=np.float64), np.asarray(resampled, dtype=np.float64)
+    ordered, n_defined = np.sort(resampled, axis=0), (~np.isnan(resampled)).sum(axis=0)
+    usable = (n_defined > 0) & ~np.isnan(points)
+    if kind == "percentile":
+        ends = [np.full(len(points), (1 + sign * level) / 2) for sign in (-1, 1)]
+    elif kind == "bca":
+        if left_out is None:
+            raise ValueError("a BCa interval needs the scores on leave_one_out samples")
+        ends = [np.full(len(points), np.nan) for _ in range(2)]
+        ends[0][usable], ends[1][usable] = _bca_probabilities(
+            points[usable], resampled[:, usable], n_defined[usable], np.asarray(left_out)[:, usable], level
+        )
+    else:
+        raise ValueError(f'kind must be "percentile" or "bca", not {kind!r}')
+    low, high = np.full(len(points), np.nan), np.full(len(points), np.nan)
+    for found, end in ((low, ends[0]), (high, ends[1])):
+        found[usable] = _quantiles(ordered[:, usable], n_defined[usable], end[usable])
+    return [Interval(*map(float, triple)) for triple in zip(points, low, high, strict=True)]
+
+
+def interval(point, resampled, level: float = 0.95, kind: str = "percentile", left_out=None) -> Interval:
+    """Interval of one quantity from its value, its resampled values [R] and leave-one-out values [U].
+
+    Everything else as in `intervals`.
+    """
+    columns = [None if values is None else np.asarray(values)[:, None] for values in (resampled, left_out)]
+    return intervals([point], columns[0], level, kind, columns[1])[0]
+
+
+def p_value(differences) -> float:
+    """Two-sided p-value of a paired difference from its resampled values [R], by inverting percentile intervals.
+
+        p = min(1, 2 min(1 + #{d ≤ 0}, 1 + #{d ≥ 0}) / (R + 1))
+
+    (Davison & Hinkley 1997, §4.2 for the correction by 1, which keeps p from being 0). NaN values are left out.
+
+    Returns:
+        p, NaN if no resample is defined; p < 0.05 where the 95 % percentile interval excludes 0, but for rounding
+        by one resample.
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    differences = differences[~np.isnan(differences)]
+    if not differences.size:
+        return float("nan")
+    smaller = 1 + min((differences <= 0).sum(), (differences >= 0).sum())
+    return float(min(1.0, 2 * smaller / (len(differences) + 1)))
+
+
+class Scored(NamedTuple):
+    """One metric of one model on the full sample and on every resample; see `scoring.score`.
+
+    A metric that is one number for all classes (micro AUROC, Fmax, a Challenge score) has K = 1.
+    """
+
+    metric: str
+    """A name of `scoring.METRICS`, or "challenge_2020", "challenge_2021"."""
     per_class: np.ndarray
     """float64 [K], NaN where undefined."""
     resampled: np.ndarray
     """float64 [R, K], NaN where undefined."""
+    left_out: np.ndarray | None = None
+    """float64 [U, K] on the samples of `leave_one_out`, which BCa intervals need; None if not computed."""
 
-    def class_intervals(self, level: float = 0.95) -> list[Interval]:
-        """One interval per class."""
-        return [interval(self.per_class[k], self.resampled[:, k], level) for k in range(len(self.per_class))]
+    def class_intervals(self, level: float = 0.95, kind: str = "percentile") -> list[Interval]:
+        """One interval per class, as in `intervals`."""
+        return intervals(self.per_class, self.resampled, level, kind, self.left_out)
 
-    def macro(self, undefined: str = "exclude", level: float = 0.95) -> Interval:
-        """Interval of macro AUROC; `undefined` as in `metrics.macro`, applied within each resample."""
-        return interval(
-            metrics.macro(self.per_class, undefined), metrics.macro(self.resampled, undefined), level
-        )
+    def macros(self, undefined: str) -> tuple[float, np.ndarray, np.ndarray | None]:
+        """Mean over classes on the sample, on the resamples [R] and with units left out [U] (None if not computed).
+
+        `undefined` as in `metrics.macro`, applied within each resample; "half" is the reference's rule for AUROC, and
+        classes undefined in another metric are left out under either rule.
+        """
+        rule = undefined if self.metric == "auroc" or undefined not in ("half", "exclude") else "exclude"
+        left_out = None if self.left_out is None else metrics.macro(self.left_out, rule)
+        return float(metrics.macro(self.per_class, rule)), metrics.macro(self.resampled, rule), left_out
+
+    def macro(self, undefined: str = "exclude", level: float = 0.95, kind: str = "percentile") -> Interval:
+        """Interval of the mean over classes; `undefined` as in `macros`, the rest as in `intervals`."""
+        point, resampled, left_out = self.macros(undefined)
+        return interval(point, resampled, level, kind, left_out)
 
 
-def bootstrap_auroc(targets, scores, counts) -> AurocBootstrap:
+def bootstrap_auroc(targets, scores, counts, left_out=None) -> Scored:
     """AUROC per class on the full sample and on the given resamples.
 
     Args:
         targets: [n, K] of 0, 1, NaN.
         scores: [n, K].
         counts: [n, R] from `draw` or `counts_of`.
+        left_out: [n, U] from `leave_one_out`, for BCa intervals.
 
     Raises:
         ValueError: as in `metrics.resampled_auroc`.
     """
-    return AurocBootstrap(metrics.auroc(targets, scores), metrics.resampled_auroc(targets, scores, counts))
+    return Scored(
+        "auroc",
+        metrics.auroc(targets, scores),
+        metrics.resampled_auroc(targets, scores, counts),
+        None if left_out is None else metrics.resampled_auroc(targets, scores, left_out),
+    )
 
 
 def bootstrap_micro_auroc(targets, scores, counts, level: float = 0.95) -> Interval:
-    """Interval of micro AUROC; arguments as in `bootstrap_auroc`."""
+    """Percentile interval of micro AUROC; arguments as in `bootstrap_auroc`."""
     resampled = metrics.resampled_micro_auroc(targets, scores, counts)
     return interval(metrics.micro_auroc(targets, scores), resampled, level)
 
 
-def macro_difference(
-    first: AurocBootstrap, second: AurocBootstrap, undefined: str = "exclude", level: float = 0.95
-) -> Interval:
-    """Interval of macro AUROC of the first model minus the second's, on the same resamples.
+class Comparison(NamedTuple):
+    """A paired difference of two models, the first minus the second."""
+
+    difference: Interval
+    p_value: float
+    """See `p_value`; NaN where the difference is undefined."""
+
+
+def _check_paired(first: Scored, second: Scored) -> None:
+    paired = (
+        first.metric == second.metric
+        and first.resampled.shape == second.resampled.shape
+        and np.array_equal(np.isnan(first.resampled), np.isnan(second.resampled))
+        and np.array_equal(np.isnan(first.per_class), np.isnan(second.per_class))
+    )
+    if not paired:
+        raise ValueError(
+            "the two models were not scored by the same metric on the same targets and resamples"
+        )
+
+
+def compare(
+    first: Scored,
+    second: Scored,
+    undefined: str = "exclude",
+    level: float = 0.95,
+    kind: str = "percentile",
+) -> Comparison:
+    """Macro mean of the first model minus the second's, on the same resamples, with its p-value.
 
     Both must come from the same targets and counts; then the same classes are undefined in both.
 
     Raises:
-        ValueError: they have other shapes or other undefined classes, so they were not paired.
+        ValueError: other metrics, shapes or undefined classes, so they were not paired; see also `intervals`.
     """
-    paired = first.resampled.shape == second.resampled.shape and np.array_equal(
-        np.isnan(first.resampled), np.isnan(second.resampled)
+    _check_paired(first, second)
+    one, other = first.macros(undefined), second.macros(undefined)
+    left_out = None if one[2] is None or other[2] is None else one[2] - other[2]
+    resampled = one[1] - other[1]
+    return Comparison(interval(one[0] - other[0], resampled, level, kind, left_out), p_value(resampled))
+
+
+def class_differences(
+    first: Scored, second: Scored, level: float = 0.95, kind: str = "percentile"
+) -> list[Comparison]:
+    """The first model minus the second per class, as `compare` does for the mean; errors as there."""
+    _check_paired(first, second)
+    missing = first.left_out is None or second.left_out is None
+    resampled = first.resampled - second.resampled
+    found = intervals(
+        first.per_class - second.per_class,
+        resampled,
+        level,
+        kind,
+        None if missing else first.left_out - second.left_out,
     )
-    if not paired:
-        raise ValueError("the two models were not scored on the same targets and resamples")
-    difference = metrics.macro(first.resampled, undefined) - metrics.macro(second.resampled, undefined)
-    point = metrics.macro(first.per_class, undefined) - metrics.macro(second.per_class, undefined)
-    return interval(point, difference, level)
+    return [Comparison(entry, p_value(resampled[:, k])) for k, entry in enumerate(found)]
+
+
+def macro_difference(
+    first: Scored, second: Scored, undefined: str = "exclude", level: float = 0.95, kind: str = "percentile"
+) -> Interval:
+    """The interval of `compare`."""
+    return compare(first, second, undefined, level, kind).difference

@@ -1,23 +1,27 @@
-"""Scores of predictions against targets: AUROC, average precision, mean absolute error.
+"""Scores of predictions against targets: AUROC, average precision, Fmax, mean absolute error, R².
 
-Every function takes plain arrays: `targets` and `scores` are [n, K] (n records or crops, K classes), targets
-are 0, 1 or NaN, and a NaN target leaves that record out of that class only.
+Every function takes plain arrays: `targets` and `scores` are [n, K] (n records or crops, K classes), targets of a
+classification are 0, 1 or NaN, and a NaN target leaves that record out of that class only. Brier score and
+calibration error are in `calibration.py`.
 
-AUROC is computed from ranks (the Mann-Whitney statistic, ties count one half), not from a curve:
+Each `resampled_...` takes `counts` [n, R], how often each record is drawn in each of R resamples: counts become
+weights in the sums below, so that a record is ranked, binned or compared once for any number of resamples. That is
+what makes the bootstrap of `bootstrap.py` fast. AUROC is computed from ranks (the Mann-Whitney statistic, ties count
+one half), not from a curve:
 
     AUROC = Σ_{i positive} (#{j negative: s_j < s_i} + ½ #{j negative: s_j = s_i}) / (n_pos n_neg)
-
-so that one sort of the negatives serves any number of resamples, given as how often each record was drawn:
-the counts become weights in the sums above. That is what makes the bootstrap of `bootstrap.py` fast.
 """
 
 import numpy as np
 
-# Resamples handled at once: a block of cumulative counts (n_neg x block x 8 bytes) should stay in cache.
-_BLOCK = 64
+# Resamples handled at once: bounds the memory of running sums over records [n, block].
+_BLOCK = 512
+
+#: Thresholds of Fmax, as in the protein function challenges it comes from: 0, 0.01, ..., 1.
+FMAX_THRESHOLDS = np.arange(101) / 100
 
 
-def _as_matrix(targets, scores):
+def as_matrices(targets, scores) -> tuple[np.ndarray, np.ndarray]:
     """Targets and scores as float64 [n, K]; a vector counts as one class.
 
     Raises:
@@ -48,35 +52,68 @@ def has_both_kinds(targets) -> np.ndarray:
     return (n_pos > 0) & (n_neg > 0)
 
 
-def _auroc_of_one_class(targets, scores, rows, counts) -> np.ndarray:
+def _blocks(counts, n: int) -> list[tuple[slice, np.ndarray]]:
+    """Counts [n, R] in blocks of resamples as (which resamples, [n, at most _BLOCK]).
+
+    float32 where every sum of counts and half counts is exact in it, else float64.
+
+    Raises:
+        ValueError: counts are not [n, R].
+    """
+    counts = np.asarray(counts)
+    if counts.ndim != 2 or len(counts) != n:
+        raise ValueError(f"counts {counts.shape} must be [{n}, R]")
+    exact = counts.dtype.kind in "bui" and counts.sum(axis=0, dtype=np.int64).max(initial=0) < 2**22
+    dtype = np.float32 if exact else np.float64
+    starts = range(0, counts.shape[1], _BLOCK)
+    return [
+        (slice(s, s + _BLOCK), np.ascontiguousarray(counts[:, s : s + _BLOCK], dtype=dtype)) for s in starts
+    ]
+
+
+def _sums(step, rows, n_steps: int, n: int, weight=1.0):
+    """Sparse [n_steps, n] that adds `weight` times record `rows[j]` to step `step[j]`."""
+    from scipy.sparse import csr_array
+
+    # 1 and ½ are exact in float32, and a product with float64 counts is float64.
+    data = np.broadcast_to(np.float32(weight), len(rows))
+    return csr_array((data, (step, rows)), shape=(n_steps, n))
+
+
+def _auroc_of_one_class(targets, scores, rows, blocks, n_resamples: int) -> np.ndarray:
     """AUROC of one class under every column of counts.
 
     Args:
         targets: [m], scores: [m].
         rows: int [m], which row of counts belongs to each entry.
-        counts: [n, R] how often each record is drawn in each resample.
+        blocks: counts [n, R] from `_blocks`.
+        n_resamples: R.
 
     Returns:
         float64 [R], NaN where a resample holds no positive or no negative.
     """
     positive, negative = targets == 1, targets == 0
-    pos_scores, pos_rows = scores[positive], rows[positive]
-    order = np.argsort(scores[negative], kind="stable")
-    neg_scores, neg_rows = scores[negative][order], rows[negative][order]
-    below = np.searchsorted(neg_scores, pos_scores, side="left")
-    not_above = np.searchsorted(neg_scores, pos_scores, side="right")
-
-    auroc = np.empty(counts.shape[1])
-    for start in range(0, counts.shape[1], _BLOCK):
-        block = np.ascontiguousarray(counts[:, start : start + _BLOCK], dtype=np.float64)
-        # Row j of `cumulative`: drawn negatives among the j lowest scores. Exact, integers below 2^53.
-        cumulative = np.zeros((len(neg_rows) + 1, block.shape[1]))
-        np.cumsum(block[neg_rows], axis=0, out=cumulative[1:])
-        weights = block[pos_rows]
-        n_pairs = weights.sum(axis=0) * cumulative[-1]
-        won = np.einsum("ir,ir->r", weights, cumulative[below] + cumulative[not_above]) / 2
+    if positive.sum() > negative.sum():
+        # The mirror image has the same AUROC, and the work below grows with the number of positives.
+        positive, negative, scores = negative, positive, -scores
+    auroc = np.full(n_resamples, np.nan)
+    if not positive.any() or not negative.any():
+        return auroc
+    n = len(blocks[0][1]) if blocks else 0
+    # Steps are the distinct scores of positives, ascending. A negative counts from the first step above it on; one
+    # that ties with a step counts half there and fully from the next on.
+    steps, step_of_positive = np.unique(scores[positive], return_inverse=True)
+    neg_rows = rows[negative]
+    below = np.searchsorted(steps, scores[negative], side="left")
+    above = np.searchsorted(steps, scores[negative], side="right")
+    n_steps = len(steps) + 1  # the last one lies above all positives
+    positives = _sums(step_of_positive, rows[positive], n_steps, n)
+    negatives = _sums(below, neg_rows, n_steps, n, 0.5) + _sums(above, neg_rows, n_steps, n, 0.5)
+    for where, block in blocks:
+        drawn = (positives @ block).astype(np.float64)
+        beaten = np.cumsum(negatives @ block, axis=0, dtype=np.float64)
         with np.errstate(invalid="ignore"):  # 0/0, an undefined class, is NaN and meant to be
-            auroc[start : start + _BLOCK] = won / n_pairs
+            auroc[where] = np.einsum("er,er->r", drawn, beaten) / (drawn.sum(axis=0) * beaten[-1])
     return auroc
 
 
@@ -94,13 +131,12 @@ def resampled_auroc(targets, scores, counts) -> np.ndarray:
     Raises:
         ValueError: shapes differ, targets other than 0, 1, NaN, or NaN scores.
     """
-    targets, scores = _as_matrix(targets, scores)
-    counts = np.asarray(counts)
-    rows = np.arange(len(targets))
-    columns = [
-        _auroc_of_one_class(targets[:, k], scores[:, k], rows, counts) for k in range(targets.shape[1])
-    ]
-    return np.stack(columns, axis=1) if columns else np.empty((counts.shape[1], 0))
+    targets, scores = as_matrices(targets, scores)
+    blocks, rows = _blocks(counts, len(targets)), np.arange(len(targets))
+    result = np.empty((np.shape(counts)[1], targets.shape[1]))
+    for k in range(targets.shape[1]):
+        result[:, k] = _auroc_of_one_class(targets[:, k], scores[:, k], rows, blocks, len(result))
+    return result
 
 
 def resampled_micro_auroc(targets, scores, counts) -> np.ndarray:
@@ -108,9 +144,10 @@ def resampled_micro_auroc(targets, scores, counts) -> np.ndarray:
 
     Arguments and errors as in `resampled_auroc`.
     """
-    targets, scores = _as_matrix(targets, scores)
+    targets, scores = as_matrices(targets, scores)
     rows = np.repeat(np.arange(len(targets)), targets.shape[1])
-    return _auroc_of_one_class(targets.ravel(), scores.ravel(), rows, np.asarray(counts))
+    blocks = _blocks(counts, len(targets))
+    return _auroc_of_one_class(targets.ravel(), scores.ravel(), rows, blocks, np.shape(counts)[1])
 
 
 def auroc(targets, scores) -> np.ndarray:
@@ -155,32 +192,163 @@ def macro_auroc(targets, scores, undefined: str = "exclude") -> float:
     return float(macro(auroc(targets, scores), undefined))
 
 
-def average_precision(targets, scores) -> np.ndarray:
-    """Area under the precision-recall curve per class, as average precision Σ (R_t − R_{t−1}) P_t.
+def resampled_average_precision(targets, scores, counts) -> np.ndarray:
+    """Average precision Σ (R_t − R_{t−1}) P_t per class, the area under the precision-recall curve.
 
     One step per distinct score, so ties are one threshold (as in scikit-learn); no interpolation.
 
     Returns:
-        float64 [K], NaN for a class without positives or without negatives.
+        float64 [R, K], NaN where a class has no positive or no negative among the drawn records.
+
+    Raises:
+        ValueError: as in `resampled_auroc`, whose arguments these are.
+    """
+    targets, scores = as_matrices(targets, scores)
+    n, n_classes = targets.shape
+    blocks = _blocks(counts, n)
+    result = np.full((np.shape(counts)[1], n_classes), np.nan)
+    for k in range(n_classes):
+        pos_rows, neg_rows = np.flatnonzero(targets[:, k] == 1), np.flatnonzero(targets[:, k] == 0)
+        if not len(pos_rows) or not len(neg_rows):
+            continue
+        # Recall rises only at scores of positives: they are the steps, descending. A negative counts from the first
+        # step that is not above it.
+        steps, step_of_positive = np.unique(-scores[pos_rows, k], return_inverse=True)
+        n_steps = len(steps) + 1
+        step_of_negative = np.searchsorted(steps, -scores[neg_rows, k], side="left")
+        positives = _sums(step_of_positive, pos_rows, n_steps, n)
+        negatives = _sums(step_of_negative, neg_rows, n_steps, n)
+        for where, block in blocks:
+            drawn = (positives @ block).astype(np.float64)
+            true = np.cumsum(drawn, axis=0)
+            false = np.cumsum(negatives @ block, axis=0, dtype=np.float64)
+            with np.errstate(invalid="ignore"):
+                precision = np.where(drawn > 0, true / (true + false), 0.0)
+                value = np.einsum("er,er->r", drawn, precision) / true[-1]
+            result[where, k] = np.where(false[-1] > 0, value, np.nan)
+    return result
+
+
+def average_precision(targets, scores) -> np.ndarray:
+    """Average precision per class: float64 [K], NaN for a class without positives or without negatives.
+
+    Definition and errors as in `resampled_average_precision`.
+    """
+    return resampled_average_precision(targets, scores, np.ones((len(targets), 1)))[0]
+
+
+def resampled_fmax(targets, probabilities, counts) -> np.ndarray:
+    """Fmax, the sample-centric score of the PTB-XL benchmark (Strodthoff et al. 2021, after Radivojac et al. 2013).
+
+    At a threshold τ a record's predicted classes are those with probability ≥ τ. Precision P(τ) is the mean, over
+    records with at least one predicted class, of the share of predicted classes that are true; recall R(τ) the mean,
+    over records with at least one true class, of the share of true classes that are predicted; and
+
+        Fmax = max_τ 2 P(τ) R(τ) / (P(τ) + R(τ)),   τ in `FMAX_THRESHOLDS`.
+
+    A class whose target is NaN is left out of both shares of that record. The maximum is taken anew in each resample.
+
+    Returns:
+        float64 [R], NaN where no drawn record has a true class.
 
     Raises:
         ValueError: as in `resampled_auroc`.
     """
-    targets, scores = _as_matrix(targets, scores)
-    result = np.full(targets.shape[1], np.nan)
-    for k in range(targets.shape[1]):
-        known = ~np.isnan(targets[:, k])
-        y, s = targets[known, k], scores[known, k]
-        if not 0 < y.sum() < len(y):
-            continue
-        order = np.argsort(-s, kind="stable")
-        y, s = y[order], s[order]
-        last_of_tie = np.append(np.flatnonzero(np.diff(s)), len(s) - 1)
-        true_positives = np.cumsum(y)[last_of_tie]
-        precision = true_positives / (last_of_tie + 1)
-        recall = true_positives / true_positives[-1]
-        result[k] = np.sum(np.diff(recall, prepend=0.0) * precision)
+    targets, scores = as_matrices(targets, probabilities)
+    blocks, n, T = _blocks(counts, len(targets)), len(targets), len(FMAX_THRESHOLDS)
+    passed = np.searchsorted(FMAX_THRESHOLDS, scores, side="right")  # thresholds that are not above the score
+
+    def predicted(entries) -> np.ndarray:
+        """How many of the entries [n, K] of each record pass each threshold: [n, T]."""
+        record, k = np.nonzero(entries)
+        passing = np.bincount(record * (T + 1) + passed[record, k], minlength=n * (T + 1)).reshape(n, T + 1)
+        return np.cumsum(passing[:, ::-1], axis=1)[:, -2::-1]
+
+    n_true, n_predicted = (targets == 1).sum(axis=1), predicted(~np.isnan(targets))
+    hits = predicted(targets == 1)
+    precision = (hits / np.maximum(n_predicted, 1)).T
+    recall = (hits / np.maximum(n_true, 1)[:, None]).T
+    predicts = (n_predicted > 0).astype(np.float64).T
+    result = np.empty(np.shape(counts)[1])
+    for where, block in blocks:
+        block = block.astype(np.float64)
+        n_positive = (n_true > 0).astype(np.float64) @ block
+        with np.errstate(invalid="ignore"):
+            P, R = precision @ block / (predicts @ block), recall @ block / n_positive
+            F = 2 * P * R / (P + R)
+        # No prediction at all, or none of them right: F is 0, not undefined.
+        result[where] = np.where(n_positive > 0, np.nan_to_num(F).max(axis=0), np.nan)
     return result
+
+
+def fmax(targets, probabilities) -> float:
+    """Fmax of [n, K]; see `resampled_fmax`."""
+    return float(resampled_fmax(targets, probabilities, np.ones((len(targets), 1)))[0])
+
+
+def _regression(targets, predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Targets with 0 where unknown, predictions, and which targets are known, all [n, K].
+
+    Raises:
+        ValueError: shapes differ or a prediction is NaN.
+    """
+    targets = np.asarray(targets, dtype=np.float64)
+    predictions = np.asarray(predictions, dtype=np.float64)
+    if targets.shape != predictions.shape or targets.ndim != 2:
+        raise ValueError(f"targets {targets.shape} and predictions {predictions.shape} must both be [n, K]")
+    if np.isnan(predictions).any():
+        raise ValueError("predictions must not be NaN")
+    known = ~np.isnan(targets)
+    return np.where(known, targets, 0.0), predictions, known
+
+
+def weighted_means(values, known, counts) -> np.ndarray:
+    """Mean of values [n, K] over the drawn records where known: float64 [R, K], NaN where none is drawn."""
+    values, known = np.where(known, values, 0.0).T, np.asarray(known, dtype=np.float64).T
+    result = np.empty((np.shape(counts)[1], len(values)))
+    for where, block in _blocks(counts, values.shape[1]):
+        block = block.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            result[where] = (values @ block / (known @ block)).T
+    return result
+
+
+def resampled_mae(targets, predictions, counts) -> np.ndarray:
+    """Mean absolute error per target for many resamples.
+
+    Args:
+        targets: [n, K], NaN where unknown.
+        predictions: [n, K].
+        counts: [n, R], how often each record is drawn in each resample.
+
+    Returns:
+        float64 [R, K], NaN where no drawn record of a target is known.
+
+    Raises:
+        ValueError: shapes differ or a prediction is NaN.
+    """
+    targets, predictions, known = _regression(targets, predictions)
+    return weighted_means(np.abs(predictions - targets), known, counts)
+
+
+def resampled_r2(targets, predictions, counts) -> np.ndarray:
+    """Coefficient of determination per target, 1 − Σ (y − ŷ)² / Σ (y − ȳ)², ȳ the mean of the drawn records.
+
+    Returns:
+        float64 [R, K], NaN where the drawn and known values of a target are all equal or there are none.
+
+    Raises:
+        ValueError: as in `resampled_mae`, whose arguments these are.
+    """
+    targets, predictions, known = _regression(targets, predictions)
+    # Centred first, so that Σ w y² − (Σ w y)² / Σ w loses no digits to a mean far from 0.
+    centre = targets.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    y = np.where(known, targets - centre, 0.0)
+    residual = weighted_means((targets - predictions) ** 2, known, counts)
+    second = weighted_means(y**2, known, counts)
+    variance = second - weighted_means(y, known, counts) ** 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(variance > 1e-12 * second, 1 - residual / variance, np.nan)
 
 
 def mean_absolute_error(targets, predictions) -> tuple[np.ndarray, float]:
@@ -195,13 +363,14 @@ def mean_absolute_error(targets, predictions) -> tuple[np.ndarray, float]:
         is known, and one number over all known entries (so a target counts by how often it is known).
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes differ or a prediction is NaN.
     """
-    targets = np.asarray(targets, dtype=np.float64)
-    predictions = np.asarray(predictions, dtype=np.float64)
-    if targets.shape != predictions.shape:
-        raise ValueError(f"targets {targets.shape} and predictions {predictions.shape} differ in shape")
-    known = ~np.isnan(targets)
-    error = np.where(known, np.abs(predictions - np.where(known, targets, 0.0)), 0.0)
+    targets, predictions, known = _regression(targets, predictions)
+    error = np.where(known, np.abs(predictions - targets), 0.0)
     with np.errstate(invalid="ignore"):
         return error.sum(axis=0) / known.sum(axis=0), float(error.sum() / known.sum())
+
+
+def r2(targets, predictions) -> np.ndarray:
+    """Coefficient of determination per target: float64 [K]; see `resampled_r2`."""
+    return resampled_r2(targets, predictions, np.ones((len(targets), 1)))[0]
