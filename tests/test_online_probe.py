@@ -16,7 +16,8 @@ from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.store import Store
 from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.errors import UserError
-from ecg_jax.evaluation import online_probe, tasks
+from ecg_jax.evaluation import online_probe
+from ecg_jax.evaluation.examples import target_matrix
 from ecg_jax.pretrain import pretrain
 from ecg_jax.run_setup import build_objective, build_optimiser, initial_state
 from ecg_jax.training import parallel
@@ -64,7 +65,7 @@ def test_halves_share_no_patient_and_leave_the_test_fold_alone(labelled_store):
     assert len(set(found.rows)) == len(found.rows) == len(train_rows(store))
     everything = np.arange(len(store))  # as with data.val_folds=0
     assert folds.max() not in folds[choose(store, everything)[0].rows]
-    targets = tasks.target_matrix(store.column("labels_rhythm"), store.classes["rhythm"])
+    targets = target_matrix(store.column("labels_rhythm"), store.classes["rhythm"])
     np.testing.assert_array_equal(found.targets, targets[found.rows])
     assert line == (
         f"online probe on ptbxl_rhythm every 10 steps: 4 classes, {len(halves[0])} recordings to fit, "
@@ -102,8 +103,10 @@ def test_store_without_labels_says_why_there_is_no_probe(synthetic_store, labell
 
 def test_task_that_is_asked_for_must_fit(labelled_store):
     store = Store(labelled_store)
-    with pytest.raises(UserError, match=r"There is no task 'rhythm'; choose one of .*ptbxl_rhythm"):
-        choose(store, task="rhythm")
+    with pytest.raises(UserError, match=r"There is no task 'rhytm'; known: .*ptbxl_rhythm"):
+        choose(store, task="rhytm")
+    with pytest.raises(UserError, match=r"which the online probe does not take; use one of ptbxl_super"):
+        choose(store, task="ningbo")
     with pytest.raises(UserError, match=r"needs the label set 'form', but the store .* has only"):
         choose(store, task="ptbxl_form")
 

@@ -52,7 +52,8 @@ class Slice:
 def _can_watch(task: tasks.Task) -> bool:
     """Whether the classes of all labelled records of a store are the task's."""
     everything = task.dataset is None and task.subset is None and task.protocol is None
-    return task.source == "labels" and task.split == "corpus_folds" and everything
+    real = task.corpus != "synthetic"  # made-up rhythms say nothing about features
+    return task.source == "labels" and task.split == "corpus_folds" and everything and real
 
 
 def choose_slice(
@@ -86,15 +87,15 @@ def choose_slice(
         chosen = fitting[0]
     else:
         chosen = tasks.get_task(task)
-        tasks.check_store(
-            chosen, store.corpus, list(store.classes), list(store.values), f"the store {store.path}"
-        )
         if not _can_watch(chosen):
             watched = ", ".join(t.name for t in tasks.TASKS.values() if _can_watch(t))
             raise UserError(
                 f"config.monitor.task={task} needs numbers, a part of a corpus or folds of its own, which the online "
                 f"probe does not take; use one of {watched}, or an empty name for none."
             )
+        tasks.check_store(
+            chosen, store.corpus, list(store.classes), list(store.values), f"the store {store.path}"
+        )
 
     folds, labels = store.column("fold"), store.column(f"labels_{chosen.label_set}")
     highest = np.unique(folds)[1:][-1:]  # a store of one fold keeps it
