@@ -1,20 +1,20 @@
-"""Corruptions of recordings: lead algebra, noise at its stated strength, and what `ecg-jax prepare` would make of it."""
+"""Corruptions of recordings: lead algebra, noise at its stated strength, agreement with `ecg-jax prepare`."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ecg_files import write_record
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import CANONICAL_LEADS, Recording, limb_residual
 from ecg_jax.data.store import Store
 from ecg_jax.data.synthetic import synthetic_recording
 from ecg_jax.evaluation import corruptions
 from ecg_jax.prepare import prepare
-from ecg_files import write_record
 
 RATE = 240.0
-I, II, V1, V2, V3 = (CANONICAL_LEADS.index(name) for name in ("I", "II", "V1", "V2", "V3"))
+LEAD = {name: i for i, name in enumerate(CANONICAL_LEADS)}
 
 
 def stored(index=0, seconds=10.0) -> np.ndarray:
@@ -25,8 +25,8 @@ def stored(index=0, seconds=10.0) -> np.ndarray:
 def electrodes(signal) -> np.ndarray:
     """Potentials [T, 9] against the right arm, solved from I, II and V1-V6."""
     out = np.zeros((len(signal), 9))
-    out[:, 1], out[:, 2] = signal[:, I], signal[:, II]
-    out[:, 3:] = signal[:, 6:] + (signal[:, I] + signal[:, II])[:, None] / 3
+    out[:, 1], out[:, 2] = signal[:, LEAD["I"]], signal[:, LEAD["II"]]
+    out[:, 3:] = signal[:, 6:] + (signal[:, LEAD["I"]] + signal[:, LEAD["II"]])[:, None] / 3
     return out
 
 
@@ -73,14 +73,14 @@ def test_a_swap_twice_is_no_swap(seed, name, missing):
 
 def test_a_swap_that_needs_a_missing_lead_loses_its_lead():
     signal = stored()
-    signal[:, [I, V2]] = 0
+    signal[:, [LEAD["I"], LEAD["V2"]]] = 0
     out = corruptions.swap(signal, corruptions.SWAPS["RA/LA"])
-    assert not out[:, I].any()
-    np.testing.assert_array_equal(out[:, II], signal[:, CANONICAL_LEADS.index("III")])
+    assert not out[:, LEAD["I"]].any()
+    np.testing.assert_array_equal(out[:, LEAD["II"]], signal[:, LEAD["III"]])
     out = corruptions.swap(signal, corruptions.SWAPS["V1/V2"])
-    assert not out[:, V1].any()
-    np.testing.assert_array_equal(out[:, V2], signal[:, V1])
-    assert not corruptions.swap(signal, corruptions.SWAPS["RA/RL"])[:, [II, V2]].any()
+    assert not out[:, LEAD["V1"]].any()
+    np.testing.assert_array_equal(out[:, LEAD["V2"]], signal[:, LEAD["V1"]])
+    assert not corruptions.swap(signal, corruptions.SWAPS["RA/RL"])[:, [LEAD["II"], LEAD["V2"]]].any()
 
 
 @settings(deadline=None, max_examples=25)
@@ -114,7 +114,7 @@ def test_noise_is_that_of_the_record_and_only_scaled_by_the_snr():
     np.testing.assert_allclose(at_0, 10 * at_20, atol=1e-9)
     for seed, record, kind in ((0, "b", "muscle"), (1, "a", "muscle"), (0, "a", "baseline_wander")):
         other = corruptions.add_noise(clean, RATE, kind, 0.0, seed, record) - clean
-        assert abs(np.corrcoef(other[:, V1], at_0[:, V1])[0, 1]) < 0.5
+        assert abs(np.corrcoef(other[:, LEAD["V1"]], at_0[:, LEAD["V1"]])[0, 1]) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -194,10 +194,10 @@ def test_another_device_is_what_prepare_makes_of_its_file():
 
 def test_another_device_keeps_length_and_missing_leads():
     signal = stored()[:607]
-    signal[:, V3] = 0
+    signal[:, LEAD["V3"]] = 0
     out = corruptions.from_device(signal, RATE, 62.5)
     assert out.shape == signal.shape
-    assert not out[:, V3].any()
+    assert not out[:, LEAD["V3"]].any()
     tone = np.zeros((2400, 12))
     tone[:, 0] = np.sin(2 * np.pi * 40 * np.arange(2400) / RATE)
     # Beyond the 25 Hz of the device; the reflection at the ends leaves a step there.

@@ -17,7 +17,7 @@ import numpy as np
 from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.preprocessing import MICROVOLTS_PER_MV
 from ecg_jax.data.store import Store
-from ecg_jax.evaluation import bootstrap, corruptions, metrics
+from ecg_jax.evaluation import bootstrap, corruptions, scoring
 from ecg_jax.evaluation.features import encode_padded, mean_per_record
 
 # Recordings that one thread corrupts at a time.
@@ -242,12 +242,8 @@ def predict(
     return result
 
 
-class Scored(NamedTuple):
-    """One condition, or the clean records, on the full test set and on every resample."""
-
-    point: float
-    resampled: np.ndarray
-    """float64 [R], NaN where undefined."""
+#: Metric of a task -> name of it in `scoring.METRICS`; the mean over classes or targets is what counts.
+METRICS = {"macro_auroc": "auroc", "mae": "mae"}
 
 
 @dataclass(frozen=True)
@@ -255,7 +251,7 @@ class Scorer:
     """Scores predictions of the same records on the same resamples."""
 
     metric: str
-    """"macro_auroc", or "mae": mean absolute error over all known entries."""
+    """A key of `METRICS`."""
     targets: np.ndarray
     """[n, K]: 0, 1, NaN; for "mae" z-scores, NaN unknown."""
     counts: np.ndarray
@@ -264,33 +260,22 @@ class Scorer:
     """As in `metrics.macro`."""
     level: float = 0.95
     """Of confidence."""
+    kind: str = "percentile"
+    """Of interval, as in `bootstrap.intervals`."""
+    left_out: np.ndarray | None = None
+    """[n, U] from `bootstrap.leave_one_out`, for intervals of kind "bca"."""
 
-    def score(self, predictions: np.ndarray) -> Scored:
-        """The score of predictions [n, K].
+    def score(self, predictions: np.ndarray) -> bootstrap.Scored:
+        """Predictions [n, K] on the full sample and on every resample."""
+        return scoring.score(METRICS[self.metric], self.targets, predictions, self.counts, self.left_out)
 
-        Raises:
-            ValueError: another metric.
-        """
-        if self.metric == "macro_auroc":
-            scored = bootstrap.bootstrap_auroc(self.targets, predictions, self.counts)
-            macro = [metrics.macro(part, self.undefined) for part in scored]
-            return Scored(float(macro[0]), macro[1])
-        if self.metric == "mae":
-            known = ~np.isnan(self.targets)
-            error = np.where(known, np.abs(predictions - np.where(known, self.targets, 0.0)), 0.0).sum(axis=1)
-            n_known = known.sum(axis=1).astype(np.float64)
-            with np.errstate(invalid="ignore"):  # 0/0, a resample without any known target
-                resampled = (error @ self.counts) / (n_known @ self.counts)
-            return Scored(float(error.sum() / n_known.sum()), resampled)
-        raise ValueError(f"no robustness suite for the metric {self.metric!r}; known: macro_auroc, mae")
+    def interval(self, scored: bootstrap.Scored) -> bootstrap.Interval:
+        """The score with its interval."""
+        return scored.macro(self.undefined, self.level, self.kind)
 
-    def interval(self, scored: Scored) -> bootstrap.Interval:
-        """Its percentile interval."""
-        return bootstrap.interval(scored.point, scored.resampled, self.level)
-
-    def difference(self, scored: Scored, clean: Scored) -> bootstrap.Interval:
-        """Interval of the score minus the clean one's, on the same resamples."""
-        return bootstrap.interval(scored.point - clean.point, scored.resampled - clean.resampled, self.level)
+    def difference(self, scored: bootstrap.Scored, clean: bootstrap.Scored) -> bootstrap.Interval:
+        """The score minus the clean one, on the same resamples."""
+        return bootstrap.macro_difference(scored, clean, self.undefined, self.level, self.kind)
 
 
 def evaluate(
