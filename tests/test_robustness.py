@@ -1,0 +1,249 @@
+"""The robustness suite: predictions under corruption, paired scores, and the command on a finished probe."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ecg_jax.data.crops import non_overlapping_crops
+from ecg_jax.data.store import Store
+from ecg_jax.evaluation import bootstrap, metrics
+from ecg_jax.evaluation.features import compute_features, mean_per_record
+from ecg_jax.evaluation.robustness import (
+    CLEAN,
+    Condition,
+    Records,
+    Scorer,
+    build_conditions,
+    evaluate,
+    predict,
+)
+from ecg_jax.evaluation.robustness_plot import robustness_curves
+
+WINDOW = 600
+SUITE = {
+    "leads": (12, 1),
+    "swaps": ("RA/LA",),
+    "noises": ("muscle", "baseline_wander"),
+    "snr_db": (-20.0, 24.0),
+    "rates_hz": (50.0,),
+    "durations_s": (5.0, 1.0),
+}
+FIXED = {"rate_hz": 240.0, "window_s": 2.5, "longest_s": 6.0, "seed": 0}
+
+
+def encode(crops: np.ndarray) -> np.ndarray:
+    """Second moments of I, II, V1 and V6 over time: enough to see an axis, and disturbed by noise."""
+    leads = crops[:, :, [0, 1, 6, 11]] / 1000.0
+    leads = leads - np.median(leads, axis=1, keepdims=True)
+    moments = np.einsum("bti,btj->bij", leads, leads) / crops.shape[1]
+    return moments[:, *np.triu_indices(4)].astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def task(synthetic_store):
+    """(head, test records, targets, patients): a logistic regression of the axis, fitted on half of the patients."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    store = Store(synthetic_store)
+    labels = store.column("labels_synthetic")
+    classes = ["axis_left", "axis_right"]
+    targets = np.array([[name in set(each) for name in classes] for each in labels], float)
+    patients = store.column("patient_id")
+    testing = np.array([int(p[1:]) % 2 == 1 for p in patients])
+
+    def crops(rows):
+        return non_overlapping_crops(store.column("length")[rows], store.column("offset")[rows], WINDOW)
+
+    rows = np.flatnonzero(~testing)
+    starts, record = crops(rows)
+    x = compute_features(encode, store.read_crops, starts, WINDOW, 16)
+    heads = [make_pipeline(StandardScaler(), LogisticRegression()).fit(x, y) for y in targets[rows][record].T]
+
+    def head(features):
+        return np.stack([each.predict_proba(features)[:, 1] for each in heads], axis=1)
+
+    rows = np.flatnonzero(testing)
+    records = Records(store, rows, [str(name) for name in store.column("record_id")[rows]])
+    starts, record = crops(rows)
+    features = compute_features(encode, store.read_crops, starts, WINDOW, 16)
+    expected = mean_per_record(head(features), record, len(rows))
+    return head, records, targets[rows], patients[rows], expected
+
+
+def conditions(**changes):
+    return build_conditions(**{**SUITE, **FIXED, **changes})
+
+
+def run(task, condition, **settings):
+    head, records, *_ = task
+    return predict(encode, head, records, condition, **{"window": WINDOW, "batch_size": 16} | settings)
+
+
+def test_clean_records_are_predicted_as_the_probe_does(task):
+    expected = task[-1]
+    for batch_size, threads in ((16, 2), (7, 1), (500, 3)):
+        got = run(task, CLEAN, batch_size=batch_size, threads=threads)
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_the_encoder_sees_one_shape_and_what_was_corrupted(task):
+    head, records, *_ = task
+    shapes, batches = set(), []
+
+    def spy(crops):
+        shapes.add(crops.shape)
+        batches.append(crops.copy())
+        return encode(crops)
+
+    three = Records(records.store, records.rows[:3], records.record_ids[:3])
+    seen = []
+    halved = Condition("leads", "halved", None, lambda x, name: seen.append((name, x.shape)) or x[:900] / 2)
+    predict(spy, head, three, halved, window=WINDOW, batch_size=4)
+    assert shapes == {(4, WINDOW, 12)}
+    assert sorted(seen) == sorted((name, (1440, 12)) for name in three.record_ids)
+    for i, row in enumerate(three.rows):  # 900 samples: one window each
+        halves = records.store.read(row)[:WINDOW] / 2  # microvolts, rounded either way at one half
+        assert np.abs(batches[0][i] - halves).max() <= 0.5
+
+
+def test_recordings_shorter_than_a_window_are_filled_with_zeros(task):
+    head, records, *_ = task
+    batches = []
+    (condition,) = [c for c in conditions()[0] if c.label == "1 s"]
+    assert "shorter than the window of 2.5 s" in condition.note
+    two = Records(records.store, records.rows[:2], records.record_ids[:2])
+    predict(lambda x: batches.append(x) or encode(x), head, two, condition, window=WINDOW, batch_size=2)
+    for crop, row in zip(batches[0], two.rows, strict=True):
+        np.testing.assert_array_equal(crop[:240], records.store.read(row)[:240])
+        assert not crop[240:].any()
+
+
+def test_scores_fall_with_noise_and_are_paired(task):
+    _, _, targets, patients, clean = task
+    codes, _ = bootstrap.units(patients, len(targets))
+    counts = bootstrap.draw(codes, 200, 0)
+    scorer = Scorer("macro_auroc", targets, counts)
+    chosen, unavailable = conditions()
+    assert not unavailable
+    results = {
+        f"{condition.family} {entry['label']}": entry
+        for condition, entry in evaluate(lambda c: run(task, c), scorer, clean, chosen)
+    }
+    assert len(results) == len(chosen) == 2 + 1 + 2 * 2 + 1 + 2
+    reference = bootstrap.bootstrap_auroc(targets, clean, counts)
+    whole = reference.macro()
+    assert whole.point > 0.9
+    for entry in results.values():
+        assert entry["low"] <= entry["point"] <= entry["high"]
+        assert abs(entry["difference"]["point"] - (entry["point"] - whole.point)) < 1e-12
+    same = results["leads 12 leads"]
+    assert tuple(same["difference"].values()) == (0.0, 0.0, 0.0)
+    assert (same["point"], same["low"], same["high"]) == whole
+    noisy = results["muscle -20 dB"]
+    assert noisy["difference"]["high"] < 0
+    assert noisy["point"] < results["muscle 24 dB"]["point"]
+    assert results["swapped_leads RA/LA"]["difference"]["high"] < 0
+    assert results["leads 1 lead"]["difference"]["high"] < 0
+    (muscle,) = [c for c in chosen if (c.family, c.label) == ("muscle", "-20 dB")]
+    paired = bootstrap.macro_difference(
+        bootstrap.bootstrap_auroc(targets, run(task, muscle), counts), reference
+    )
+    assert tuple(noisy["difference"].values()) == pytest.approx(tuple(paired))
+
+
+def test_regression_is_scored_by_its_mean_absolute_error(task):
+    rng = np.random.default_rng(0)
+    targets = rng.normal(size=(30, 3))
+    targets[rng.random((30, 3)) < 0.3] = np.nan
+    counts = bootstrap.draw(np.arange(30), 50, 0)
+    scorer = Scorer("mae", targets, counts)
+    good, bad = np.nan_to_num(targets) + 0.1, np.zeros((30, 3))
+    first, second = scorer.score(good), scorer.score(bad)
+    assert scorer.interval(first).point == pytest.approx(0.1)
+    assert scorer.interval(second).point == pytest.approx(metrics.mean_absolute_error(targets, bad)[0].mean())
+    assert scorer.difference(second, first).low > 0
+
+
+def test_conditions_that_mean_nothing_are_listed_with_their_reason():
+    chosen, unavailable = conditions(
+        rate_hz=100.0,
+        noises=("powerline_50hz", "muscle"),
+        snr_db=(6.0,),
+        rates_hz=(250.0, 100.0, 50.0),
+        durations_s=(10.0, 5.0),
+    )
+    assert {(each.family, each.label) for each in unavailable} == {
+        ("powerline_50hz", "6 dB"),
+        ("sampling_rate", "250 Hz"),
+        ("sampling_rate", "100 Hz"),
+        ("duration", "10 s"),
+    }
+    assert all(each.reason for each in unavailable)
+    kept = [(each.family, each.value) for each in chosen]
+    assert kept == [
+        ("leads", 12),
+        ("leads", 1),
+        ("swapped_leads", None),
+        ("muscle", 6.0),
+        ("sampling_rate", 50.0),
+        ("duration", 5.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"leads": (4,)}, "unknown number of leads 4; known: 1, 2, 3"),
+        ({"swaps": ("RA/V6",)}, "unknown swap 'RA/V6'; known: RA/LA"),
+        ({"noises": ("hum",)}, "unknown noise 'hum'"),
+        ({"snr_db": (6.0, 6)}, "twice"),
+    ],
+)
+def test_unknown_conditions_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        conditions(**changes)
+
+
+def test_predictions_that_are_not_finite_are_refused(task):
+    _, records, *_ = task
+    with pytest.raises(ValueError, match=r"predictions of 48 of 48 records are not finite \(clean\)"):
+        predict(encode, lambda x: x[:, :2] * np.nan, records, CLEAN, window=WINDOW, batch_size=16)
+    nobody = Records(records.store, records.rows[:0], [])
+    with pytest.raises(ValueError, match="no record"):
+        predict(encode, lambda x: x, nobody, CLEAN, window=WINDOW, batch_size=16)
+
+
+def drawn(metric="macro_auroc"):
+    """Something to draw, with a condition that is undefined."""
+
+    def entry(label, value, point, note=""):
+        low, high = (None, None) if point is None else (point - 0.03, point + 0.02)
+        return {"label": label, "value": value, "note": note, "point": point, "low": low, "high": high}
+
+    short = entry("1 s", 1.0, 0.6, "shorter than the window of 2.5 s")
+    return {
+        "probe": {"model": "cpc"},
+        "task": "ptbxl_super",
+        "metric": metric,
+        "n_records": 100,
+        "clean": {"point": 0.9, "low": 0.87, "high": 0.92},
+        "bootstrap": {"level": 0.95},
+        "families": [
+            {"family": "muscle", "unit": "dB SNR", "conditions": [entry("6 dB", 6.0, 0.8), entry("0 dB", 0.0, None)]},
+            {"family": "duration", "unit": "s", "conditions": [short]},
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["macro_auroc", "mae"])
+def test_picture(tmp_path, metric):
+    robustness_curves(drawn(metric), tmp_path / "r.svg")
+    svg = (tmp_path / "r.svg").read_text()
+    assert svg.startswith("<?xml")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        robustness_curves({**drawn(), "families": []}, tmp_path / "s.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.svg"]
+    json.dumps(drawn())
