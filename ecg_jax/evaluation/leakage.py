@@ -1,0 +1,178 @@
+"""Whether test recordings, or patients, were seen in training or pretraining: the verdict beside every result.
+
+Two recordings are identical when their int16 samples are (by checksum), near-identical when
+`near_duplicates` takes one for a copy of the other under another gain, filter, rate, shift or crop. Patient ids
+mean the same people within one corpus only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ecg_jax.data.store import Store
+from ecg_jax.evaluation.near_duplicates import Match, near_identical
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """What some test recordings have in common with other recordings.
+
+    Attributes:
+      identical: rows of the test recordings that occur there bit for bit, increasing.
+      near: those that occur there near-identical and not bit for bit, increasing; None if not looked for.
+      patients: known patients that are in both, sorted; None across corpora and where ids are unknown.
+    """
+
+    identical: list[int]
+    near: list[int] | None
+    patients: list[str] | None
+
+    @property
+    def rows(self) -> list[int]:
+        """Test recordings that occur there in either way."""
+        return sorted({*self.identical, *(self.near or [])})
+
+
+def identical_pairs(a: Store, rows_a: np.ndarray, b: Store, rows_b: np.ndarray) -> list[tuple[int, int]]:
+    """(row of a, row of b) of equal samples, sorted; the same rows of one store twice: every pair once.
+
+    Raises:
+      UserError: a store is damaged.
+    """
+    where: dict[str, list[int]] = {digest: [] for digest in a.column("checksum")[rows_a]}
+    for row, digest in zip(rows_b, b.column("checksum")[rows_b], strict=True):
+        if digest in where:
+            where[digest].append(int(row))
+    one_store = a.path.resolve() == b.path.resolve()
+    once = one_store and np.array_equal(rows_a, rows_b)
+    pairs = []
+    for row, digest in zip(rows_a, a.column("checksum")[rows_a], strict=True):
+        for other in where[digest]:
+            if not one_store or (row < other if once else row != other):
+                pairs.append((int(row), other))
+    return sorted(pairs)
+
+
+def shared_patients(a: Store, rows_a: np.ndarray, b: Store, rows_b: np.ndarray) -> list[str] | None:
+    """Known patients with recordings among both, sorted.
+
+    None across corpora, whose ids mean other people, and where one side knows no patient at all.
+    """
+    if a.corpus != b.corpus:
+        return None
+    known = [set(s.column("patient_id")[rows]) - {None, ""} for s, rows in ((a, rows_a), (b, rows_b))]
+    return sorted(known[0] & known[1]) if all(known) else None
+
+
+def find_overlap(
+    test: Store, test_rows: np.ndarray, other: Store, rows: np.ndarray, near: bool, cache: Path | None = None
+) -> Overlap:
+    """Looks for test recordings and their patients among other recordings.
+
+    Args:
+      test: store of the test recordings.
+      test_rows: int [n], which they are.
+      other: where to look; may be the same store.
+      rows: int [m], which of its recordings count.
+      near: look for near-identical recordings too.
+      cache: folder that keeps signatures of whole stores, see `near_duplicates.signatures`.
+
+    Raises:
+      UserError: stores of different rates with `near`, or a damaged one.
+    """
+    identical = sorted({a for a, _ in identical_pairs(test, test_rows, other, rows)})
+    found = None
+    if near:
+        matches: list[Match] = near_identical(test, test_rows, other, rows, cache)
+        found = sorted({match.row_a for match in matches} - set(identical))
+    return Overlap(identical, found, shared_patients(test, test_rows, other, rows))
+
+
+def verdict(
+    store: Store,
+    test_rows: np.ndarray,
+    train_rows: np.ndarray,
+    pretraining_store: Store | None,
+    near: bool,
+    *,
+    test_store: Store | None = None,
+    pretraining_rows: np.ndarray | None = None,
+    records_excluded: Sequence[str] = (),
+    cache: Path | None = None,
+) -> dict:
+    """What a result has to say about leakage, JSON-able; it belongs under "leakage" in results.json.
+
+    Args:
+      store: trained on, and tested on unless `test_store` is given.
+      test_rows: int [n], recordings tested on.
+      train_rows: int [m], recordings trained and validated on.
+      pretraining_store: the encoder was pretrained on; None if it was not pretrained or the store is not at hand,
+        and the verdict says that this was not examined.
+      near: look for near-identical recordings too, not only for identical ones.
+      test_store: of the test rows, if it is another one.
+      pretraining_rows: int, the recordings the encoder was pretrained on; None takes all of the store.
+      records_excluded: ids of recordings that were left out of training because they are test recordings too.
+      cache: folder that keeps signatures of whole stores.
+
+    Returns:
+      {"identical_train_test", "near_identical_train_test": numbers of test recordings, "patients_train_test": number
+      of patients, "records_train_test": ids of those test recordings, "pretraining": None or {"store", "fingerprint",
+      "identical_test", "near_identical_test", "same_patients", "records_test"}, "records_excluded", "clean": bool,
+      "verdict": a sentence}. Numbers that were not looked for, or cannot be known, are None.
+
+    Raises:
+      UserError: stores of different rates with `near`, or a damaged one.
+    """
+    tested = store if test_store is None else test_store
+    ids = tested.column("record_id")
+    training = find_overlap(tested, test_rows, store, train_rows, near, cache)
+    sentences = [_sentence(training, len(test_rows), "the training and validation recordings")]
+    overlaps, pretraining = [training], None
+    if pretraining_store is None:
+        sentences.append("pretraining recordings were not examined")
+    else:
+        rows = np.arange(len(pretraining_store)) if pretraining_rows is None else pretraining_rows
+        overlap = find_overlap(tested, test_rows, pretraining_store, rows, near, cache)
+        overlaps.append(overlap)
+        sentences.append(_sentence(overlap, len(test_rows), f"the {len(rows)} pretraining recordings"))
+        pretraining = {
+            "store": str(pretraining_store.path),
+            "fingerprint": pretraining_store.fingerprint,
+            "identical_test": len(overlap.identical),
+            "near_identical_test": _count(overlap.near),
+            "same_patients": _count(overlap.patients),
+            "records_test": [str(ids[row]) for row in overlap.rows],
+        }
+    text = "; ".join(sentences) + "."
+    return {
+        "identical_train_test": len(training.identical),
+        "near_identical_train_test": _count(training.near),
+        "patients_train_test": _count(training.patients),
+        "records_train_test": [str(ids[row]) for row in training.rows],
+        "pretraining": pretraining,
+        "records_excluded": [str(record) for record in records_excluded],
+        "clean": not any(overlap.rows or overlap.patients for overlap in overlaps),
+        "verdict": text[0].upper() + text[1:],
+    }
+
+
+def _count(found: list | None) -> int | None:
+    return None if found is None else len(found)
+
+
+def _sentence(overlap: Overlap, n_test: int, where: str) -> str:
+    """What of the test recordings is found there, and what was not looked for."""
+    if overlap.near is None:
+        recordings = f"{len(overlap.identical)} bit for bit (near-identical ones were not looked for)"
+    else:
+        recordings = f"{len(overlap.identical)} bit for bit and {len(overlap.near)} near-identical"
+    patients = (
+        "patients cannot be compared (other corpora, or no ids)"
+        if overlap.patients is None
+        else f"patients in both: {len(overlap.patients)}"
+    )
+    return f"of {n_test} test recordings, {where} hold {recordings}, {patients}"
