@@ -4,6 +4,16 @@ Every corpus module has `EXPECTS` (what SOURCE must hold), `list_records(source,
 `read(source, entry, assume_gain) -> Recording`.
 """
 
-from ecg_jax.data.corpora import challenge, ptbxl, wfdb
+from ecg_jax.data.corpora import challenge, chapman, code15, echonext, ptb, ptbxl, sph, wfdb, zzu
 
-CORPORA = {"ptbxl": ptbxl, "challenge": challenge, "wfdb": wfdb}
+CORPORA = {
+    "ptbxl": ptbxl,
+    "challenge": challenge,
+    "wfdb": wfdb,
+    "sph": sph,
+    "code15": code15,
+    "chapman": chapman,
+    "ptb": ptb,
+    "echonext": echonext,
+    "zzu": zzu,
+}

@@ -1,0 +1,222 @@
+"""CODE-15 %: 345 779 exams of 7 or 10 s at 400 Hz from Minas Gerais, with six diagnoses.
+
+Ribeiro et al., Nat Commun 11:1760 (2020); Zenodo, doi 10.5281/zenodo.4916206. Published files: exams.csv and
+exams_part0.hdf5 to exams_part17.hdf5, each with `tracings`, float32 [N, 4096, 12], and `exam_id`, [N]. Leads
+DI, DII, DIII, AVR, AVL, AVF, V1-V6, zeros before and behind shorter exams, and in every part one more row,
+all zeros with exam_id 0. Columns and arrays as published and as public code reads them; not checked on the
+published parts themselves.
+
+The unit is not stated with the arrays; the authors' other files are in 1e-4 V. It is told by amplitude: the
+median over some exams of the median lead's robust range is 1.2 for PTB-XL in millivolts (0.7-2.7 for any
+four of its recordings) and ten times that in 1e-4 V. `assume_gain` (units per millivolt: 1 or 10) overrules it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from ecg_jax.data.corpora.entries import UNLABELLED_FOLD, recording_from, refuse_rate
+from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated, find_files
+from ecg_jax.data.readers.arrays import hdf5_datasets, row_name, split_row_name
+from ecg_jax.data.readers.rows import age_or_none, convert_cell, not_empty, read_rows
+from ecg_jax.data.recording import BadRecording, Problem, Recording, robust_range
+from ecg_jax.errors import UserError
+
+RATE_HZ = 400
+EXPECTS = "the CODE-15 folder: exams.csv and exams_part0.hdf5 to exams_part17.hdf5, or some of them"
+DIAGNOSES = {
+    "1dAVb": "first degree atrioventricular block",
+    "RBBB": "right bundle branch block",
+    "LBBB": "left bundle branch block",
+    "SB": "sinus bradycardia",
+    "ST": "sinus tachycardia",
+    "AF": "atrial fibrillation",
+}
+
+_PUBLISHER = "Zenodo 4916206"
+_PART = re.compile(r"exams_part(\d+)\.hdf5", re.IGNORECASE)
+_NO_EXAM = 0  # exam_id of the row of zeros in every part
+_EXAMS_LOOKED_AT = 64
+# Limits of the statistic above: millivolts below the middle one, 1e-4 V above it, neither outside.
+_LOWEST_MV, _HIGHEST_MV, _HIGHEST_TENTH_MV = 0.4, 4.0, 40.0
+
+_units: dict[tuple, tuple[float | None, float]] = {}
+
+
+def list_records(source: Path, rate: int | None) -> Listing:
+    """Lists the rows of all parts in their order, with the rows of exams.csv.
+
+    Label set `code15`: the six diagnoses; an exam with none of them has an empty list. A row of a part that
+    exams.csv does not know is kept without labels and patient, in fold -1.
+
+    Raises:
+      UserError: `rate` is given, exams.csv or every part is missing, or one is not CODE-15's.
+    """
+    refuse_rate(rate, "CODE-15", RATE_HZ)
+    table = source / "exams.csv"
+    if not table.is_file():
+        raise UserError(f"{source} is not the CODE-15 folder: exams.csv is missing (expected {EXPECTS}).")
+    parts = {
+        int(match[1]): path
+        for path in find_files(source, (".hdf5",))
+        if (match := _PART.fullmatch(path.name)) is not None
+    }
+    if not parts:
+        raise UserError(f"No exams_part*.hdf5 found in {source} (expected {EXPECTS}).")
+    exams, part_of = _read_exams(table)
+    entries, problems = [], []
+    for number in sorted(parts):
+        entries += _part_entries(source, parts[number], exams)
+        problems += _unit_problems(parts[number])
+    listed = {entry.record_id for entry in entries}
+    there = {path.name for path in parts.values()}
+    absent: dict[str, int] = {}
+    for record_id in exams:
+        if record_id in listed:
+            continue
+        part = part_of[record_id]
+        if part in there:
+            detail = f"{part} has no row for it."
+            problems.append(Problem(record_id, "missing_signal", "refused", detail))
+        else:
+            absent[part] = absent.get(part, 0) + 1
+    for part, n in sorted(absent.items()):
+        detail = f"{n} exams of exams.csv lie in {part}, which is not in SOURCE."
+        problems.append(Problem(part, "missing_part", "left out", detail))
+    entries, repeated = drop_repeated(entries)
+    classes, descriptions = {"code15": list(DIAGNOSES)}, {"code15": DIAGNOSES}
+    return Listing(entries, problems + repeated, ("code15",), classes, descriptions, HASHED_FOLDS)
+
+
+def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
+    """Reads one row of a part, without its zero padding, in millivolts.
+
+    Raises:
+      BadRecording: `no_signal` for a row of zeros.
+      UserError: the part cannot be read, or its unit cannot be told and `assume_gain` is not given.
+    """
+    file, row = split_row_name(entry.file)
+    path = source / file
+    (tracings,) = hdf5_datasets(path, ("tracings",))
+    signal = np.asarray(tracings[row], float)
+    filled = np.flatnonzero((signal != 0).any(axis=1))
+    if not len(filled):
+        raise BadRecording(entry.record_id, "no_signal", f"row {row} of {path.name} is all zeros.")
+    signal = signal[filled[0] : filled[-1] + 1]
+    if assume_gain is None:
+        scale, statistic = _unit(path)
+        if scale is None:
+            raise UserError(
+                f"The unit of {path} cannot be told: its median lead spans {statistic:.3g}, neither an ECG in "
+                "millivolts nor in 1e-4 V; say how many units are a millivolt with --assume-gain."
+            )
+        return recording_from(entry, signal * scale, RATE_HZ)
+    recording = recording_from(entry, signal / assume_gain, RATE_HZ)
+    recording.report("gain_assumed", "--assume-gain used", f"{assume_gain:g} units per millivolt.")
+    return recording
+
+
+def _read_exams(table: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Exam -> its entry, as far as the table knows it, and exam -> the part it lies in."""
+    exams: dict[str, Entry] = {}
+    part_of: dict[str, str] = {}
+    columns = ("exam_id", "age", "is_male", *DIAGNOSES, "patient_id", "trace_file")
+    flag = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+    for row in read_rows(table, columns, _PUBLISHER):
+        record_id = row["exam_id"]
+
+        def cell(column: str, convert, expected: str, row=row, record_id=record_id):
+            return convert_cell(table, record_id, row, column, convert, expected)
+
+        record_id = str(cell("exam_id", int, "a whole number"))
+        if record_id in exams:
+            raise UserError(
+                f"{table} has two rows for exam {record_id}; take the file as {_PUBLISHER} has it."
+            )
+        found = [name for name in DIAGNOSES if cell(name, lambda text: flag[text.lower()], "True or False")]
+        male = cell("is_male", lambda text: flag[text.lower()], "True or False")
+        exams[record_id] = Entry(
+            record_id=record_id,
+            file="",
+            patient_id=cell("patient_id", not_empty, "the patient"),
+            labels={"code15": found},
+            age=cell("age", age_or_none, "a number or nothing"),
+            sex="M" if male else "F",
+        )
+        part_of[record_id] = cell("trace_file", not_empty, "the name of a part")
+    return exams, part_of
+
+
+def _part_entries(source: Path, path: Path, exams: dict[str, Entry]) -> list[Entry]:
+    """The entries of one part, in order of its rows.
+
+    Raises:
+      UserError: the part is not CODE-15's.
+    """
+    tracings, exam_ids = hdf5_datasets(path, ("tracings", "exam_id"))
+    if tracings.ndim != 3 or tracings.shape[2] != 12 or tracings.dtype.kind not in "iuf":
+        raise UserError(
+            f"{path} holds {tracings.dtype} {tracings.shape} in tracings, not numbers [N, 4096, 12]; download "
+            "it again."
+        )
+    if exam_ids.shape != tracings.shape[:1]:
+        raise UserError(
+            f"{path} has {tracings.shape[0]} tracings and exam_id {exam_ids.shape}, which must be as many; "
+            "download it again."
+        )
+    file = path.relative_to(source).as_posix()
+    entries = []
+    for row, exam in enumerate(exam_ids[()].tolist()):
+        if exam == _NO_EXAM:
+            continue
+        record_id, name = str(exam), row_name(file, row)
+        if record_id in exams:
+            known = exams[record_id]
+            entry = Entry(record_id, name, known.patient_id, None, known.labels, known.age, known.sex)
+        else:
+            problem = Problem(record_id, "no_table_row", "kept", "exams.csv has no row for it.")
+            entry = Entry(record_id, name, fold=UNLABELLED_FOLD, problems=(problem,))
+        entries.append(entry)
+    return entries
+
+
+def _unit_problems(path: Path) -> list[Problem]:
+    """One line on the unit found for a part; none if it cannot be told, which `read` refuses."""
+    scale, statistic = _unit(path)
+    if scale is None:
+        return []
+    unit = "millivolts" if scale == 1.0 else "1e-4 V"
+    detail = f"the median lead spans {statistic:.2f}, so it is read as {unit} (--assume-gain overrules that)."
+    return [Problem(path.name, "unit_detected", unit, detail)]
+
+
+def _unit(path: Path) -> tuple[float | None, float]:
+    """Millivolts per unit of a part, None if that cannot be told, and the statistic it rests on.
+
+    The exams looked at are spread over the whole part, so every process comes to the same result.
+    """
+    status = path.stat()
+    key = str(path), status.st_size, status.st_mtime_ns
+    if key not in _units:
+        tracings, exam_ids = hdf5_datasets(path, ("tracings", "exam_id"))
+        rows = np.flatnonzero(exam_ids[()] != _NO_EXAM)
+        chosen = (
+            rows[np.unique(np.linspace(0, len(rows) - 1, _EXAMS_LOOKED_AT).astype(int))] if len(rows) else []
+        )
+        ranges = []
+        for row in chosen:
+            signal = np.asarray(tracings[row], float)
+            signal = signal[(signal != 0).any(axis=1)]
+            if len(signal) > 1 and np.isfinite(signal).all():
+                ranges.append(np.median(robust_range(signal)))
+        statistic = float(np.median(ranges)) if ranges else 0.0
+        scale = None
+        if _LOWEST_MV <= statistic < _HIGHEST_MV:
+            scale = 1.0
+        elif _HIGHEST_MV <= statistic < _HIGHEST_TENTH_MV:
+            scale = 0.1
+        _units[key] = scale, statistic
+    return _units[key]
