@@ -1,0 +1,92 @@
+"""`ecg-jax tasks [STORE...]`: the tasks there are, and what of each a store holds."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ecg_jax.data.store import Store
+from ecg_jax.errors import UserError
+from ecg_jax.evaluation import tasks
+from ecg_jax.evaluation.examples import choose_examples
+
+DESCRIPTION = """\
+Prints the 26 tasks of the study on 10 datasets and those beside them; of each STORE also how many recordings and
+classes each of its tasks has, or why it has none.
+"""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def catalogue() -> list[str]:
+    """One line for each task."""
+    splits = {"corpus_folds": "the corpus' folds", "stratified": "stratified by labels, whole patients"}
+    rows = [
+        (
+            task.name,
+            task.group,
+            task.corpus + (f", dataset {task.dataset}" if task.dataset else ""),
+            f"{task.label_set} ({task.source})",
+            task.kind,
+            task.metric,
+            splits[task.split],
+        )
+        for task in tasks.TASKS.values()
+    ]
+    return _table(("task", "group", "corpus of the store", "label set", "kind", "metric", "split"), rows)
+
+
+def in_store(store: Store, window_s: float, min_count: int) -> list[str]:
+    """What of each task a store holds, one line each."""
+    rows, refused = [], []
+    for task in tasks.fitting(store.corpus, list(store.classes), list(store.values)):
+        try:
+            examples = choose_examples(task, store, None, round(window_s * store.rate_hz), min_count)
+        except UserError as error:
+            refused.append(f"  {task.name}: {error}")
+            continue
+        sizes = [str(len(part.rows)) for part in (examples.train, examples.val, examples.test)]
+        rows.append((task.name, *sizes, str(len(examples.classes)), str(len(examples.classes_dropped))))
+    lines = [f"{store.path}: {len(store)} records of {store.corpus}"]
+    if rows:
+        header = ("task", "train", "validation", "test", "classes", "dropped")
+        lines += ["  " + line for line in _table(header, rows)]
+    if refused:
+        lines += ["not possible with it:", *refused]
+    if not rows and not refused:
+        lines.append("  no task is known for this corpus and its labels")
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    """`ecg-jax tasks`."""
+    parser = argparse.ArgumentParser(
+        prog="ecg-jax tasks",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("stores", nargs="*", type=Path, metavar="STORE", help="labelled stores")
+    parser.add_argument(
+        "--window", type=float, default=2.5, metavar="S", help="shortest usable recording (default: 2.5 s)"
+    )
+    parser.add_argument(
+        "--min-count",
+        type=int,
+        default=0,
+        metavar="N",
+        help="positive recordings below which a class is dropped (default: the task's own number)",
+    )
+    options = parser.parse_args(argv)
+    if options.window <= 0 or options.min_count < 0:
+        raise UserError("--window must be above 0 and --min-count at least 0.")
+    lines = [] if options.stores else catalogue()
+    for path in options.stores:
+        lines += in_store(Store(path), options.window, options.min_count)
+    print("\n".join(lines))
+    return 0
