@@ -275,7 +275,7 @@ def robustness(
             held,
             f"another `ecg-jax robustness` is running in {output}; wait for it, or choose another --output",
         )
-        parts = _Parts(output, _identity(config, workdir, probe))
+        parts = _Parts(output, _identity(config, probe))
         _complete(config, probe, workdir, conditions, parts, progress)
         results = _results(config, workdir, probe, conditions, unavailable, parts)
         robustness_plot.robustness_curves(results, output / "robustness.png")
@@ -285,18 +285,18 @@ def robustness(
     return results
 
 
-def _identity(config, workdir: Path, probe: FinishedProbe) -> dict:
-    """What makes two suites the same, whatever their conditions."""
+def _identity(config, probe: FinishedProbe) -> dict:
+    """What makes two suites the same, whatever their conditions and wherever the folders are now."""
     digest = hashlib.sha256("\0".join(probe.records.record_ids).encode())
     for array in (probe.predictions, probe.targets):
         digest.update(np.ascontiguousarray(array, np.float64).tobytes())
     return _plain(
         {
-            "probe": str(workdir.resolve()),
             "checkpoint": probe.results["checkpoint"],
             "store": probe.records.store.fingerprint,
             "predictions": digest.hexdigest(),
             "bootstrap": probe.results["bootstrap"],
+            "probe_seed": probe.results["seed"],
             "seed": config.seed,
         }
     )

@@ -1,14 +1,24 @@
 """The robustness suite: predictions under corruption, paired scores, and the command on a finished probe."""
 
+import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import ecg_jax
+from ecg_jax import robustness as command
+from ecg_jax.config_flags import load_config, override
 from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.store import Store
-from ecg_jax.evaluation import bootstrap, metrics
+from ecg_jax.errors import UserError
+from ecg_jax.evaluation import bootstrap, metrics, tasks
+from ecg_jax.evaluation.examples import choose_examples
+from ecg_jax.evaluation.feature_cache import FeatureCache
 from ecg_jax.evaluation.features import compute_features, mean_per_record
+from ecg_jax.evaluation.linear import cached_features, fit_linear
 from ecg_jax.evaluation.robustness import (
     CLEAN,
     Condition,
@@ -19,6 +29,8 @@ from ecg_jax.evaluation.robustness import (
     predict,
 )
 from ecg_jax.evaluation.robustness_plot import robustness_curves
+from ecg_jax.prepare import prepare
+from ecg_jax.training.pretrained import restore_encoder
 
 WINDOW = 600
 SUITE = {
@@ -247,3 +259,224 @@ def test_picture(tmp_path, metric):
         robustness_curves({**drawn(), "families": []}, tmp_path / "s.png")
     assert [path.name for path in tmp_path.iterdir()] == ["r.svg"]
     json.dumps(drawn())
+
+
+SAMPLE = Path(ecg_jax.__file__).parent / "assets" / "ptbxl_sample"
+FEW = {
+    "conditions.leads": "(12, 1)",
+    "conditions.swaps": "('RA/LA',)",
+    "conditions.noises": "('muscle',)",
+    "conditions.snr_db": "(0.0,)",
+    "conditions.rates_hz": "(240.0, 50.0)",
+    "conditions.durations_s": "(1.0,)",
+}
+
+
+def suite(**changes):
+    config = load_config("configs/robustness.py")
+    for name, value in (FEW | {key.replace("__", "."): str(value) for key, value in changes.items()}).items():
+        override(config, name, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished linear probe of a run of one step on the PTB-XL sample."""
+    from ecg_jax.pretrain import pretrain
+
+    root = tmp_path_factory.mktemp("robustness")
+    prepare("ptbxl", SAMPLE, root / "store", rate=100, workers=1, progress=False)
+    config = load_config("configs/cpc.py")
+    config.store = str(root / "store")
+    config.model.width, config.model.layers, config.model.state = 16, 1, 4
+    config.steps, config.batch_size, config.data.max_val_crops = 1, 8, 8
+    config.objective.negatives = 4
+    config.tensorboard = False
+    pretrain(config, root / "run")
+
+    encoder, store = restore_encoder(root / "run"), Store(root / "store")
+    window = encoder.preprocessing.window_samples
+    examples = choose_examples(tasks.get_task("ptbxl_super"), store, None, window)
+    features = cached_features(FeatureCache(root / "features"), encoder, examples)
+    fitted = fit_linear(features, examples, l2_grid=(0.1,), solver="lbfgs")
+    workdir, test = root / "probe", examples.test
+    workdir.mkdir()
+    fitted.probe.save(workdir / "linear_probe.npz")
+    np.savez(
+        workdir / "predictions.npz",
+        row=test.rows,
+        record_id=test.column("record_id").astype(str),
+        patient_id=np.array([p or "" for p in test.column("patient_id")]),
+        targets=test.targets,
+        probabilities=fitted.test,
+    )
+    results = {
+        "task": "ptbxl_super",
+        "metric": "macro_auroc",
+        "mode": "linear",
+        "model": "cpc",
+        "checkpoint": {"run": str(encoder.run.resolve()), "step": encoder.step},
+        "store": {"path": str(store.path), "corpus": store.corpus, "fingerprint": store.fingerprint},
+        "test_store": None,
+        "bootstrap": {"resamples": 60, "level": 0.9, "undefined": "exclude", "interval": "bca"},
+        "seed": 3,
+    }
+    (workdir / "results.json").write_text(json.dumps(results))
+    return workdir
+
+
+def changed(finished, folder, **fields) -> Path:
+    """A copy of the probe with other fields in results.json."""
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("robustness"))
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | fields))
+    return folder
+
+
+def test_suite_of_a_finished_probe(finished, tmp_path):
+    returned = command.robustness(suite(), finished, tmp_path / "out", progress=False)
+    stored = json.loads((tmp_path / "out" / "robustness.json").read_text())
+    assert stored == returned
+    assert stored["probe"]["workdir"] == str(finished.resolve())
+    assert (stored["probe"]["model"], stored["probe"]["mode"]) == ("cpc", "linear")
+    assert stored["task"] == "ptbxl_super"
+    assert stored["metric"] == "macro_auroc"
+    with np.load(finished / "predictions.npz") as file:
+        predictions = dict(file)
+    codes, _ = bootstrap.units(predictions["patient_id"], len(predictions["row"]))
+    scored = bootstrap.bootstrap_auroc(
+        predictions["targets"],
+        predictions["probabilities"],
+        bootstrap.draw(codes, 60, 3),
+        bootstrap.leave_one_out(codes),
+    )
+    assert stored["clean"] == pytest.approx(scored.macro("exclude", 0.9, "bca")._asdict())
+    families = {each["family"]: each["conditions"] for each in stored["families"]}
+    assert list(families) == ["leads", "swapped_leads", "muscle", "sampling_rate", "duration"]
+    twelve, one = families["leads"]
+    assert abs(twelve["difference"]["point"]) < 0.005  # the same recordings, encoded in other batches
+    assert one["point"] != twelve["point"]
+    assert one["difference"]["point"] == pytest.approx(one["point"] - stored["clean"]["point"])
+    assert [each["label"] for each in stored["unavailable"]] == ["240 Hz"]
+    assert "zeros fill it" in families["duration"][0]["note"]
+    with open(tmp_path / "out" / "robustness.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label"] for row in rows] == ["clean", "12 leads", "1 lead", "RA/LA", "0 dB", "50 Hz", "1 s"]
+    assert float(rows[4]["difference_high"]) == families["muscle"][0]["difference"]["high"]
+    assert (tmp_path / "out" / "robustness.png").read_bytes().startswith(b"\x89PNG")
+    text = command.summary(stored)
+    assert f"{stored['clean']['point']:.3f} (" in text
+    assert "not evaluated: sampling rate 240 Hz" in text
+
+
+def test_an_interrupted_suite_goes_on(finished, tmp_path, monkeypatch):
+    out, done = tmp_path / "out", []
+    real = command.predict
+
+    def interrupted(encode, head, records, condition, **settings):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(condition.label)
+        return real(encode, head, records, condition, **settings)
+
+    monkeypatch.setattr(command, "predict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.robustness(suite(), finished, out, progress=False)
+    assert done == ["clean", "12 leads", "1 lead"]
+    assert not (out / "robustness.json").exists()
+    done.clear()
+    with pytest.raises(KeyboardInterrupt):
+        command.robustness(suite(), finished, out, progress=False)
+    assert done == ["clean", "RA/LA", "0 dB"]
+    done.clear()
+    continued = command.robustness(suite(), finished, out, progress=False)
+    assert done == ["clean", "50 Hz", "1 s"]
+    done.clear()
+    assert command.robustness(suite(), finished, out, progress=False) == continued
+    assert done == []
+    command.robustness(suite(conditions__swaps="('RA/LA', 'V1/V2')"), finished, out, progress=False)
+    assert done == ["clean", "V1/V2"]
+    monkeypatch.undo()
+    assert command.robustness(suite(), finished, tmp_path / "other", progress=False) == continued
+
+
+def test_another_probe_or_seed_in_the_same_folder_is_refused(finished, tmp_path):
+    few = {"conditions__noises": "()", "conditions__rates_hz": "()", "conditions__leads": "()"}
+    out = tmp_path / "out"
+    command.robustness(suite(**few), finished, out, progress=False)
+    with pytest.raises(UserError, match=r"another probe or seed \(other seed\)"):
+        command.robustness(suite(seed=1), finished, out, progress=False)
+    other = changed(finished, tmp_path / "other", seed=4)
+    with pytest.raises(UserError, match=r"another probe or seed \(other probe_seed\)"):
+        command.robustness(suite(**few), other, out, progress=False)
+    (out / command.PARTS).write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        command.robustness(suite(**few), finished, out, progress=False)
+    (out / command.PARTS).unlink()
+    with pytest.raises(UserError, match=r"robustness\.json of another run"):
+        command.robustness(suite(**few), finished, out, progress=False)
+
+
+def test_a_probe_that_does_not_fit_is_refused(finished, tmp_path):
+    def refused(match, workdir, **settings):
+        with pytest.raises(UserError, match=match):
+            command.robustness(suite(), workdir, tmp_path / "out", progress=False, **settings)
+        assert not (tmp_path / "out" / "robustness.json").exists()
+
+    refused("no finished `ecg-jax probe`", tmp_path / "nowhere")
+    refused("name one of the probes in it: probe", finished.parent)
+    refused("mode=frozen; .* takes mode=linear probes only", changed(finished, tmp_path / "a", mode="frozen"))
+    refused("without a checkpoint", changed(finished, tmp_path / "b", checkpoint=None))
+    store = json.loads((finished / "results.json").read_text())["store"]
+    refused("another fingerprint", changed(finished, tmp_path / "c", store=store | {"fingerprint": "0"}))
+    refused("There is no store at", changed(finished, tmp_path / "d", store=store | {"path": "/nowhere"}))
+    headless = changed(finished, tmp_path / "e")
+    (headless / "linear_probe.npz").unlink()
+    refused("There is no linear probe", headless)
+    (changed(finished, tmp_path / "f") / "predictions.npz").write_bytes(b"PK")
+    refused("predictions.npz is missing or damaged", tmp_path / "f")
+    (changed(finished, tmp_path / "g") / "results.json").write_text("{}")
+    refused("no result of this version", tmp_path / "g")
+    moved = changed(finished, tmp_path / "h", store=store | {"path": "/nowhere"})
+    probe = command.read_probe(moved, store=store["path"])
+    assert len(probe.records.rows) == len(probe.predictions)
+    with np.load(finished / "predictions.npz") as file:
+        arrays = dict(file)
+    other = changed(finished, tmp_path / "i")
+    np.savez(other / "predictions.npz", **arrays | {"probabilities": 1 - arrays["probabilities"]})
+    refused("the probe's checkpoint or head has changed", other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conditions__leads": "(4,)"}, "unknown number of leads 4"),
+        ({"conditions__leads": "('I',)"}, "conditions.leads"),
+        ({"conditions__noises": "('hum',)"}, "unknown noise 'hum'"),
+        ({"conditions__snr_db": "(1e999,)"}, "must hold finite numbers"),
+        ({"conditions__rates_hz": "(20.0,)"}, "less than 50 Hz"),
+        ({"conditions__durations_s": "(0.0,)"}, "must be above 0"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"threads": 0}, "threads"),
+        ({"seed": -1}, "seed"),
+        ({name.replace(".", "__"): "()" for name in FEW}, "leaves nothing to evaluate"),
+    ],
+)
+def test_bad_config_is_refused(finished, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        command.robustness(suite(**changes), finished, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line(finished, tmp_path, capsys):
+    words = [f"--config.{name}={value}" for name, value in {**FEW, "conditions.noises": "()"}.items()]
+    out = tmp_path / "out"
+    assert command.main([str(finished), f"--output={out}", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "difference to clean" in printed
+    assert f"written to {out}" in printed
+    assert (out / "robustness.json").exists()
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["--help"])
+    assert exit_.value.code == 0
+    assert "signal-to-noise" in capsys.readouterr().out
