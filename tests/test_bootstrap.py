@@ -1,6 +1,4 @@
-"""Patient bootstrap: golden resamples, brute force, clusters, coverage."""
-
-import time
+"""Patient bootstrap: golden resamples, brute force, clusters, BCa against SciPy; coverage is in test_coverage.py."""
 
 import numpy as np
 import pytest
@@ -106,23 +104,6 @@ def test_permuting_records_with_their_counts_changes_nothing():
     np.testing.assert_allclose(one.class_intervals(), other.class_intervals(), atol=1e-12)
 
 
-def test_coverage_needs_patients():
-    """Three near-copies of each score: patient intervals cover the truth, record intervals do not."""
-    generator = np.random.default_rng(7)
-    truth = 0.7602  # Φ(1/√2)
-    covered = {"patient": 0, "record": 0}
-    for trial in range(120):
-        label = np.repeat(generator.integers(0, 2, 60), 3)
-        score = np.repeat(generator.normal(0, 1, 60), 3) + label + generator.normal(0, 0.05, 180)
-        patients = np.repeat(np.arange(60), 3)
-        for name, codes in (("patient", patients), ("record", np.arange(180))):
-            counts = bootstrap.draw(codes, 200, seed=trial)
-            found = bootstrap.bootstrap_auroc(label[:, None], score[:, None], counts).macro()
-            covered[name] += found.low <= truth <= found.high
-    assert covered["patient"] >= 0.87 * 120
-    assert covered["record"] <= 0.80 * 120
-
-
 def test_difference_refuses_unpaired_models():
     targets, scores = np.arange(20)[:, None] % 2, np.arange(20.0)[:, None]
     one = bootstrap.bootstrap_auroc(targets, scores, bootstrap.draw(np.arange(20), 30, seed=0))
@@ -137,11 +118,132 @@ def test_undefined_interval_is_nan():
     assert np.isnan(result.macro()).all()
 
 
-def test_a_thousand_resamples_of_ptbxl_size_take_seconds():
+def test_bca_equals_scipy():
+    """The same resamples and leave-one-out values give SciPy's interval, for a skewed statistic."""
+    from scipy import stats
+
     generator = np.random.default_rng(0)
-    targets = generator.random((2000, 71)) < 0.1
-    start = time.perf_counter()
-    bootstrap.bootstrap_auroc(
-        targets, generator.random((2000, 71)), bootstrap.draw(np.arange(2000), 1000, seed=0)
+    sample = generator.exponential(size=40)
+    found = stats.bootstrap(
+        (sample,), np.var, n_resamples=999, confidence_level=0.9, method="BCa", rng=generator
     )
-    assert time.perf_counter() - start < 20  # about 1.5 s on one core
+    left_out = [np.var(np.delete(sample, i)) for i in range(40)]
+    got = bootstrap.interval(np.var(sample), found.bootstrap_distribution, 0.9, "bca", left_out)
+    np.testing.assert_allclose(got[1:], found.confidence_interval, rtol=1e-12)
+    percentile = bootstrap.interval(np.var(sample), found.bootstrap_distribution, 0.9)
+    assert got.high > percentile.high  # the long tail lies above
+
+
+def test_percentile_equals_numpy_column_by_column():
+    generator = np.random.default_rng(1)
+    resampled = generator.normal(size=(101, 5))
+    resampled[generator.random(resampled.shape) < 0.2] = np.nan
+    resampled[:, 3] = np.nan
+    resampled[1:, 4] = np.nan
+    found = bootstrap.intervals(np.zeros(5), resampled, 0.8)
+    for k in (0, 1, 2, 4):
+        expected = np.nanquantile(resampled[:, k], [0.1, 0.9])
+        np.testing.assert_allclose(found[k][1:], expected, atol=1e-14)
+    assert np.isnan(found[3][1:]).all()
+    assert found[4].low == found[4].high == resampled[0, 4]
+
+
+def test_degenerate_bca_intervals_follow_the_stated_rules():
+    values = np.linspace(0.4, 0.6, 99)
+    # All resamples equal: the interval is that value.
+    assert bootstrap.interval(1.0, np.ones(50), kind="bca", left_out=np.ones(10)) == (1.0, 1.0, 1.0)
+    # Leaving out a unit changes nothing: bias is still corrected, and here there is none.
+    flat = bootstrap.interval(0.5, values, kind="bca", left_out=np.full(10, 0.5))
+    np.testing.assert_allclose(flat, bootstrap.interval(0.5, values), atol=1e-12)
+    # A point beyond all resampled values: finite, and at that end of them.
+    above = bootstrap.interval(0.9, values, kind="bca", left_out=[0.9, 0.91, 0.88])
+    assert 0.58 < above.low < above.high <= 0.6
+    below = bootstrap.interval(0.1, values, kind="bca", left_out=[0.1, 0.11, 0.08])
+    assert 0.4 <= below.low < below.high < 0.42
+    # The largest acceleration there is, one unit deciding all, with much bias: still an interval.
+    left_out = np.append(np.zeros(200), -1.0)
+    for point in (0.39, 0.41, 0.59, 0.61):
+        for sign in (-1, 1):
+            found = bootstrap.interval(point, values, 0.999, "bca", sign * left_out)
+            assert 0.4 <= found.low <= found.high <= 0.6
+    # A unit whose absence leaves the score undefined says nothing about its acceleration.
+    left_out = np.linspace(0.45, 0.55, 20) ** 2
+    np.testing.assert_array_equal(
+        bootstrap.interval(0.5, values, kind="bca", left_out=left_out),
+        bootstrap.interval(0.5, values, kind="bca", left_out=np.append(left_out, np.nan)),
+    )
+    assert np.isnan(bootstrap.interval(np.nan, values, kind="bca", left_out=left_out)).all()
+
+
+def test_intervals_refuse_other_kinds():
+    with pytest.raises(ValueError, match="normal"):
+        bootstrap.interval(0.5, [0.4, 0.6], kind="normal")
+    with pytest.raises(ValueError, match="leave_one_out"):
+        bootstrap.interval(0.5, [0.4, 0.6], kind="bca")
+
+
+def test_leave_one_out_leaves_out_units():
+    counts = bootstrap.leave_one_out([0, 1, 0, 2])
+    assert counts.tolist() == [[0, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 0]]
+    grouped = bootstrap.leave_one_out(np.arange(2500) // 2, max_groups=100)
+    assert grouped.shape == (2500, 100)
+    assert (grouped[0::2] == grouped[1::2]).all()
+    assert ((1 - grouped).sum(axis=1) == 1).all()
+    assert (1 - grouped).sum(axis=0).min() == 24
+
+
+def test_groups_of_units_have_the_acceleration_of_units():
+    """The mean of a skewed sample: one unit or ten left out each time, the same BCa interval but for noise."""
+    sample = np.random.default_rng(0).exponential(size=5000)
+    resampled = sample.mean() + np.random.default_rng(1).normal(0, 1, 5000) / np.sqrt(5000)
+    ends = []
+    for max_groups in (5000, 500):
+        kept = bootstrap.leave_one_out(np.arange(5000), max_groups)
+        left_out = (sample @ kept) / kept.sum(axis=0)
+        ends.append(bootstrap.interval(sample.mean(), resampled, 0.95, "bca", left_out))
+    width = ends[0].high - ends[0].low
+    np.testing.assert_allclose(ends[0], ends[1], atol=0.02 * width)
+
+
+def test_p_value_inverts_the_percentile_interval():
+    """p falls below 5 % as the 95 % interval comes to exclude 0."""
+    generator = np.random.default_rng(0)
+    values = generator.normal(0, 1, 1999)
+    assert bootstrap.p_value(values) > 0.9
+    for shift in np.linspace(1.5, 2.5, 21):
+        found, p = bootstrap.interval(shift, values + shift), bootstrap.p_value(values + shift)
+        assert (found.low > 0) == (p < 0.05) or abs(p - 0.05) < 0.002
+        assert p == bootstrap.p_value(-values - shift)  # two-sided
+    assert bootstrap.p_value(values + 10) == 2 / 2000
+    assert bootstrap.p_value(np.zeros(100)) == 1.0
+    assert bootstrap.p_value([np.nan, 1.0, 2.0, -1.0]) == 1.0
+    assert np.isnan(bootstrap.p_value([np.nan]))
+
+
+def test_comparisons_of_macro_and_classes():
+    generator = np.random.default_rng(5)
+    targets = generator.integers(0, 2, (90, 3))
+    codes = np.arange(90) // 3
+    counts, left_out = bootstrap.draw(codes, 400, seed=0), bootstrap.leave_one_out(codes)
+    weak, strong = (
+        bootstrap.bootstrap_auroc(targets, d * targets + generator.normal(size=(90, 3)), counts, left_out)
+        for d in (0.2, 2.0)
+    )
+    for kind in ("percentile", "bca"):
+        found = bootstrap.compare(strong, weak, kind=kind)
+        assert found.difference.low > 0
+        assert found.p_value == 2 / 401
+        assert found.difference == bootstrap.macro_difference(strong, weak, kind=kind)
+        classes = bootstrap.class_differences(strong, weak, kind=kind)
+        assert len(classes) == 3
+        mean = np.mean([entry.difference.point for entry in classes])
+        assert mean == pytest.approx(found.difference.point, abs=1e-12)
+        one_by_one = bootstrap.interval(
+            strong.per_class[1] - weak.per_class[1],
+            strong.resampled[:, 1] - weak.resampled[:, 1],
+            kind=kind,
+            left_out=strong.left_out[:, 1] - weak.left_out[:, 1],
+        )
+        assert classes[1].difference == one_by_one
+    with pytest.raises(ValueError, match="leave_one_out"):
+        bootstrap.compare(strong._replace(left_out=None), weak, kind="bca")
