@@ -25,6 +25,8 @@ CODES = st.from_regex(r"[A-Z][0-9][0-9A-Z][0-9A-Z]{0,4}", fullmatch=True)
         (" e785 ", ["E78", "E785"]),
         ("I4", []),
         ("", []),
+        ("NoDx", []),  # as MIMIC-IV-ECG-ICD writes a code without a counterpart
+        ("4280", []),  # ICD-9
     ],
 )
 def test_known_codes(code, expected):

@@ -7,12 +7,15 @@ Codes that need a seventh character fill the gap before it with X: W19XXXA.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 
 CATEGORY = 3
 """Characters of a category, the shortest code there is."""
 
 PLACEHOLDER = "X"
+
+_CATEGORY_FORM = re.compile(r"[A-Z][0-9][0-9A-Z]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +84,15 @@ def ancestors(code: str) -> list[str]:
 def propagate(codes: Iterable[str], characters: int = 5) -> list[str]:
     """Codes as labels: each shortened, with all its ancestors ("ancestor propagation", spec §7.5).
 
-    Strodthoff et al., arXiv 2312.11050. What is shorter than a category is no code and is left out.
+    Strodthoff et al., arXiv 2312.11050. What does not begin with a category (a letter, a digit, a letter or digit) is
+    no ICD-10-CM code and is left out, e.g. "NoDx" or an ICD-9 code.
 
     Returns:
       Sorted, without repetitions.
     """
-    return sorted({ancestor for code in codes for ancestor in ancestors(shorten(code, characters))})
+    shortened = (shorten(code, characters) for code in codes)
+    valid = (code for code in shortened if _CATEGORY_FORM.match(code))
+    return sorted({ancestor for code in valid for ancestor in ancestors(code)})
 
 
 def chapter(code: str) -> Chapter | None:

@@ -1,0 +1,166 @@
+"""Reading the big tables around MIMIC-IV-ECG as columns, and joining them by study or by patient and time."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ecg_jax.data.recording import cannot_read
+from ecg_jax.errors import UserError
+
+# Bytes parsed at once; a row must fit in, and those of mds_ed.csv have 1,900 cells.
+_BLOCK = 1 << 24
+
+
+def find_table(source: Path, name: str) -> Path | None:
+    """`name` or `name`.gz in the folder, None if it has neither."""
+    return next((path for path in (source / name, source / f"{name}.gz") if path.is_file()), None)
+
+
+def read_columns(
+    path: Path, columns: Mapping[str, str], keep: Callable[[dict], object] | None = None
+) -> dict[str, np.ndarray]:
+    """Some columns of a CSV file, gzipped or not.
+
+    Args:
+      path: the file.
+      columns: name -> "int", "float", "time", "bool" or "text".
+      keep: called with parts of the table as name -> `pyarrow.Array`; the boolean array it gives tells which rows
+        to keep, so that of a table too big for memory only those are held. None keeps all.
+
+    Returns:
+      name -> array [m]: int64; float64 with NaN for an empty cell; int64 seconds since 1970; bool; object, with
+      None for an empty cell.
+
+    Raises:
+      UserError: the file cannot be read, lacks a column, or a cell is not what it must be. A cell of an "int",
+        "time" or "bool" column must not be empty.
+    """
+    import pyarrow as pa
+    from pyarrow import csv as pa_csv
+
+    _check_header(path, columns)
+    types = {"int": pa.int64(), "float": pa.float64(), "time": pa.timestamp("s"), "bool": pa.bool_()}
+    types["text"] = pa.string()
+    options = {
+        "read_options": pa_csv.ReadOptions(block_size=_BLOCK),
+        "parse_options": pa_csv.ParseOptions(newlines_in_values=True),
+        "convert_options": pa_csv.ConvertOptions(
+            include_columns=list(columns),
+            column_types={name: types[kind] for name, kind in columns.items()},
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
+    }
+    try:
+        with pa_csv.open_csv(path, **options) as reader:
+            parts = []
+            for batch in reader:
+                if keep is not None:
+                    batch = batch.filter(keep(dict(zip(batch.schema.names, batch.columns, strict=True))))
+                parts.append(batch)
+            table = pa.Table.from_batches(parts, reader.schema)
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"{path} is not the table PhysioNet has: {error}; take the file as it is there."
+        ) from error
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    found = {}
+    for name, kind in columns.items():
+        column = table.column(name)
+        if kind in ("int", "time", "bool") and column.null_count:
+            row = column.combine_chunks().is_null().to_numpy(zero_copy_only=False).argmax()
+            raise UserError(
+                f"{path}: row {row + 1} (of those used) has nothing in column {name}; correct that row."
+            )
+        if kind == "time":
+            column = column.cast(pa.int64())
+        found[name] = column.to_numpy()
+    return found
+
+
+def _check_header(path: Path, columns: Collection[str]) -> None:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            first_line = file.readline().decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error) as error:
+        raise cannot_read(path, error if isinstance(error, OSError) else OSError(str(error))) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no CSV file: {error}; take the file as PhysioNet has it.") from error
+    header = next(csv.reader([first_line]), [])
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise UserError(
+            f"{path} is not the table PhysioNet has: it has no column {', '.join(missing)}; take the file as it is "
+            "there, or remove it to do without."
+        )
+
+
+def take(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Numbers of a table's column [m] at rows [n] as from `find_rows`: float64 [n], NaN where the row is -1."""
+    found = np.full(len(rows), np.nan)
+    found[rows >= 0] = column[rows[rows >= 0]]
+    return found
+
+
+def find_rows(keys: np.ndarray, table_keys: np.ndarray, path: Path, column: str) -> np.ndarray:
+    """The row of each key [n] in a table with keys [m]: int64 [n], -1 where it has none.
+
+    Raises:
+      UserError: the table has a key twice.
+    """
+    order = np.argsort(table_keys, kind="stable")
+    ordered = table_keys[order]
+    repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(repeated):
+        raise UserError(
+            f"{path} has two rows with {column} {ordered[repeated[0]]}, and only one can be right; take the file as "
+            "PhysioNet has it."
+        )
+    if not len(ordered):
+        return np.full(len(keys), -1)
+    place = np.searchsorted(ordered, keys).clip(max=len(ordered) - 1)
+    return np.where(ordered[place] == keys, order[place], -1)
+
+
+def nearest(
+    patient: np.ndarray,
+    time: np.ndarray,
+    patients: np.ndarray,
+    times: np.ndarray,
+    values: np.ndarray,
+    within: int,
+) -> np.ndarray:
+    """Each recording's nearest measurement of the same patient.
+
+    Args:
+      patient, time: int64 [n], patients and seconds of the recordings.
+      patients, times: int64 [m], those of the measurements, in any order.
+      values: float64 [m].
+      within: seconds the two may be apart.
+
+    Returns:
+      float64 [n], NaN without a measurement. Of two equally near the earlier, of two at one time the first, counts.
+    """
+    found = np.full(len(patient), np.nan)
+    if not len(patients):
+        return found
+    # One number that sorts by patient, then time: ids have 8 digits, and 2^34 s are the years to 2514.
+    key, keys = (patient << 34) + time, (patients << 34) + times
+    order = np.argsort(keys, kind="stable")
+    keys, values, patients, times = keys[order], values[order], patients[order], times[order]
+    after = np.searchsorted(keys, key)
+    before = np.searchsorted(keys, keys[(after - 1).clip(min=0)])
+    best = np.full(len(patient), within + 1)
+    for place, there in ((before, after > 0), (after, after < len(keys))):
+        place = place.clip(max=len(keys) - 1)
+        apart = np.abs(times[place] - time)
+        better = there & (patients[place] == patient) & (apart < best)
+        found[better], best[better] = values[place[better]], apart[better]
+    return found
