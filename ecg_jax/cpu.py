@@ -11,6 +11,8 @@ import platform
 import sys
 from pathlib import Path
 
+from ecg_jax.files import cache_folder
+
 _FUSION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 #: Versions of jaxlib that were seen to know the flag: XLA ends a process that gives it an unknown one.
 _FUSION_FLAG_KNOWN = ("0.10.2", "0.12.0.1")
@@ -56,12 +58,12 @@ def keep_compiled_programs() -> None:
     stop on another.
     """
     global own_cache
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or not os.path.isabs(root):
+    folder = cache_folder()
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or not folder.is_absolute():
         return
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     features = [line for line in lines if line.startswith(("flags", "Features"))]
     kind = hashlib.sha256("".join([platform.machine(), *features[:1]]).encode()).hexdigest()[:12]
-    own_cache = Path(root) / "ecg_jax" / kind
+    own_cache = folder / kind
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(own_cache)

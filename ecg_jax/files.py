@@ -9,6 +9,11 @@ from typing import IO
 from ecg_jax.errors import UserError
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME/ecg_jax, by default ~/.cache/ecg_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "ecg_jax"
+
+
 def replace_file(path: Path, data: bytes, temporary: Path) -> None:
     """Writes a file under a temporary name, through to the disk, then renames it.
 

@@ -286,3 +286,15 @@ def test_numbers_beyond_the_quantiles_of_the_training_records_are_unknown_everyw
     assert (np.flatnonzero(~known) == [0, 1, 298, 299, 300]).all()
     assert mean == np.arange(3.0, 299.0).mean()
     np.testing.assert_allclose(second, [[np.nan], [(150 - mean[0]) / sd[0]], [np.nan]], rtol=1e-6)
+
+
+def test_recordings_without_labels_are_no_negatives():
+    labels = [["A"], [], ["B"], [], ["A"], ["A"], []]
+    store = _FakeStore([-1, 1, 0, 0, 2, 3, 3], labels, corpus="echonext")
+    store.classes, store.class_info = {"echo": ["A", "B"]}, {"echo": store.class_info["super"]}
+    store.columns["labels_echo"] = store.columns["labels_super"]
+    labels[1] = ["A"]
+    examples = choose_examples(get_task("echonext"), store, None, 600, min_count=1)
+    assert examples.train.rows.tolist() == [1, 2, 3]
+    assert examples.test.rows.tolist() == [5, 6], "no label is a negative of every class"
+    assert examples.excluded["fake"]["without_labels"] == 1

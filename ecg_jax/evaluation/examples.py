@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ecg_jax.data.corpora.challenge import dataset_of
+from ecg_jax.data.corpora.entries import UNLABELLED_FOLD
 from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.store import Store
+from ecg_jax.data.stratify import stratified_folds
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation.metrics import has_both_kinds
 from ecg_jax.evaluation.tasks import Task, check_store
@@ -196,6 +198,9 @@ class _Candidates:
             leave_out("without_known_value", np.isnan(store.value_matrix(task.label_set)).all(axis=1))
         elif task.unlabelled == "exclude":
             leave_out("without_label_of_the_set", ~is_labelled(self.labels))
+        else:
+            # A recording that the corpus' table of labels does not know is not a negative.
+            leave_out("without_labels", store.column("fold") == UNLABELLED_FOLD)
         self.eligible = left.copy()
         leave_out("shorter_than_window", lengths < window)
         self.usable = left
@@ -228,8 +233,6 @@ class _Candidates:
         """[n] fold of each record by the task's rule; -1 for a record that takes no part in a stratified split."""
         if self.task.split == "corpus_folds":
             return self.store.column("fold")
-        from ecg_jax.data.stratify import stratified_folds
-
         rows = np.flatnonzero(self.eligible)
         folds = np.full(len(self.store), -1, dtype=np.int64)
         if len(rows):

@@ -5,6 +5,7 @@ Reyna et al., CinC 2021; Perez Alday et al., Physiol Meas 41:124003 (2020).
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repe
 from ecg_jax.data.readers.wfdb import read_wfdb
 from ecg_jax.data.recording import Problem, Recording, cannot_read, is_absent
 from ecg_jax.errors import UserError
+
+#: Tables of the Challenges' organisers: diagnoses and the weights of their scores.
+TABLES = Path(__file__).parents[2] / "assets" / "challenge"
 
 EXPECTS = "a folder with the Challenge's .mat and .hea files, at any depth"
 
@@ -43,7 +47,7 @@ def list_records(source: Path, rate: int | None) -> Listing:
         if file.with_suffix("").as_posix() not in headers
     ]
     entries, repeated = drop_repeated(entries)
-    return Listing(entries, problems + repeated, ("dx",), None, {}, HASHED_FOLDS)
+    return Listing(entries, problems + repeated, ("dx",), None, {"dx": snomed_names()}, HASHED_FOLDS)
 
 
 def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
@@ -55,6 +59,17 @@ def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
     recording = read_wfdb(source / entry.file, entry.record_id, repair=True, assume_gain=assume_gain)
     recording.labels.setdefault("dx", [])
     return recording
+
+
+def snomed_names() -> dict[str, str]:
+    """SNOMED CT code -> name and abbreviation, from the tables of the Challenges of 2021 and 2020."""
+    names: dict[str, str] = {}
+    for year, code in (("2021", "SNOMEDCTCode"), ("2020", "SNOMED CT Code")):
+        for kind in ("scored", "unscored"):
+            with open(TABLES / year / f"dx_mapping_{kind}.csv", newline="", encoding="utf-8-sig") as file:
+                for row in csv.DictReader(file):
+                    names.setdefault(row[code], f"{row['Dx']} ({row['Abbreviation']})")
+    return names
 
 
 _DATASETS = {
