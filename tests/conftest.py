@@ -5,6 +5,7 @@ code meets; a test that means one device says so with `Mesh(jax.devices()[:1], .
 """
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,9 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Compiled programs are kept between test runs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "ecg_jax_test_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# What commands keep, features and signatures of stores, goes with the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ecg_jax_tests_")
 
 import numpy as np
 import pytest
@@ -23,6 +27,10 @@ cpu.tune()  # as the commands do
 
 # A fuller set of reference tensors with the same names can be tested by naming its folder here.
 GOLDEN = Path(os.environ.get("ECG_JAX_GOLDEN", Path(__file__).parent / "golden"))
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def load_golden(name: str) -> dict[str, np.ndarray]:
