@@ -1,0 +1,136 @@
+"""`ecg-jax report`: finished probes side by side with their baselines, as one page and as tables."""
+
+import argparse
+import csv
+import datetime
+import io
+import os
+from pathlib import Path
+
+from ecg_jax.errors import UserError
+from ecg_jax.studies.report import export, html, load, rows
+
+DESCRIPTION = """\
+Puts finished probes side by side: one self-contained page with tables, intervals, ranks, leakage verdicts and
+pictures, and the same tables as CSV and LaTeX in a folder beside it.
+
+  ecg-jax report probes/cpc_linear probes/jepa_linear probes/s4_supervised --output=report.html
+
+A WORKDIR is the --workdir of `ecg-jax probe`, of one task or of task=all; a robustness.json or label_efficiency.json
+in it is drawn too. Every task needs its baselines: a randomly initialised encoder, ECG features and the majority guess,
+which come with a probe, and an encoder trained from scratch (mode=supervised) among the folders.
+"""
+INDEX = "index.csv"
+
+
+def report(workdirs: list[str | Path], output: str | Path, title: str) -> list[Path]:
+    """Writes a report.
+
+    Args:
+        workdirs: of finished probes.
+        output: the page, an .html file; its tables go to <name>_tables beside it.
+        title: of the page.
+
+    Returns:
+        The files written, the page first.
+
+    Raises:
+        UserError: folders that are damaged, partial, do not belong together or lack a baseline, or an output that
+            cannot be written; nothing is written then.
+    """
+    output = Path(output)
+    _check_output(output)
+    collection = load.load(workdirs)
+    rows.check_baselines(collection)
+    scores = rows.score_tasks(collection, lambda task: print(f"  {task}", flush=True))
+    page = html.build(title, collection, scores, datetime.datetime.now(datetime.UTC))
+    text = page.html()
+    index = io.StringIO()
+    lines = csv.writer(index, lineterminator="\n")
+    lines.writerow(("table", "caption"))
+    files = {}
+    for table in page.tables:
+        lines.writerow((table.name, table.caption))
+        files[f"{table.name}.csv"] = export.to_csv(table).encode()
+        files[f"{table.name}.tex"] = export.to_latex(table).encode()
+    files[INDEX] = index.getvalue().encode()
+    return _write(output, text.encode(), files)
+
+
+def _tables_folder(output: Path) -> Path:
+    return output.with_name(f"{output.stem}_tables")
+
+
+def _check_output(output: Path) -> None:
+    """Refuses, before any work, an output that cannot or should not be written."""
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--output={output} must end in .html.")
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no folder {output.parent}; make it first.")
+    if output.is_dir():
+        raise UserError(f"--output={output} is a folder; name a file.")
+    try:
+        if output.exists() and html.GENERATOR.encode() not in output.read_bytes()[:2000]:
+            raise UserError(f"--output={output} is there already and no report; choose another name.")
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be read: {error.strerror}.") from error
+    folder = _tables_folder(output)
+    if folder.exists() and not (folder.is_dir() and (folder / INDEX).is_file()):
+        raise UserError(f"{folder}, where the tables go, is there already and not of a report; move it away.")
+
+
+def _write(output: Path, page: bytes, files: dict[str, bytes]) -> list[Path]:
+    """Writes all files under temporary names first, then renames them: a failure leaves nothing new."""
+    folder = _tables_folder(output)
+    made = not folder.exists()
+    targets = {folder / name: data for name, data in files.items()} | {output: page}
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in targets}
+    before = _indexed(folder)
+    try:
+        folder.mkdir(exist_ok=True)
+        for path, data in targets.items():
+            with open(temporary[path], "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in targets:
+            temporary[path].replace(path)
+        # Tables of the report before that this one has not.
+        for path in before - set(targets):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or output}: {error.strerror}.") from error
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    return [output, *sorted(set(targets) - {output})]
+
+
+def _indexed(folder: Path) -> set[Path]:
+    """Files that an earlier report wrote, by its index."""
+    try:
+        with open(folder / INDEX, newline="", encoding="utf-8") as file:
+            names = [line[0] for line in csv.reader(file)][1:]
+    except (OSError, ValueError, IndexError):
+        return set()
+    return {folder / f"{name}{suffix}" for name in names for suffix in (".csv", ".tex") if "/" not in name}
+
+
+def main(argv: list[str]) -> int:
+    """`ecg-jax report`."""
+    parser = argparse.ArgumentParser(
+        prog="ecg-jax report",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folder of a finished probe")
+    parser.add_argument("--output", required=True, metavar="FILE.html", help="page to write")
+    parser.add_argument("--title", default="ECG encoders compared", help="of the page (default: %(default)s)")
+    options = parser.parse_args(argv)
+    written = report(options.workdirs, options.output, options.title)
+    size = written[0].stat().st_size / 1e6
+    print(f"{written[0]} ({size:.1f} MB), {len(written) - 1} files in {_tables_folder(written[0])}")
+    return 0

@@ -1,0 +1,309 @@
+"""What a report draws: which rows, classes and records, with the sentences that say so."""
+
+import io
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ecg_jax.data.preprocessing import MICROVOLTS_PER_MV
+from ecg_jax.data.store import Store
+from ecg_jax.errors import UserError
+from ecg_jax.evaluation import report_plots
+from ecg_jax.evaluation.calibration import reliability
+from ecg_jax.evaluation.plots import ecg_paper
+from ecg_jax.studies.report.load import MODES, Curves
+from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, Entry, TaskScores
+from ecg_jax.studies.report.tables import SCORES, number
+
+# Rows and classes that a picture still shows legibly; the tables hold all of them.
+_FOREST_MODELS, _FOREST_CLASSES = 6, 40
+_CALIBRATED_MODELS, _WORST_CLASSES = 4, 2
+_PANELS = 6
+_COLOURS_OF_PAPER = 32
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with what it shows in words."""
+
+    data: bytes
+    kind: str
+    """"svg+xml" or "png"."""
+    alt: str
+    caption: str
+
+
+def _svg(data: bytes, alt: str, caption: str) -> Picture:
+    return Picture(data, "svg+xml", alt, caption)
+
+
+def _best(task: TaskScores, most: int) -> tuple[list[Entry], str]:
+    """Probes from best to worst, at most so many, and a sentence where some are left out."""
+    probes = [entry for entry in task.ranked if entry.result is not None]
+    left_out = len(probes) - most
+    return probes[:most], f" The {most} best of {len(probes)} are drawn." if left_out > 0 else ""
+
+
+def forest(task: TaskScores) -> Picture:
+    """Every class of a task with the probes side by side."""
+    shown, note = _best(task, _FOREST_MODELS)
+    first = task.first.results["per_class"]
+    regression = task.first.regression
+    score, count = ("mae", "n") if regression else ("auroc", "n_pos")
+    classes = list(first)
+    n = np.array([first[name][count] for name in classes])
+    kept = np.sort(np.argsort(-n, kind="stable")[:_FOREST_CLASSES])
+    if len(kept) < len(classes):
+        note += f" Of {len(classes)} classes the {len(kept)} commonest are drawn; the table has all."
+
+    def values(entry):
+        per_class = entry.result.results["per_class"]
+        rows = [[per_class[classes[k]][name] for name in (score, "ci_low", "ci_high")] for k in kept]
+        return np.array(rows, dtype=np.float64)
+
+    twins = [entry for entry in task.entries.values() if entry.row.baseline == RANDOM_INIT]
+    # Beside the best probe belongs the random initialisation that was probed in its mode.
+    twins.sort(key=lambda entry: entry.row.mode != task.best_probe.row.mode)
+    reference = twins[0].scored.per_class[kept] if twins else None
+    data = report_plots.class_forest(
+        [classes[k] for k in kept],
+        n[kept].tolist(),
+        {entry.row.label: values(entry) for entry in shown},
+        reference,
+        "MAE" if regression else "AUROC",
+        None if regression else 0.5,
+        task.first.results["bootstrap"]["level"],
+        twins[0].row.label if twins else "",
+    )
+    what = "mean absolute error" if regression else "AUROC"
+    return _svg(
+        data,
+        f"{what} of {len(kept)} {'targets' if regression else 'classes'} of {task.task} with intervals, for "
+        f"{', '.join(entry.row.label for entry in shown)}.",
+        f"{task.task}: {what} of every class with its interval, sorted by the best model; "
+        f"n: {'known values' if regression else 'positive test records'}.{note}",
+    )
+
+
+def modes(scores: dict[str, TaskScores]) -> list[Picture]:
+    """Checkpoints compared mode by mode, a panel for each task."""
+    panels, references = [], []
+    present = {
+        entry.row.mode
+        for task in scores.values()
+        for entry in task.entries.values()
+        if not entry.row.baseline
+    }
+    order = [mode for mode in MODES if mode in present]
+    names = list(
+        dict.fromkeys(e.row.model for t in scores.values() for e in t.entries.values() if not e.row.baseline)
+    )[: report_plots.MOST_MODELS]
+    for task in scores.values():
+        models: dict[str, dict] = {}
+        lines: dict[str, list[float]] = {SUPERVISED: [], RANDOM_INIT: [], ECG_FEATURES: []}
+        for entry in task.entries.values():
+            row = entry.row
+            if row.model in names and not row.baseline:
+                interval = [np.nan if v is None else v for v in (entry.point, entry.low, entry.high)]
+                models.setdefault(row.model, {})[row.mode] = interval
+            elif row.baseline in lines:
+                lines[row.baseline].append(entry.point)
+        if models:
+            panels.append((task.task, SCORES[task.first.metric], models))
+            best = min if task.first.regression else max
+            references.append({name: best(points) for name, points in lines.items() if points})
+    pictures = []
+    for start in range(0, len(panels), _PANELS):
+        part = slice(start, start + _PANELS)
+        tasks = ", ".join(panel[0] for panel in panels[part])
+        pictures.append(
+            _svg(
+                report_plots.mode_panels(panels[part], references[part], order),
+                f"Scores of {', '.join(names)} in the modes {', '.join(order)} on {tasks}.",
+                f"{tasks}: checkpoints in each mode with intervals. Grey: baselines, the best where there are several.",
+            )
+        )
+    return pictures
+
+
+def calibration(task: TaskScores) -> Picture:
+    """Reliability over all classes, and of the classes where the best model is calibrated worst."""
+    shown, note = _best(task, _CALIBRATED_MODELS)
+    targets = task.first.predictions["targets"].astype(np.float64)
+    best = shown[0]
+    per_class = best.result.results["per_class"]
+    errors = {name: entry["ece"] for name, entry in per_class.items() if entry["ece"] is not None}
+    worst = sorted(errors, key=errors.__getitem__, reverse=True)[:_WORST_CLASSES]
+
+    def bins(entry, columns):
+        # A pooled diagram is that of one class with every entry.
+        selected = entry.predictions[0][:, columns].reshape(-1, 1)
+        return tuple(part[0] for part in reliability(targets[:, columns].reshape(-1, 1), selected))
+
+    everything = list(range(targets.shape[1]))
+    panels = [("all classes pooled", {entry.row.label: bins(entry, everything) for entry in shown})]
+    for name in worst:
+        k = task.first.classes.index(name)
+        panels.append((f"{name} (ECE {errors[name]:.3f})", {e.row.label: bins(e, [k]) for e in shown}))
+    return _svg(
+        report_plots.calibration(panels),
+        f"Reliability diagrams of {task.task}: all classes pooled and {', '.join(worst)}.",
+        f"{task.task}: how often the class was there for each predicted probability, and below how many predictions "
+        f"fall into each tenth. Beside all classes pooled, those with the largest calibration error of "
+        f"{best.row.label}.{note}",
+    )
+
+
+def regression(task: TaskScores) -> Picture:
+    """Predicted against true values of the best model."""
+    best = task.best_probe
+    targets = task.first.predictions["targets"].astype(np.float64)
+    known = (~np.isnan(targets)).sum(axis=0)
+    kept = np.sort(np.argsort(-known, kind="stable")[:_PANELS])
+    panels = [(task.first.classes[k], targets[:, k], best.predictions[0][:, k]) for k in kept]
+    note = f" The {_PANELS} targets known most often are drawn." if len(kept) < targets.shape[1] else ""
+    return _svg(
+        report_plots.predicted_against_true(panels, best.row.label),
+        f"Predicted against true values of {', '.join(panel[0] for panel in panels)} by {best.row.label}.",
+        f"{task.task}: values predicted by {best.row.label} against the true ones, in standard deviations of the "
+        f"training targets; dashed: equal.{note}",
+    )
+
+
+def label_efficiency(task: str, curves: Sequence[Curves]) -> Picture:
+    """Scores by number of labels."""
+    metric = curves[0].content["metric"]
+    models = {}
+    for curve in curves:
+        for name, model in curve.content["models"].items():
+            label = name if name not in models else f"{name} ({curve.path.parent.name})"
+            models[label] = curve.content["sizes"], model["scores"], model["fit"]
+    models = dict(list(models.items())[: report_plots.MOST_MODELS])
+    return _svg(
+        report_plots.label_efficiency(models, SCORES[metric], metric == "mae"),
+        f"{SCORES[metric]} on {task} by number of labelled training records for {', '.join(models)}.",
+        f"{task}: score by number of labelled training records. Dots: seeds; line: their mean; dashed: the fit.",
+    )
+
+
+def robustness(task: str, curves: Sequence[Curves]) -> Picture:
+    """Scores under disturbances."""
+    curves = curves[: report_plots.MOST_MODELS]
+    families: dict[str, tuple[str, dict]] = {}
+    for curve in curves:
+        for family in curve.content["families"]:
+            name = family["family"].replace("_", " ")
+            _, models = families.setdefault(name, (family["unit"] or "", {}))
+            models[curve.model] = [
+                tuple(condition[k] for k in ("label", "value", "point", "low", "high"))
+                for condition in family["conditions"]
+            ]
+    clean = {c.model: [c.content["clean"][k] for k in ("point", "low", "high")] for c in curves}
+    metric = SCORES[curves[0].content["metric"]]
+    return _svg(
+        report_plots.robustness(families, clean, metric),
+        f"{metric} on {task} under {', '.join(families)} for {', '.join(clean)}.",
+        f"{task}: score when the test records are disturbed, with intervals; dashed: undisturbed records.",
+    )
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test record with what was predicted for it."""
+
+    picture: Picture
+    heading: str
+    record_id: str
+    predicted: list[tuple[str, float, float]]
+    """(class, true target, predicted probability), from likely to unlikely."""
+
+
+def choose_examples(targets: np.ndarray, probabilities: np.ndarray) -> dict[str, tuple[int, int]]:
+    """Records worth looking at: (record, class) each.
+
+    Args:
+        targets: [n, K] of 0, 1, NaN.
+        probabilities: [n, K].
+
+    Returns:
+        "most confident and right": the class that is there and has the highest probability; "most confident and
+        wrong": the largest difference between target and probability; "least sure": the known class closest to 0.5.
+        A record is chosen once; what there is none of is left out.
+    """
+    known = ~np.isnan(targets)
+    error = np.abs(np.where(known, targets, np.nan) - probabilities)
+    rules = {
+        "Most confident and right": np.where(targets == 1, probabilities, -np.inf),
+        "Most confident and wrong": np.where(known & (error > 0.5), error, -np.inf),
+        "Least sure": np.where(known, -np.abs(probabilities - 0.5), -np.inf),
+    }
+    chosen: dict[str, tuple[int, int]] = {}
+    for name, worth in rules.items():
+        worth = worth.copy()
+        worth[[record for record, _ in chosen.values()]] = -np.inf
+        record, k = np.unravel_index(np.argmax(worth), worth.shape)
+        if np.isfinite(worth[record, k]):
+            chosen[name] = int(record), int(k)
+    return chosen
+
+
+def examples(task: TaskScores) -> tuple[list[Example], str]:
+    """Recordings that the best probe is most and least sure of, and a sentence: whose, or why there are none."""
+    best = task.best_probe
+    result, predictions = best.result, best.result.predictions
+    tested_on = result.results["store"]
+    if "test_store" in result.results and result.results["test_store"] is not None:
+        tested_on = result.results["test_store"]
+    try:
+        store = Store(tested_on["path"])
+    except UserError:
+        return [], f"No recordings are shown: the store {tested_on['path']} cannot be opened here."
+    rows = predictions["row"].astype(np.int64)
+    same = rows.max(initial=0) < len(store) and np.array_equal(
+        store.column("record_id")[rows].astype(str), predictions["record_id"].astype(str)
+    )
+    if store.fingerprint != tested_on["fingerprint"] or not same:
+        return [], f"No recordings are shown: the store {tested_on['path']} has changed since the probe."
+    targets = task.first.predictions["targets"].astype(np.float64)
+    found = []
+    for name, (i, k) in choose_examples(targets, best.predictions[0]).items():
+        order = np.argsort(-best.predictions[0][i], kind="stable")
+        listed = [
+            (task.first.classes[c], float(targets[i, c]), float(best.predictions[0][i, c])) for c in order
+        ]
+        signal = store.read(int(rows[i])).astype(np.float64) / MICROVOLTS_PER_MV
+        record = str(predictions["record_id"][i])
+        class_name, there = task.first.classes[k], "there" if targets[i, k] == 1 else "not there"
+        sentence = f"{class_name} is {there}, predicted with {number(float(best.predictions[0][i, k]))}"
+        found.append(
+            Example(
+                Picture(
+                    _paper(signal, store.rate_hz, store.leads),
+                    "png",
+                    f"Twelve-lead ECG of record {record}: {sentence}.",
+                    f"Record {record}: {sentence}.",
+                ),
+                name,
+                record,
+                listed,
+            )
+        )
+    store.close()
+    return found, f"Recordings that {best.row.label}, the best probe of the task, is most and least sure of."
+
+
+def _paper(signal: np.ndarray, rate_hz: float, leads: Sequence[str]) -> bytes:
+    """An ECG on paper as a PNG of few colours: a fifth of the size, and the eye sees no difference."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ecg.png"
+        ecg_paper(signal, rate_hz, leads, path, dpi=110)
+        buffer = io.BytesIO()
+        with Image.open(path) as image:
+            quantised = image.convert("RGB").quantize(_COLOURS_OF_PAPER, dither=Image.Dither.NONE)
+            quantised.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
