@@ -4,7 +4,7 @@ Every corpus module has `EXPECTS` (what SOURCE must hold), `list_records(source,
 `read(source, entry, assume_gain) -> Recording`.
 """
 
-from ecg_jax.data.corpora import challenge, chapman, code15, echonext, ptb, ptbxl, sph, wfdb, zzu
+from ecg_jax.data.corpora import challenge, chapman, code15, echonext, mimic, ptb, ptbxl, sph, wfdb, zzu
 
 CORPORA = {
     "ptbxl": ptbxl,
@@ -16,4 +16,5 @@ CORPORA = {
     "ptb": ptb,
     "echonext": echonext,
     "zzu": zzu,
+    "mimic": mimic,
 }
