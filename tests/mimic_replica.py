@@ -1,4 +1,4 @@
-"""A small folder laid out like MIMIC-IV-ECG, with the tables beside it and their oddities; signals are synthetic."""
+"""A small folder laid out like MIMIC-IV-ECG, with its tables and their oddities; signals are synthetic."""
 
 import csv
 import dataclasses
@@ -30,16 +30,17 @@ class Study:
 
 
 MACHINE = {
-    "rr_interval": 1000, "p_onset": 40, "p_end": 150, "qrs_onset": 200, "qrs_end": 290, "t_end": 600, "p_axis": 50,
-    "qrs_axis": -30, "t_axis": 45,
+    "rr_interval": 1000, "p_onset": 40, "p_end": 150, "qrs_onset": 200, "qrs_end": 290, "t_end": 600,
+    "p_axis": 50, "qrs_axis": -30, "t_axis": 45,
 }  # fmt: skip
 
 
 def icd(codes: list[str], **changes) -> dict:
     """A row of records_w_diag_icd10.csv of a recording taken first in an emergency stay, in fold 0."""
     row = {
-        "ed_stay_id": 33333333.0, "ed_hadm_id": "", "hosp_hadm_id": "", "ed_diag_ed": str(codes), "ed_diag_hosp": "[]",
-        "hosp_diag_hosp": "[]", "all_diag_hosp": "[]", "all_diag_all": str(codes), "gender": "F", "age": 52.0,
+        "ed_stay_id": 33333333.0, "ed_hadm_id": "", "hosp_hadm_id": "", "ed_diag_ed": str(codes),
+        "ed_diag_hosp": "[]", "hosp_diag_hosp": "[]", "all_diag_hosp": "[]", "all_diag_all": str(codes),
+        "gender": "F", "age": 52.0,
         "anchor_year": 2180, "anchor_age": 52, "dod": "", "ecg_no_within_stay": 0, "ecg_taken_in_ed": True,
         "ecg_taken_in_hosp": False, "ecg_taken_in_ed_or_hosp": True, "fold": 3, "strat_fold": 0,
     }  # fmt: skip
@@ -67,18 +68,22 @@ def mds(**values) -> dict:
 
 
 STUDIES = [
-    Study(40689238, 10000032, "2180-07-23 08:44:00", MACHINE, icd(["I4819", "W19XXXA"], all_diag_hosp="['I4819']"),
-          mds(deterioration_icu_24h=-999.0, deterioration_icu_stay=1.0, biometrics_height=180.0, biometrics_weight=80.0,
-              biometrics_bmi=24.7, vitals_temperature_mean=37.0, vitals_heartrate_mean=81.5,
+    Study(40689238, 10000032, "2180-07-23 08:44:00", MACHINE,
+          icd(["I4819", "W19XXXA"], all_diag_hosp="['I4819']"),
+          mds(deterioration_icu_24h=-999.0, deterioration_icu_stay=1.0, biometrics_height=180.0,
+              biometrics_weight=80.0, biometrics_bmi=24.7, vitals_temperature_mean=37.0,
+              vitals_heartrate_mean=81.5,
               labvalues_creatinine_mean=1.1, **{"labvalues_bilirubin,_total_mean": 0.4})),
     # The second of the stay: trained on, as the fold is none that is held out.
-    Study(44458630, 10000032, "2180-07-23 09:54:00", {**MACHINE, "p_onset": 29999, "p_end": 29999, "p_axis": 29999},
+    Study(44458630, 10000032, "2180-07-23 09:54:00",
+          {**MACHINE, "p_onset": 29999, "p_end": 29999, "p_axis": 29999},
           icd(["I4819", "T500X5A", "E785"], ecg_no_within_stay=1)),
     # No diagnosis; no P wave, and no QT either.
     Study(49036311, 10000032, "2180-08-06 09:07:00", {**MACHINE, "t_end": 29999, "rr_interval": 0},
           icd([], gender="missing_gender", age="")),
     # Validation fold: the first of the stay, and the second, which is left out.
-    Study(45090959, 10000117, "2181-03-04 17:14:00", MACHINE, icd(["I10"], gender="M", age=91.0, strat_fold=18),
+    Study(45090959, 10000117, "2181-03-04 17:14:00", MACHINE,
+          icd(["I10"], gender="M", age=91.0, strat_fold=18),
           mds(deterioration_mortality_365d=1.0, deterioration_ecmo=-999.0)),
     Study(48446569, 10000117, "2183-09-18 13:52:00", {**MACHINE, "qrs_axis": -400},
           icd(["I10"], gender="M", age=93.0, strat_fold=18, ecg_no_within_stay=1)),

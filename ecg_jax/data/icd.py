@@ -84,8 +84,8 @@ def ancestors(code: str) -> list[str]:
 def propagate(codes: Iterable[str], characters: int = 5) -> list[str]:
     """Codes as labels: each shortened, with all its ancestors ("ancestor propagation", spec §7.5).
 
-    Strodthoff et al., arXiv 2312.11050. What does not begin with a category (a letter, a digit, a letter or digit) is
-    no ICD-10-CM code and is left out, e.g. "NoDx" or an ICD-9 code.
+    Strodthoff et al., arXiv 2312.11050. What does not begin with a category (a letter, a digit, a letter or
+    digit) is no ICD-10-CM code and is left out, e.g. "NoDx" or an ICD-9 code.
 
     Returns:
       Sorted, without repetitions.

@@ -1,8 +1,8 @@
 """Folds and nested subsets in which every label is as frequent as in the whole, patients kept together.
 
 Greedy iterative stratification of multi-label data: Sechidis, Tsoumakas, Vlahavas, On the Stratification of
-Multi-Label Data, ECML PKDD 2011, Algorithm 1; by groups as in spec §1.5 and §7.4. Letters: n records, G groups
-(patients), K labels, F folds.
+Multi-Label Data, ECML PKDD 2011, Algorithm 1; by groups as in spec §1.5 and §7.4. Letters: n records, G
+groups (patients), K labels, F folds.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def stratified_folds(
 
     The label with the fewest records left comes first. Its groups, those with most of its records first, go
     each to the fold that lacks most records of the label; of several such folds, to the one that lacks most
-    records altogether; of several such, to a random one. Groups without any label fill up the folds in the end.
-    Where no record has two labels, every label that n_folds or more groups have is in every fold of equal ratios;
-    with several labels a record this is the rule but not certain, as a group can serve only one of its labels.
+    records altogether; of several such, to a random one. Groups without any label fill up the folds in the
+    end. Where no record has two labels, every label that n_folds or more groups have is in every fold of
+    equal ratios; with several labels a record this is the rule but not certain, as a group can serve only one
+    of its labels.
 
     With `groups`, the fold of a group does not depend on the order of the records; without, it does (by the
     random choices only).
@@ -43,7 +44,8 @@ def stratified_folds(
     Args:
       labels: n lists of labels; a label counts once a record.
       n_folds: F, at least 1.
-      groups: n keys that can be sorted; records of one group come into the same fold. None: every record is its own.
+      groups: n keys that can be sorted; records of one group come into the same fold. None: every record is
+        its own.
       seed: for the random choices.
       ratios: F positive shares of the records; None: equal ones. They are divided by their sum.
 
@@ -187,7 +189,7 @@ class _Table:
 
 
 def _tabulate(labels: Sequence[Sequence[str]], groups: Sequence[Hashable] | None) -> _Table:
-    """Groups in order of their keys and labels in order of their names, so that neither is that of the input."""
+    """Groups in order of their keys and labels in order of their names, whatever the order of the input."""
     n = len(labels)
     if groups is None:
         group_of, n_groups = np.arange(n), n

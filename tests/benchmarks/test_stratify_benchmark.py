@@ -2,8 +2,8 @@
 
     pytest tests/benchmarks/test_stratify_benchmark.py --benchmark-only
 
-45,000 records with 80 labels of 12,000 patients, 10 folds. `imbalance` is the largest |records of a label in a fold
-- its share| / its share, over folds, averaged over the labels.
+45,000 records with 80 labels of 12,000 patients, 10 folds. `imbalance` is the largest |records of a label in
+a fold - its share| / its share, over folds, averaged over the labels.
 """
 
 import numpy as np

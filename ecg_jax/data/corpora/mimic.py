@@ -1,8 +1,8 @@
 """MIMIC-IV-ECG: 800,000 recordings of 10 s at 500 Hz, diagnoses of MIMIC-IV-ECG-ICD, and numbers to predict.
 
-Gow et al., https://doi.org/10.13026/4nqg-sb35 (recordings). Strodthoff, Lopez Alcaraz, Haverkamp, arXiv 2312.11050,
-https://doi.org/10.13026/hdyc-1h77 (diagnoses and folds, records_w_diag_icd10.csv). Lopez Alcaraz, Strodthoff, arXiv
-2407.17856, https://doi.org/10.13026/p90d-vd84 (outcomes, mds_ed.csv).
+Gow et al., https://doi.org/10.13026/4nqg-sb35 (recordings). Strodthoff, Lopez Alcaraz, Haverkamp, arXiv
+2312.11050, https://doi.org/10.13026/hdyc-1h77 (diagnoses and folds, records_w_diag_icd10.csv). Lopez Alcaraz,
+Strodthoff, arXiv 2407.17856, https://doi.org/10.13026/p90d-vd84 (outcomes, mds_ed.csv).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Diagnoses:
     Attributes:
       codes: n lists of labels (codes with their ancestors), shared between recordings of one stay.
       fold: n folds, 0 to 19.
-      age: float64 [n] years at the recording, NaN where unknown; 91 stands for everybody over 89.
+      age: float64 [n] years at the recording, NaN where unknown; over 89 not exact.
       male: float64 [n], 1, 0 or NaN.
       in_protocol: float64 [n], 1 or 0, see `list_records`.
     """
@@ -63,18 +63,19 @@ class Diagnoses:
 def list_records(source: Path, rate: int | None) -> Listing:
     """Lists the rows of record_list.csv in its order; the record id is the study id.
 
-    Labels: "icd10", the codes of column `all_diag_all`: the discharge diagnoses of the hospital (of the stay during
-    which the ECG was taken, or that followed the stay in the emergency department), or if there are none those of the
-    emergency department; cut to 5 characters, without trailing X, with all ancestors (spec §7.5). All codes are
-    kept, however rare.
+    Labels: "icd10", the codes of column `all_diag_all`, in full, however rare. They are the discharge
+    diagnoses of the hospital (of the stay during which the ECG was taken, or that followed the emergency
+    department) or, if there are none, those of the emergency department; cut to 5 characters, without
+    trailing X, with all ancestors (spec §7.5). The published label set has the codes of at least 2000
+    recordings, counted over all recordings of the table and not over those of the protocol alone.
 
-    Folds: `strat_fold`, 0 to 19, of which 18 is for validation and 19 for test. A patient the table does not list
+    Folds: `strat_fold`, 0 to 19, of which 18 is for validation and 19 for test. A patient it does not list
     gets a fold from the SHA-256 of the patient id; so does everybody, in 10 folds, if there is no table.
 
-    Values: "sex", "age", "protocol" from the same table, the others from `mimic_targets.read_values`. "protocol" is 1
-    for the recordings the published evaluation is about (`mimic_ed_all_edfirst_all_2000_5A`): taken in the emergency
-    department, with at least one diagnosis, and in folds 18 and 19 only the first of the stay
-    (`ecg_no_within_stay` 0); 0 for all others.
+    Values: "sex", "age", "protocol" from the same table, the others from `mimic_targets.read_values`.
+    "protocol" is 1 for the recordings the published evaluation is about (`mimic_ed_all_edfirst_all_2000_5A`):
+    taken in the emergency department, with at least one diagnosis, and in folds 18 and 19 only the first of
+    the stay (`ecg_no_within_stay` 0); 0 for all others.
 
     Args:
       source: the MIMIC-IV-ECG folder.
@@ -162,7 +163,7 @@ def _folds(path: Path, patients: np.ndarray, strat_fold: np.ndarray) -> dict[int
     """The fold of each patient.
 
     Raises:
-      UserError: a fold that does not exist, or a patient in two folds, who would leak from one into the other.
+      UserError: a fold that does not exist, or a patient in two folds, who would leak.
     """
     wrong = (strat_fold < 0) | (strat_fold >= N_FOLDS)
     if wrong.any():
@@ -173,8 +174,8 @@ def _folds(path: Path, patients: np.ndarray, strat_fold: np.ndarray) -> dict[int
     repeated = np.flatnonzero(pairs[1:, 0] == pairs[:-1, 0])
     if len(repeated):
         raise UserError(
-            f"{path}: patient {pairs[repeated[0], 0]} is in two folds of strat_fold; correct those rows, or the test "
-            "records would not be of new patients."
+            f"{path}: patient {pairs[repeated[0], 0]} has two folds in strat_fold; correct those rows, or "
+            "the test records would not be of new patients."
         )
     return dict(pairs.tolist())
 
@@ -217,7 +218,7 @@ def _values(source: Path, recordings: Recordings, diagnoses: Diagnoses | None) -
         columns = {"sex": diagnoses.male, "age": diagnoses.age, "protocol": diagnoses.in_protocol}
     names = {
         "sex": {"male": "1 male, 0 female"},
-        "age": {"age": "age at the recording, years; 91 for everybody over 89"},
+        "age": {"age": "age at the recording, years; over 89 not exact"},
         "protocol": {
             "ed": "1 if the published evaluation is about the recording: see ecg_jax.data.corpora.mimic"
         },
@@ -233,7 +234,7 @@ def _entries(
     numbers: list[dict[str, dict[str, float]]] = [{} for _ in range(n)]
     for name, found in values.items():
         keys = list(found.names)
-        # Recordings with the same numbers (sex, age, outcomes) share one dict, or 800,000 of them fill the memory.
+        # Recordings with the same numbers (sex, age, outcomes) share one dict: there are 800,000 of them.
         shared: dict[bytes, dict[str, float]] = {}
         known = ~np.isnan(found.matrix)
         for i in np.flatnonzero(known.any(axis=1)).tolist():

@@ -30,16 +30,16 @@ def read_columns(
     Args:
       path: the file.
       columns: name -> "int", "float", "time", "bool" or "text".
-      keep: called with parts of the table as name -> `pyarrow.Array`; the boolean array it gives tells which rows
-        to keep, so that of a table too big for memory only those are held. None keeps all.
+      keep: called with parts of the table as name -> `pyarrow.Array`; the boolean array it gives tells which
+        rows to keep, so that of a table too big for memory only those are held. None keeps all.
 
     Returns:
-      name -> array [m]: int64; float64 with NaN for an empty cell; int64 seconds since 1970; bool; object, with
-      None for an empty cell.
+      name -> array [m]: int64; float64 with NaN for an empty cell; int64 seconds since 1970; bool; object,
+      with None for an empty cell.
 
     Raises:
-      UserError: the file cannot be read, lacks a column, or a cell is not what it must be. A cell of an "int",
-        "time" or "bool" column must not be empty.
+      UserError: the file cannot be read, lacks a column, or a cell is not what it must be. A cell of an
+        "int", "time" or "bool" column must not be empty.
     """
     import pyarrow as pa
     from pyarrow import csv as pa_csv
@@ -97,13 +97,13 @@ def _check_header(path: Path, columns: Collection[str]) -> None:
     missing = [name for name in columns if name not in header]
     if missing:
         raise UserError(
-            f"{path} is not the table PhysioNet has: it has no column {', '.join(missing)}; take the file as it is "
-            "there, or remove it to do without."
+            f"{path} is not the table PhysioNet has: it has no column {', '.join(missing)}; take the file as "
+            "it is there, or remove it to do without."
         )
 
 
 def take(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Numbers of a table's column [m] at rows [n] as from `find_rows`: float64 [n], NaN where the row is -1."""
+    """A table's column [m] of numbers at rows [n] from `find_rows`: float64 [n], NaN where the row is -1."""
     found = np.full(len(rows), np.nan)
     found[rows >= 0] = column[rows[rows >= 0]]
     return found
@@ -120,8 +120,8 @@ def find_rows(keys: np.ndarray, table_keys: np.ndarray, path: Path, column: str)
     repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(repeated):
         raise UserError(
-            f"{path} has two rows with {column} {ordered[repeated[0]]}, and only one can be right; take the file as "
-            "PhysioNet has it."
+            f"{path} has two rows with {column} {ordered[repeated[0]]}, and only one can be right; take the "
+            "file as PhysioNet has it."
         )
     if not len(ordered):
         return np.full(len(keys), -1)
@@ -146,7 +146,8 @@ def nearest(
       within: seconds the two may be apart.
 
     Returns:
-      float64 [n], NaN without a measurement. Of two equally near the earlier, of two at one time the first, counts.
+      float64 [n], NaN without a measurement. Of two equally near the earlier, of two at one time the first,
+      counts.
     """
     found = np.full(len(patient), np.nan)
     if not len(patients):

@@ -1,16 +1,18 @@
 """Numbers to predict from a recording of MIMIC-IV-ECG, from the tables beside it (spec §7.5).
 
-All tables are credentialed PhysioNet downloads except machine_measurements.csv, and every one is optional: what it
-gives is unknown without it. Which column means what was read from the published preprocessing code of
-MIMIC-IV-ECG-ICD (github.com/AI4HealthUOL/ECG-MIMIC), of MDS-ED (github.com/AI4HealthUOL/MDS-ED) and of the benchmark
-of arXiv 2509.25095 (github.com/AI4HealthUOL/ECG-FM-Benchmarking), and from code that reads the published files; the
-files themselves were not at hand. Of mds_ed.csv, the names of the 15 `deterioration_` columns and the pattern
-`vitals_..._mean`, `labvalues_..._mean` are confirmed by several readers of version 1.0.0; that
-`biometrics_height` and `_weight` are in cm and kg and temperatures in degrees Celsius only by the code that writes it.
+All tables are credentialed PhysioNet downloads except machine_measurements.csv, and every one is optional:
+what it gives is unknown without it. Which column means what was read from the published preprocessing code of
+MIMIC-IV-ECG-ICD (github.com/AI4HealthUOL/ECG-MIMIC), of MDS-ED (github.com/AI4HealthUOL/MDS-ED) and of the
+benchmark of arXiv 2509.25095 (github.com/AI4HealthUOL/ECG-FM-Benchmarking), and from code that reads the
+published files; the files themselves were not at hand. Of mds_ed.csv, the names of the 15 `deterioration_`
+columns and the pattern `vitals_..._mean`, `labvalues_..._mean` are confirmed by several readers of version
+1.0.0; that `biometrics_height` and `_weight` are in cm and kg and temperatures in degrees Celsius only by the
+code that writes it.
 
-Two things differ from the benchmark. It trims each variable to its 1-99 % quantiles before it looks for the nearest
-measurement; here nothing is trimmed, which is left to the task, on training records. And it adds bedside measurements
-of intensive care (chartevents.csv, 330 million rows) to biometrics, vital signs and five laboratory values.
+Two things differ from the benchmark. It trims each variable to its 1-99 % quantiles before it looks for the
+nearest measurement; here nothing is trimmed, which is left to the task, on training records. And it adds
+bedside measurements of intensive care (chartevents.csv, 330 million rows) to biometrics, vital signs and five
+laboratory values.
 """
 
 from __future__ import annotations
@@ -123,9 +125,10 @@ def read_values(source: Path, recordings: Recordings) -> dict[str, Values]:
     """The value sets "ecg", "biometrics", "labs", "vitals", "deterioration", "mortality" and "icu".
 
     Biometrics are the nearest of omr.csv within 30 days of the recording, vital signs the nearest of
-    vitalsign.csv (MIMIC-IV-ED) and laboratory values the nearest of labevents.csv, by the time they were stored,
-    within one hour. A set whose table is not there is taken from mds_ed.csv instead (mean over the first 90 minutes
-    in the emergency department; 13 of the 18 laboratory values); the descriptions say which it was.
+    vitalsign.csv (MIMIC-IV-ED) and laboratory values the nearest of labevents.csv, by the time they were
+    stored, within one hour. A set whose table is not there is taken from mds_ed.csv instead (mean over the
+    first 90 minutes in the emergency department; 13 of the 18 laboratory values); the descriptions say which
+    it was.
 
     Args:
       source: folder with the tables, each as .csv or .csv.gz.
@@ -150,9 +153,9 @@ def ecg_features(columns: dict[str, np.ndarray]) -> np.ndarray:
     """Intervals and axes from the machine's measurements.
 
     Args:
-      columns: "rr_interval", "qrs_onset", "qrs_end", "t_end" (ms), "p_axis", "qrs_axis", "t_axis" (degrees), float64
-        [n]. Points of time outside 0-5000 ms, intervals that are not positive, and axes beyond +-360 degrees are
-        unknown.
+      columns: "rr_interval", "qrs_onset", "qrs_end", "t_end" (ms), "p_axis", "qrs_axis", "t_axis" (degrees),
+        float64 [n]. Points of time outside 0-5000 ms, intervals that are not positive, and axes beyond +-360
+        degrees are unknown.
 
     Returns:
       float64 [n, 7] in the order of `ECG`.
