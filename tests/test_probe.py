@@ -71,7 +71,7 @@ def run(tmp_path_factory, stores):
 
 def _config(arg="mode=linear,task=ptbxl_super", **changes):
     config = load_config(f"configs/probe.py:{arg}")
-    changes = {"bootstrap__resamples": "60", "linear__l2_grid": "(1.0, 0.01)", **changes}
+    changes = {"bootstrap__resamples": "60", "linear__l2_grid": "(1.0, 0.01)", "baseline_seeds": "2", **changes}
     for name, value in changes.items():
         override(config, name.replace("__", "."), value)
     return config
@@ -100,16 +100,16 @@ def test_results_are_complete_and_agree_with_the_predictions(results):
         assert abs(entry["auroc"] - aurocs[-1]) < 1e-12
         assert (entry["n_pos"], entry["n_neg"]) == ((truth == 1).sum(), (truth == 0).sum())
         assert entry["ci_low"] <= entry["auroc"] <= entry["ci_high"]
-        twin = roc_auc_score(truth, predictions["probabilities_random_init"][:, k])
-        assert abs(entry["random_init_auroc"] - twin) < 1e-12
+        twins = [roc_auc_score(truth, p[:, k]) for p in predictions["probabilities_random_init_seeds"]]
+        assert abs(entry["random_init_auroc"] - np.mean(twins)) < 1e-12
     assert abs(stored["macro_auroc"] - np.mean(aurocs)) < 1e-12
     assert stored["ci_low"] < stored["macro_auroc"] < stored["ci_high"]
     assert stored["n_records"] == len(predictions["record_id"])
     assert stored["n_patients"] == len(set(predictions["patient_id"]))
     assert stored["bootstrap"]["unit"] == "patient"
     assert stored["checkpoint"]["step"] == 1
-    assert stored["solver"]["converged"]
-    assert stored["l2"] in (1.0, 0.01)
+    assert stored["fit"]["converged"]
+    assert stored["fit"]["l2"] in (1.0, 0.01)
     assert (workdir / "per_class_auroc.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -121,7 +121,7 @@ def test_split_follows_the_official_folds(results, stores):
     assert {folds[record] for record in tested} == {"10"}
     split, excluded = returned["split"], returned["records_excluded"][str(stores["whole"])]
     assert split["n_train"] + split["n_val"] + split["n_test"] + sum(excluded.values()) == len(folds)
-    assert split["patients_in_train_or_val_and_test"] == 0
+    assert returned["leakage"]["patients_train_test"] == 0
 
 
 def test_baselines(results):
@@ -195,9 +195,15 @@ def test_other_corpus_is_refused(run, synthetic_store, tmp_path):
 @pytest.mark.parametrize(
     ("arg", "changes", "message"),
     [
-        ("mode=frozen", {}, "mode=frozen is not available yet"),
-        ("mode=finetune", {}, "not available yet"),
-        ("mode=supervised", {}, "not available yet"),
+        ("", {"mode": "lineal"}, r'mode=lineal must be "linear" or'),
+        ("", {"linear__layers": "block7"}, "no layer 'block7'"),
+        ("", {"linear__solver": "adam"}, "linear.solver"),
+        ("mode=frozen", {"frozen__learning_rates": "()"}, "frozen.learning_rates"),
+        ("mode=finetune", {"finetune__epochs": "0"}, "finetune.epochs"),
+        ("mode=finetune", {"finetune__head": "mlp"}, "finetune.head"),
+        ("mode=supervised", {"supervised__architecture": "other"}, "supervised.architecture"),
+        ("", {"bootstrap__interval": "normal"}, "bootstrap.interval"),
+        ("", {"baseline_seeds": "0"}, "baseline_seeds"),
         ("", {"min_count": "9999"}, "None of the 5 classes"),
         ("", {"linear__l2_grid": "(1.0, -1.0)"}, "l2_grid"),
         ("", {"linear__l2_grid": "()"}, "l2_grid"),

@@ -1,0 +1,98 @@
+"""What a probe leaves behind: predictions.npz, JSON without NaN, and a few lines for the console."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecg_jax.evaluation.examples import Examples, Fitted
+from ecg_jax.evaluation.plots import FEW_POSITIVES
+from ecg_jax.evaluation.probe_scores import Baselines
+from ecg_jax.files import write_atomic
+
+
+def plain(value: Any) -> Any:
+    """The same with lists for tuples, Python numbers for NumPy's, and None for what JSON cannot say (NaN)."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def write_predictions(path: Path, examples: Examples, fitted: Fitted, baselines: Baselines) -> None:
+    def text(column) -> np.ndarray:
+        return np.array([each or "" for each in column], dtype=str)
+
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        record_id=text(examples.test.column("record_id")),
+        patient_id=text(examples.test.column("patient_id")),
+        row=examples.test.rows,
+        targets=examples.test.targets,
+        probabilities=fitted.test,
+        probabilities_random_init=baselines.random_init[0],
+        probabilities_random_init_seeds=baselines.random_init,
+        probabilities_ecg_features=baselines.ecg_features,
+        probabilities_majority=baselines.majority,
+        classes=np.array(examples.classes, dtype=str),
+        val_record_id=text(examples.val.column("record_id")),
+        val_targets=examples.val.targets,
+        val_probabilities=fitted.val,
+    )
+    write_atomic(path, buffer.getvalue())
+
+
+def summary(results: dict[str, Any]) -> str:
+    """A few lines for the console."""
+    metric = results["metric"]
+
+    def line(name: str, entry: dict[str, Any]) -> str:
+        if entry[metric] is None:
+            return f"  {name:<24}undefined"
+        return f"  {name:<24}{entry[metric]:.3f}   {entry['ci_low']:.3f} to {entry['ci_high']:.3f}"
+
+    unit, level = results["bootstrap"]["unit"], 100 * results["bootstrap"]["level"]
+    patients = f" of {results['n_patients']} patients" if results["n_patients"] else ""
+    regression = results["kind"] == "regression"
+    what = "MAE in standard deviations" if regression else "macro AUROC"
+    ours = "from scratch" if results["mode"] == "supervised" else "pretrained"
+    baselines, n = results["baselines"], len(results["baselines"]["random_init"]["seeds"])
+    lines = [
+        f"{results['task']}, {results['mode']}: {len(results['per_class'])} {'targets' if regression else 'classes'}, "
+        f"{results['n_records']} test records{patients}",
+        f"  {'':<24}{what}, {level:g} % interval (resampled by {unit})",
+        line(ours, results),
+        line(f"random initialisation{f' x{n}' if n > 1 else ''}", baselines["random_init"]),
+        line("simple ECG features", baselines["ecg_features"]),
+        line("majority guess", baselines["majority"]),
+        line(f"{ours} - random", results["difference_to_random_init"]),
+        f"  {_chosen(results)}, chosen on {results['split']['n_val']} validation records",
+    ]
+    for key, what in (
+        ("classes_dropped", "left out"),
+        ("classes_undefined_in_test", "undefined in the test records"),
+        ("classes_with_few_positives", f"with fewer than {FEW_POSITIVES} positive test records"),
+    ):
+        names = list(results.get(key, ()))
+        if names:
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            lines.append(f"  {len(names)} classes {what}: {shown}")
+    if not results["fit"].get("converged", True):
+        lines.append("  WARNING: the solver did not reach its tolerance; raise --config.linear.max_steps")
+    if not results["leakage"]["clean"]:
+        lines.append(f"  WARNING: {results['leakage']['verdict']}")
+    return "\n".join(lines)
+
+
+def _chosen(results: dict[str, Any]) -> str:
+    fit = results["fit"]
+    parts = [f"{name} = {fit[name]:g}" for name in ("l2", "learning_rate") if name in fit]
+    parts += [f"epoch {fit['best_epoch']}"] if "best_epoch" in fit else []
+    parts += [f"layer {results['layers']['chosen']}"] if results["layers"] else []
+    return ", ".join(parts)
