@@ -35,7 +35,7 @@ DESCRIPTOR_S, LEAD_IN_S = 3.5, 0.25
 #: Leads of a descriptor: I, II, V2, V5. Of a comparison: the eight that are independent.
 DESCRIPTOR_LEADS, COMPARED_LEADS = (0, 1, 7, 10), (0, 1, 6, 7, 8, 9, 10, 11)
 DESCRIPTOR_BAND_HZ, COMPARED_BAND_HZ = (2.0, 15.0), (3.0, 30.0)
-#: Numbers of a descriptor after an orthogonal projection that keeps inner products to about 0.03.
+#: Numbers of a descriptor after a random projection, which keeps cosines near 0.95 to 0.03.
 DIMENSIONS = 96
 #: Cosine of two descriptors that makes the recordings candidates.
 MIN_COSINE = 0.90
@@ -159,9 +159,8 @@ def _load(path: Path) -> Signatures:
 
 
 def _projection(inputs: int) -> np.ndarray:
-    """float32 [inputs, DIMENSIONS], orthonormal columns; the same in every version of NumPy."""
-    gaussian = np.random.RandomState(0).standard_normal((inputs, DIMENSIONS))
-    return np.linalg.qr(gaussian)[0].astype(np.float32)
+    """float32 [inputs, DIMENSIONS], random directions, the same in every version of NumPy."""
+    return np.random.RandomState(0).standard_normal((inputs, DIMENSIONS)).astype(np.float32)
 
 
 def _compute(store: Store, rows: np.ndarray) -> Signatures:
@@ -216,7 +215,7 @@ def describe_signal(
     pieces = np.where(norm > 1e-3, pieces / np.maximum(norm, 1e-3), 0.0)
     flat = pieces.reshape(len(pieces), -1).astype(np.float32) @ projection
     length = np.linalg.norm(flat, axis=1)
-    alive = length > 0.1
+    alive = length > 1.0
     flat = flat[alive] / length[alive, None]
     return beats, peaks[alive], flat.astype(np.float16)
 
