@@ -9,23 +9,19 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ecg_jax.config_flags import parse_command
 from ecg_jax.data.preprocessing import MIN_RATE_HZ
-from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, robustness_plot
-from ecg_jax.evaluation.linear import LinearProbe
+from ecg_jax.evaluation.finished_probe import FinishedProbe, read_probe
 from ecg_jax.evaluation.robustness import (
     CLEAN,
-    METRICS,
     UNITS,
     Condition,
-    Records,
     Scorer,
     Unavailable,
     build_conditions,
@@ -33,13 +29,14 @@ from ecg_jax.evaluation.robustness import (
     predict,
 )
 from ecg_jax.files import lock, write_atomic
-from ecg_jax.training.pretrained import RestoredEncoder, pooled_fn, restore_encoder
+from ecg_jax.training.pretrained import pooled_fn
 
 DESCRIPTION = """\
 Corrupts the test recordings of a finished linear probe, condition by condition (fewer leads, swapped cables, noise
 at stated signal-to-noise ratios, devices of lower rates, shorter recordings), predicts them with the probe as it is,
 and scores each condition on the resamples of the clean score. Writes robustness.json, robustness.csv and
 robustness.png. Run the same command again after an interruption: finished conditions are kept.
+Leads: 1: I; 2: I, II; 3: I, II, V2; 6: the limb leads; 8: I, II, V1-V6; limb leads are derived where two are left.
 
   ecg-jax robustness probes/cpc_super
   ecg-jax robustness probes/cpc_super --config.conditions.snr_db="(12, 0)" --config.conditions.swaps="()"
@@ -50,91 +47,6 @@ LOCK = ".robustness.lock"
 # Largest difference between a clean prediction made now and the probe's own that another device or version of a
 # library explains; another checkpoint or head differs by far more in some of the test records.
 SAME_PREDICTION = 0.01
-
-
-@dataclass(frozen=True)
-class FinishedProbe:
-    """What a linear probe left behind, opened and checked."""
-
-    results: dict
-    encoder: RestoredEncoder
-    head: LinearProbe
-    records: Records
-    patient_ids: np.ndarray
-    targets: np.ndarray
-    """[n, K]."""
-    predictions: np.ndarray
-    """float64 [n, K] of the clean records."""
-
-
-def read_probe(
-    workdir: Path, checkpoint: str | None = None, store: str | Path | None = None
-) -> FinishedProbe:
-    """Opens a finished linear probe with its checkpoint and store.
-
-    Args:
-        workdir: of `ecg-jax probe`.
-        checkpoint: RUN or RUN/STEP when it is no longer where the probe found it.
-        store: path of the store tested on, likewise.
-
-    Raises:
-        UserError: no finished linear probe, or its checkpoint or store is gone or another one.
-    """
-    path = workdir / "results.json"
-    if not path.is_file():
-        inside = sorted(each.parent.name for each in workdir.glob("*/results.json"))
-        hint = f"; name one of the probes in it: {', '.join(inside)}" if inside else ""
-        raise UserError(f"{workdir} holds no finished `ecg-jax probe` (no results.json){hint}")
-    try:
-        results = json.loads(path.read_text())
-        mode, metric, used = results["mode"], results["metric"], results["checkpoint"]
-        tested = results["test_store"] or results["store"]
-        results["task"], results["model"], results["bootstrap"], results["seed"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is no result of this version of `ecg-jax probe`; run the probe again"
-        ) from error
-    if mode != "linear":
-        raise UserError(
-            f"{workdir} is a probe of mode={mode}; `ecg-jax robustness` takes mode=linear probes only"
-        )
-    if metric not in METRICS:
-        raise UserError(f"{path} is scored by {metric!r}, which `ecg-jax robustness` does not know")
-    if used is None:
-        raise UserError(
-            f"{workdir} is a probe without a checkpoint, so there is no encoder to predict with again"
-        )
-    arrays = _read_arrays(workdir / "predictions.npz")
-    opened = Store(tested["path"] if store is None else store)
-    rows = arrays["row"]
-    if opened.fingerprint != tested["fingerprint"]:
-        raise UserError(
-            f"the store {opened.path} is not the one that {workdir} was tested on (another fingerprint); name that "
-            "one with --store, or run the probe again"
-        )
-    where = (used["run"], used["step"]) if checkpoint is None else (checkpoint,)
-    encoder = restore_encoder(*where)
-    encoder.preprocessing.check_compatible(
-        opened.preprocessing, f"checkpoint {encoder.run}", f"store {opened.path}"
-    )
-    return FinishedProbe(
-        results=results,
-        encoder=encoder,
-        head=LinearProbe.load(workdir / "linear_probe.npz"),
-        records=Records(opened, rows, [str(name) for name in arrays["record_id"]]),
-        patient_ids=arrays["patient_id"],
-        targets=arrays["targets"],
-        predictions=arrays["probabilities"],
-    )
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path) as file:
-            names = ("row", "record_id", "patient_id", "targets", "probabilities")
-            return {name: file[name] for name in names}
-    except Exception as error:  # of zipfile, numpy, a missing file or array
-        raise UserError(f"{path} is missing or damaged ({error}); run the probe again") from error
 
 
 def check_config(config) -> None:
@@ -171,11 +83,12 @@ def conditions_of(config, probe: FinishedProbe) -> tuple[list[Condition], list[U
         UserError: a condition is unknown, named twice, or there is none.
     """
     contract, store = probe.encoder.preprocessing, probe.records.store
-    lengths = store.column("length")[probe.records.rows]
+    lengths, rates = (store.column(name)[probe.records.rows] for name in ("length", "source_rate"))
     try:
         conditions, unavailable = build_conditions(
             **config.conditions.to_dict(),
             rate_hz=contract.rate_hz,
+            source_hz=rates.max(),
             window_s=contract.window_s,
             longest_s=lengths.max() / contract.rate_hz,
             seed=config.seed,
@@ -434,13 +347,18 @@ def summary(results: dict) -> str:
     ]
     for family in results["families"]:
         lines.append(f"  {family['family'].replace('_', ' ')}")
+        # Which leads a number of them means, --help says.
+        notes = (
+            {}
+            if family["family"] == "leads"
+            else {e["note"]: None for e in family["conditions"] if e["note"]}
+        )
         for entry in family["conditions"]:
-            mark = " *" if entry["note"].startswith("shorter") else ""
+            mark = " *" if entry["note"] in notes else ""
             lines.append(
                 f"    {entry['label'] + mark:<28}{numbers(entry):<28}{numbers(entry['difference'], '+')}"
             )
-            if mark:
-                lines.append(f"      * {entry['note']}")
+        lines += [f"      * {note}" for note in notes]
     for each in results["unavailable"]:
         lines.append(f"  not evaluated: {each['family'].replace('_', ' ')} {each['label']}: {each['reason']}")
     return "\n".join(lines)

@@ -41,7 +41,7 @@ SUITE = {
     "rates_hz": (50.0,),
     "durations_s": (5.0, 1.0),
 }
-FIXED = {"rate_hz": 240.0, "window_s": 2.5, "longest_s": 6.0, "seed": 0}
+FIXED = {"rate_hz": 240.0, "source_hz": 500.0, "window_s": 2.5, "longest_s": 6.0, "seed": 0}
 
 
 def encode(crops: np.ndarray) -> np.ndarray:
@@ -203,6 +203,12 @@ def test_conditions_that_mean_nothing_are_listed_with_their_reason():
         ("sampling_rate", 50.0),
         ("duration", 5.0),
     ]
+    chosen, unavailable = conditions(
+        source_hz=100.0, noises=("powerline_50hz", "powerline_60hz"), rates_hz=(125.0, 62.5)
+    )
+    assert [(each.label, "made at 100 Hz" in each.reason) for each in unavailable] == [("125 Hz", True)]
+    beyond = {each.family for each in chosen if "half of 100 Hz" in each.note}
+    assert beyond == {"powerline_60hz"}
 
 
 @pytest.mark.parametrize(
@@ -231,18 +237,22 @@ def test_predictions_that_are_not_finite_are_refused(task):
 def drawn(metric="macro_auroc"):
     """Something to draw, with a condition that is undefined."""
 
-    def entry(label, value, point, note=""):
+    def entry(label, value, point, padded=False):
         low, high = (None, None) if point is None else (point - 0.03, point + 0.02)
-        return {"label": label, "value": value, "note": note, "point": point, "low": low, "high": high}
+        worse = {"low": low and low - 0.9, "high": high and high - 0.9}
+        return {
+            "label": label, "value": value, "padded": padded, "point": point, "low": low, "high": high,
+            "difference": worse,
+        }  # fmt: skip
 
-    short = entry("1 s", 1.0, 0.6, "shorter than the window of 2.5 s")
+    short = entry("1 s", 1.0, 0.6, padded=True)
     return {
         "probe": {"model": "cpc"},
         "task": "ptbxl_super",
         "metric": metric,
         "n_records": 100,
         "clean": {"point": 0.9, "low": 0.87, "high": 0.92},
-        "bootstrap": {"level": 0.95},
+        "bootstrap": {"level": 0.95, "unit": "patient"},
         "families": [
             {"family": "muscle", "unit": "dB SNR", "conditions": [entry("6 dB", 6.0, 0.8), entry("0 dB", 0.0, None)]},
             {"family": "duration", "unit": "s", "conditions": [short]},
@@ -318,7 +328,13 @@ def finished(tmp_path_factory):
         "checkpoint": {"run": str(encoder.run.resolve()), "step": encoder.step},
         "store": {"path": str(store.path), "corpus": store.corpus, "fingerprint": store.fingerprint},
         "test_store": None,
-        "bootstrap": {"resamples": 60, "level": 0.9, "undefined": "exclude", "interval": "bca"},
+        "bootstrap": {
+            "unit": "patient",
+            "resamples": 60,
+            "level": 0.9,
+            "undefined": "exclude",
+            "interval": "bca",
+        },
         "seed": 3,
     }
     (workdir / "results.json").write_text(json.dumps(results))
@@ -369,12 +385,18 @@ def test_suite_of_a_finished_probe(finished, tmp_path):
     assert "not evaluated: sampling rate 240 Hz" in text
 
 
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr(command.robustness_plot, "robustness_curves", lambda results, path: None)
+
+
+@pytest.mark.usefixtures("no_picture")
 def test_an_interrupted_suite_goes_on(finished, tmp_path, monkeypatch):
-    out, done = tmp_path / "out", []
+    out, done, interrupting = tmp_path / "out", [], True
     real = command.predict
 
     def interrupted(encode, head, records, condition, **settings):
-        if len(done) == 3:
+        if interrupting and len(done) == 3:
             raise KeyboardInterrupt
         done.append(condition.label)
         return real(encode, head, records, condition, **settings)
@@ -389,6 +411,7 @@ def test_an_interrupted_suite_goes_on(finished, tmp_path, monkeypatch):
         command.robustness(suite(), finished, out, progress=False)
     assert done == ["clean", "RA/LA", "0 dB"]
     done.clear()
+    interrupting = False
     continued = command.robustness(suite(), finished, out, progress=False)
     assert done == ["clean", "50 Hz", "1 s"]
     done.clear()
@@ -396,10 +419,14 @@ def test_an_interrupted_suite_goes_on(finished, tmp_path, monkeypatch):
     assert done == []
     command.robustness(suite(conditions__swaps="('RA/LA', 'V1/V2')"), finished, out, progress=False)
     assert done == ["clean", "V1/V2"]
-    monkeypatch.undo()
-    assert command.robustness(suite(), finished, tmp_path / "other", progress=False) == continued
+    done.clear()
+    elsewhere = command.robustness(
+        suite(conditions__leads="(12,)"), finished, tmp_path / "new", progress=False
+    )
+    assert elsewhere["families"][1:] == continued["families"][1:]  # as without any interruption
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_another_probe_or_seed_in_the_same_folder_is_refused(finished, tmp_path):
     few = {"conditions__noises": "()", "conditions__rates_hz": "()", "conditions__leads": "()"}
     out = tmp_path / "out"

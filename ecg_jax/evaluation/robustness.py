@@ -38,6 +38,8 @@ class Condition:
     """(float64 [T, 12] mV, record id) -> float64 [T', 12] mV."""
     note: str = ""
     """What a reader must know of it."""
+    padded: bool = False
+    """Whether it leaves less than a window, filled up with zeros."""
 
 
 class Unavailable(NamedTuple):
@@ -67,6 +69,7 @@ def build_conditions(
     rates_hz: Sequence[float],
     durations_s: Sequence[float],
     rate_hz: float,
+    source_hz: float,
     window_s: float,
     longest_s: float,
     seed: int,
@@ -81,6 +84,7 @@ def build_conditions(
         rates_hz: of other devices.
         durations_s: of recordings cut to their first seconds.
         rate_hz: of the recordings and the contract.
+        source_hz: the highest rate that a test record was made at, before it was brought under the contract.
         window_s: of the contract.
         longest_s: duration of the longest test record.
         seed: of the noise.
@@ -125,10 +129,16 @@ def build_conditions(
         def noisy(x, record_id, kind=kind, snr=snr):
             return corruptions.add_noise(x, rate_hz, kind, snr, seed, record_id)
 
-        conditions.append(Condition(kind, f"{snr:g} dB", snr, noisy))
+        note = ""
+        if corruptions.NOISES[kind][1] > source_hz / 2:
+            note = f"reaches above half of {source_hz:g} Hz, the rate that the recordings were made at"
+        conditions.append(Condition(kind, f"{snr:g} dB", snr, noisy, note))
     for device in sorted(rates_hz, reverse=True):
-        if device >= rate_hz:
-            reason = f"the recordings are kept at {rate_hz:g} Hz, so a faster device would give the same"
+        if device >= min(rate_hz, source_hz):
+            which = "made" if source_hz <= rate_hz else "kept"
+            reason = (
+                f"the recordings were {which} at {min(rate_hz, source_hz):g} Hz, so nothing would be lost"
+            )
             unavailable.append(Unavailable("sampling_rate", f"{device:g} Hz", reason))
             continue
 
@@ -141,14 +151,15 @@ def build_conditions(
             reason = f"no test record lasts longer than {longest_s:.4g} s"
             unavailable.append(Unavailable("duration", f"{seconds:g} s", reason))
             continue
-        note = ""
-        if seconds < window_s:
-            note = f"shorter than the window of {window_s:g} s, which `ecg-jax embed` refuses; zeros fill it here"
+        padded = seconds < window_s
+        note = f"shorter than the window of {window_s:g} s, which `ecg-jax embed` refuses; zeros fill it here"
 
         def shortened(x, _, seconds=seconds):
             return corruptions.shorten(x, rate_hz, seconds)
 
-        conditions.append(Condition("duration", f"{seconds:g} s", seconds, shortened, note))
+        conditions.append(
+            Condition("duration", f"{seconds:g} s", seconds, shortened, note if padded else "", padded)
+        )
     return conditions, unavailable
 
 
@@ -293,7 +304,8 @@ def evaluate(
         conditions: in this order.
 
     Yields:
-        (condition, {"label", "value", "note", "point", "low", "high", "difference": {"point", "low", "high"}}).
+        (condition, {"label", "value", "note", "padded", "point", "low", "high", "difference": {"point", "low",
+        "high"}}).
     """
     reference = scorer.score(clean)
     for condition in conditions:
@@ -304,6 +316,7 @@ def evaluate(
                 "label": condition.label,
                 "value": condition.value,
                 "note": condition.note,
+                "padded": condition.padded,
                 **scorer.interval(scored)._asdict(),
                 "difference": scorer.difference(scored, reference)._asdict(),
             },

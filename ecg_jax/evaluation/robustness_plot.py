@@ -7,7 +7,8 @@ import numpy as np
 
 from ecg_jax.files import write_atomic
 
-_BLUE, _GREY, _LIGHT = "#0072B2", "#6E6E6E", "#E4E4E4"
+# Okabe and Ito's palette, told apart by colour-blind readers.
+_BLUE, _ORANGE, _GREY, _LIGHT = "#0072B2", "#D55E00", "#6E6E6E", "#E4E4E4"
 
 #: Family -> (title of its panel, label of its horizontal axis).
 PANELS = {
@@ -27,7 +28,8 @@ def robustness_curves(results: dict, path: str | Path) -> None:
     """Draws the scores of all conditions with their intervals, easiest condition on the left.
 
     The dashed line and its band are the clean score and its interval. Conditions stand at equal distances.
-    Hollow markers: recordings shorter than the window, filled with zeros.
+    Orange diamonds: the paired difference to the clean score excludes 0. Hollow markers: recordings shorter than
+    the window, filled with zeros.
 
     Args:
         results: what robustness.json holds; null is drawn as a gap.
@@ -64,11 +66,14 @@ def robustness_curves(results: dict, path: str | Path) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel(METRICS[results["metric"]])
 
-    name, level = results["probe"]["model"], 100 * results["bootstrap"]["level"]
+    name, boot = results["probe"]["model"], results["bootstrap"]
     title = f"{results['task']}, {name}: {results['n_records']} test records"
     figure.text(0.1 / width, 1 - 0.1 / height, title, fontsize=12, va="top", weight="bold")
-    note = f"Bars: {level:g} % intervals over resampled test records. Dashed with band: clean recordings."
-    if any(_filled_up(entry) for family in families for entry in family["conditions"]):
+    entries = [entry for family in families for entry in family["conditions"]]
+    note = f"Bars: {100 * boot['level']:g} % intervals, resampled by {boot['unit']}. Dashed, band: clean recordings."
+    if any(_differs(entry) for entry in entries):
+        note += " Orange: paired difference to clean excludes 0."
+    if any(entry["padded"] for entry in entries):
         note += " Hollow: shorter than the window, filled with zeros."
     if results["metric"] == "macro_auroc" and bottom < 0.5:
         note += " Dotted: chance."
@@ -86,8 +91,10 @@ def _numbers(entry: dict) -> np.ndarray:
     )
 
 
-def _filled_up(entry: dict) -> bool:
-    return entry["note"].startswith("shorter than the window")
+def _differs(entry: dict) -> bool:
+    """Whether the interval of the paired difference to the clean records excludes 0."""
+    low, high = entry["difference"]["low"], entry["difference"]["high"]
+    return low is not None and (low > 0 or high < 0)
 
 
 def _limits(values: np.ndarray, metric: str) -> tuple[float, float]:
@@ -106,10 +113,13 @@ def _draw_panel(axes, family: dict, values: np.ndarray, clean: np.ndarray) -> No
     axes.axhline(clean[0], color=_GREY, linewidth=1.2, linestyle="--", zorder=1)
     if family["unit"] is not None:
         axes.plot(x, values[:, 0], color=_BLUE, linewidth=1.0, alpha=0.6, zorder=2)
-    axes.vlines(x, values[:, 1], values[:, 2], color=_BLUE, linewidth=1.8, zorder=3)
-    for position, entry, value in zip(x, entries, values[:, 0], strict=True):
-        face = "white" if _filled_up(entry) else _BLUE
-        axes.plot(position, value, "o", markersize=5.5, markerfacecolor=face, markeredgecolor=_BLUE, zorder=4)
+    for position, entry, (value, low, high) in zip(x, entries, values, strict=True):
+        color, marker = (_ORANGE, "D") if _differs(entry) else (_BLUE, "o")
+        face = "white" if entry["padded"] else color
+        axes.vlines(position, low, high, color=color, linewidth=1.8, zorder=3)
+        axes.plot(
+            position, value, marker, markersize=5.5, markerfacecolor=face, markeredgecolor=color, zorder=4
+        )
     labels = [entry["label"] if entry["value"] is None else f"{entry['value']:g}" for entry in entries]
     axes.set_xticks(x, labels, fontsize=8 if family["unit"] is None else 9)
     axes.set_xlim(-0.5, len(entries) - 0.5)
