@@ -1,6 +1,7 @@
 """What the labelled corpora refuse: missing tables, columns and arrays, and cells that cannot be right."""
 
 import shutil
+import zipfile
 
 import h5py
 import numpy as np
@@ -337,6 +338,18 @@ def test_rows_of_a_spreadsheet(tmp_path):
     ]
     with pytest.raises(UserError, match=r"t\.xlsx has no column f \(found: a, b, c, d, e\)"):
         list(read_rows(tmp_path / "t.xlsx", ("f",), "someone"))
+
+
+def test_spreadsheet_that_states_a_wrong_size(tmp_path):
+    replicas.write_xlsx(tmp_path / "t.xlsx", [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}])
+    with zipfile.ZipFile(tmp_path / "t.xlsx") as old, zipfile.ZipFile(tmp_path / "u.xlsx", "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name == "xl/worksheets/sheet1.xml":
+                assert b'ref="A1:B3"' in data
+                data = data.replace(b'ref="A1:B3"', b'ref="A1:A1"')
+            new.writestr(name, data)
+    assert [row["b"] for row in read_rows(tmp_path / "u.xlsx", ("a", "b"), "someone")] == ["2", "4"]
 
 
 @pytest.mark.parametrize(
