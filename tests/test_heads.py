@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from conftest import load_golden
-from ecg_jax.evaluation import heads, metrics
+from ecg_jax.evaluation import fit_together, heads, metrics
 
 GOLDEN = load_golden("heads")
 LINEAR_HEADS = {  # group -> names of its projection after the mean over time
@@ -183,8 +183,8 @@ def test_l2_is_chosen_on_the_aggregated_validation_score():
         head = problem.solve(candidate.l2).head
         averaged = mean_per_record(head.probabilities(features[100:]), record, 100)
         # Warm starts end at the same solution, up to a pair or two of near ties.
-        assert abs(metrics.macro_auroc(record_targets, averaged) - candidate.validation_macro_auroc) < 1e-3
-    best = max(chosen.candidates, key=lambda c: c.validation_macro_auroc)
+        assert abs(metrics.macro_auroc(record_targets, averaged) - candidate.validation_score) < 1e-3
+    best = max(chosen.candidates, key=lambda c: c.validation_score)
     assert chosen.l2 == best.l2
     assert chosen.converged
     assert chosen.at_edge == {100.0: "strongest", 1e-5: "weakest"}.get(chosen.l2)
@@ -204,3 +204,115 @@ def test_one_l2_has_no_edge_and_an_empty_grid_is_refused():
 def test_crop_weights_sum_to_one_per_record():
     record = np.array([2, 0, 2, 2, 1, 0])
     np.testing.assert_allclose(np.bincount(record, heads.crop_weights(record)), 1.0)
+
+
+# All of one shape, [400, 12] x 3 classes x 3 penalties, so that the program is compiled once.
+GRID = (1e-4, 1.0, 1e-2)
+
+
+def _together(features, targets, weights=None, tolerance=1e-9, **kwargs):
+    return fit_together.fit_together(features, targets, weights, GRID, tolerance, **kwargs)
+
+
+def test_solving_all_problems_together_equals_sklearn_and_one_by_one():
+    from sklearn.linear_model import LogisticRegression
+
+    features, targets = _data()
+    got = _together(features, targets)
+    assert got.l2.tolist() == sorted(GRID, reverse=True)
+    assert got.weight.shape == (3, 12, 3)
+    assert got.converged.all()
+    problem = heads.LogisticProblem(features, targets)
+    standard = (features.astype(np.float64) - problem.mean) / problem.scale
+    for g, k in np.ndindex(3, 3):
+        reference = LogisticRegression(
+            C=1 / (got.l2[g] * len(features)), tol=1e-12, max_iter=1000, solver="newton-cholesky"
+        )
+        reference.fit(standard, targets[:, k])
+        logits = features @ got.weight[g, :, k] + got.bias[g, k]
+        np.testing.assert_allclose(logits, reference.decision_function(standard), atol=1e-6)
+    alone = list(problem.path(GRID, tolerance=1e-9))
+    together = fit_together.path_together(features, targets, None, GRID, tolerance=1e-9)
+    for one, other in zip(alone, together, strict=True):
+        assert one.l2 == other.l2
+        assert other.converged
+        assert abs(one.objective - other.objective) < 1e-9
+        np.testing.assert_allclose(one.head.logits(features), other.head.logits(features), atol=1e-5)
+
+
+def test_chunks_of_classes_do_not_change_the_solution(monkeypatch):
+    features, targets = _data(n_classes=4)
+    monkeypatch.setattr(
+        fit_together, "_BYTES_AT_ONCE", 3 * 8 * 400 * 3
+    )  # three at once, then one and two again
+    got = _together(features, targets)
+    alone = heads.LogisticProblem(features, targets).solve(1e-2, tolerance=1e-9)
+    np.testing.assert_allclose(features @ got.weight[1] + got.bias[1], alone.head.logits(features), atol=1e-5)
+
+
+def test_the_gradient_that_is_reported_is_the_true_one():
+    features, targets = _data()
+    problem = heads.LogisticProblem(features, targets)
+    for tolerance in (1e-3, 1e-6):
+        for solution in fit_together.path_together(features, targets, None, GRID, tolerance):
+            weight = solution.head.weight * problem.scale[:, None]
+            bias = solution.head.bias + problem.mean @ solution.head.weight
+            _, weight_gradient, bias_gradient = problem.objective(weight, bias, solution.l2)
+            true = max(np.abs(weight_gradient).max(), np.abs(bias_gradient).max())
+            assert true <= tolerance
+            assert abs(true - solution.gradient_norm) < 1e-9
+    hurried = fit_together.path_together(features, targets, None, GRID, 1e-9, max_steps=2)[-1]
+    assert not hurried.converged
+    assert hurried.n_steps == 2
+
+
+def test_tasks_and_subsets_of_rows_side_by_side():
+    """Columns with weights of their own are what each gives alone on its rows, under one standardisation."""
+    features, targets = _data()
+    generator = np.random.default_rng(0)
+    weights = generator.random((400, 3)) + 0.5
+    # The last one has fewer rows than there are features.
+    rare = np.concatenate([np.flatnonzero(targets[:, 2] == y)[:5] for y in (0, 1)])
+    weights[:200, 0], weights[100:, 1], weights[~np.isin(np.arange(400), rare), 2] = 0, 0, 0
+    targets[300:, 0] = np.nan
+    standard = heads.standardise(features, np.ones(400))
+    got = _together(features, targets, weights)
+    assert got.converged.all()
+    for k in range(3):
+        rows = (weights[:, k] > 0) & ~np.isnan(targets[:, k])
+        problem = heads.LogisticProblem(features[rows], targets[rows, k : k + 1], weights[rows, k], standard)
+        for g, solution in enumerate(problem.path(GRID, tolerance=1e-9)):
+            logits = features @ got.weight[g, :, k] + got.bias[g, k]
+            np.testing.assert_allclose(logits, solution.head.logits(features)[:, 0], rtol=1e-4, atol=1e-4)
+    # NaN for rows of other tasks does the same as a weight of zero.
+    masked = np.where(weights > 0, targets, np.nan)
+    again = _together(features, masked, weights + (weights == 0))
+    np.testing.assert_allclose(again.weight, got.weight, atol=1e-6)
+
+
+def test_dead_features_get_no_weight_together():
+    features, targets = _data()
+    features[:, 7] = 3.7
+    assert (_together(features, targets).weight[:, 7] == 0).all()
+
+
+def test_problems_that_cannot_be_solved_together_are_refused():
+    features, targets = _data()
+    with pytest.raises(ValueError, match="above 0"):
+        fit_together.fit_together(features, targets, None, (0.0,))
+    with pytest.raises(ValueError, match="empty"):
+        fit_together.fit_together(features, targets, None, ())
+    with pytest.raises(ValueError, match=r"need targets \[400, K\]"):
+        fit_together.fit_together(features, targets[:, 0], None, (1.0,))
+    weights = np.where(targets == 1, 0.0, 1.0)
+    with pytest.raises(ValueError, match=r"classes \[0, 1, 2\]"):
+        fit_together.fit_together(features, targets, weights, (1.0,))
+    features[0, 0] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        fit_together.fit_together(features, targets, None, (1.0,))
+
+
+def test_the_faster_solver_depends_on_size_and_memory():
+    assert fit_together.faster_solver(100, 16, 5, 10) == "lbfgs"
+    assert fit_together.faster_solver(80_000, 512, 71, 10) == "vmap"
+    assert fit_together.faster_solver(10_000_000, 512, 71, 10) == "lbfgs"

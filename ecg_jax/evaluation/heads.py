@@ -14,6 +14,7 @@ per class. L-BFGS runs in whitened coordinates: with the covariance of x̃ diago
 scaling by its inverse square root makes correlated features harmless (tens of steps instead of thousands).
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +70,46 @@ def _blocks(n: int):
     return [slice(start, min(start + _BLOCK_ROWS, n)) for start in range(0, n, _BLOCK_ROWS)]
 
 
+@dataclass(frozen=True)
+class Standardisation:
+    """Mean and scale of features, and the axes and eigenvalues of their correlation, which whiten them."""
+
+    mean: np.ndarray
+    """float64 [D]."""
+    scale: np.ndarray
+    """float64 [D], infinite for a feature that never varies, which so gets weight zero."""
+    axes: np.ndarray
+    """float64 [D, D], one eigenvector in each column."""
+    eigenvalues: np.ndarray
+    """float64 [D], not below zero."""
+
+
+def standardise(features, weights) -> Standardisation:
+    """Weighted mean, standard deviation and correlation of features [n, D] under weights [n].
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    n, width = features.shape
+    weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    # Deviations from a first guess of the mean, so that a large offset does not cancel the variance away.
+    guess = features[: min(n, 1024)].mean(axis=0, dtype=np.float64)
+    first, second = np.zeros(width), np.zeros((width, width))
+    for rows in _blocks(n):
+        deviation = features[rows] - guess
+        first += weights[rows] @ deviation
+        second += (deviation * weights[rows, None]).T @ deviation
+    if not np.isfinite(second).all():
+        raise ValueError("the features hold values that are not finite")
+    mean = guess + first
+    covariance = second - np.outer(first, first)
+    scale = np.sqrt(np.clip(np.diagonal(covariance), 0.0, None))
+    # A feature that never varies (a dead unit) says nothing, and its rounding noise must not be blown up to size 1.
+    scale = np.where(scale <= 1e-6 * np.abs(mean), np.inf, scale)
+    eigenvalues, axes = np.linalg.eigh(covariance / np.outer(scale, scale))
+    return Standardisation(mean, scale, axes, np.clip(eigenvalues, 0.0, None))
+
+
 class LogisticProblem:
     """The objective above on one set of training features, ready to be solved for several l2.
 
@@ -76,12 +117,13 @@ class LogisticProblem:
         features: float [n, D].
         targets: [n, K] of 0, 1, NaN (unknown); every class needs a positive and a negative.
         weights: [n] weight of each crop, None for equal ones.
+        standard: mean, scale and axes of more features than these (those of records without labels); None for these.
 
     Raises:
         ValueError: shapes differ, a feature is not finite, or a class has no positive or no negative.
     """
 
-    def __init__(self, features, targets, weights=None):
+    def __init__(self, features, targets, weights=None, standard: Standardisation | None = None):
         features, targets = np.asarray(features), np.asarray(targets)
         n = len(features)
         if targets.ndim != 2 or len(targets) != n:
@@ -99,34 +141,14 @@ class LogisticProblem:
         self._weights = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
         self._total = np.full(targets.shape[1], self._weights.sum()) if known.all() else self._weights @ known
         self.prevalence = (self._weights @ self._targets) / self._total
-        self._standardise(self._weights / self._weights.sum())
+        standard = standard or standardise(features, self._weights)
+        self.mean, self.scale = standard.mean, standard.scale
+        self.axes, self.eigenvalues = standard.axes, standard.eigenvalues
 
     def _class_weights(self, rows: slice) -> np.ndarray:
         """v_ik / Σ_i v_ik of some rows: [len(rows), K]."""
         weights = self._weights[rows, None] / self._total
         return weights if self._known is None else weights * self._known[rows]
-
-    def _standardise(self, weights):
-        """Mean and scale of the features, and the eigenvectors of their correlation for the whitening."""
-        n, width = self.features.shape
-        # Deviations from a first guess of the mean, so that a large offset does not cancel the variance away.
-        guess = self.features[: min(n, 1024)].mean(axis=0, dtype=np.float64)
-        first, second = np.zeros(width), np.zeros((width, width))
-        for rows in _blocks(n):
-            deviation = self.features[rows] - guess
-            first += weights[rows] @ deviation
-            second += (deviation * weights[rows, None]).T @ deviation
-        if not np.isfinite(second).all():
-            raise ValueError("the features hold values that are not finite")
-        self.mean = guess + first
-        covariance = second - np.outer(first, first)
-        scale = np.sqrt(np.clip(np.diagonal(covariance), 0.0, None))
-        # A feature that never varies (a dead unit) says nothing, and its rounding noise must not be blown up
-        # to size 1. An infinite scale gives it weight zero.
-        dead = scale <= 1e-6 * np.abs(self.mean)
-        self.scale = np.where(dead, np.inf, scale)
-        eigenvalues, self.axes = np.linalg.eigh(covariance / np.outer(self.scale, self.scale))
-        self.eigenvalues = np.clip(eigenvalues, 0.0, None)
 
     def objective(self, weight, bias, l2: float):
         """Objective summed over classes and its gradient, in standardised coordinates.
@@ -220,13 +242,33 @@ class LogisticProblem:
         head = self._fold(*unpack(flat))
         return Solution(head, float(l2), gradient_norm <= tolerance, gradient_norm, steps, float(value))
 
+    def path(self, l2_grid, tolerance: float = 1e-6, max_steps: int = 1000) -> Iterator[Solution]:
+        """`solve` for every l2, strongest first, each from the last one's solution."""
+        start = None
+        for l2 in descending(l2_grid):
+            solution = self.solve(l2, start=start, tolerance=tolerance, max_steps=max_steps)
+            start = solution.head
+            yield solution
+
+
+def descending(l2_grid) -> list[float]:
+    """The different penalties of a grid, strongest first.
+
+    Raises:
+        ValueError: the grid is empty.
+    """
+    grid = sorted({float(l2) for l2 in l2_grid}, reverse=True)
+    if not grid:
+        raise ValueError("the grid of l2 is empty")
+    return grid
+
 
 @dataclass(frozen=True)
 class Candidate:
     """One l2 of the grid: its solve and its validation score."""
 
     l2: float
-    validation_macro_auroc: float
+    validation_score: float
     converged: bool
     gradient_norm: float
     n_steps: int
@@ -244,15 +286,50 @@ class Selection:
     """The end of the grid that l2 is, "strongest" or "weakest" (a wider grid may do better), or None."""
 
     @property
+    def chosen(self) -> Candidate:
+        """The candidate that won."""
+        return next(c for c in self.candidates if c.l2 == self.l2)
+
+    @property
     def converged(self) -> bool:
         """Whether the chosen head's solve reached the tolerance."""
-        return next(c.converged for c in self.candidates if c.l2 == self.l2)
+        return self.chosen.converged
 
 
 def crop_weights(record) -> np.ndarray:
     """Weight 1 / (crops of its record) per crop, so that a long recording counts no more than a short one."""
     record = np.asarray(record)
     return 1.0 / np.bincount(record)[record]
+
+
+def select(
+    solutions: Iterable[Solution], score: Callable[[LinearHead], float], lower_is_better: bool = False
+) -> Selection:
+    """The solution with the best validation score; of equal ones the strongest penalty.
+
+    Args:
+        solutions: for falling l2, at least one.
+        score: of a head on the validation records; NaN where it is undefined.
+        lower_is_better: as for a mean absolute error.
+
+    Raises:
+        ValueError: no score is defined.
+    """
+    sign = -1 if lower_is_better else 1
+    best, best_score, candidates = None, -np.inf, []
+    for solution in solutions:
+        value = score(solution.head)
+        candidates.append(
+            Candidate(solution.l2, value, solution.converged, solution.gradient_norm, solution.n_steps)
+        )
+        if sign * value > best_score:
+            best, best_score = solution, sign * value
+    if best is None:
+        raise ValueError("no validation score is defined")
+    at_edge = None
+    if len(candidates) > 1 and best.l2 in (candidates[0].l2, candidates[-1].l2):
+        at_edge = "strongest" if best.l2 == candidates[0].l2 else "weakest"
+    return Selection(best.head, best.l2, candidates, at_edge)
 
 
 def select_l2(
@@ -280,22 +357,12 @@ def select_l2(
     Raises:
         ValueError: the grid is empty, or no class is defined on the validation records.
     """
-    grid = sorted({float(l2) for l2 in l2_grid}, reverse=True)
-    if not grid:
-        raise ValueError("the grid of l2 is empty")
-    best, best_score, solution, candidates = None, -np.inf, None, []
-    for l2 in grid:
-        start = solution.head if solution else None
-        solution = problem.solve(l2, start=start, tolerance=tolerance, max_steps=max_steps)
-        probabilities = solution.head.probabilities(validation_features)
+
+    def score(head: LinearHead) -> float:
+        probabilities = head.probabilities(validation_features)
         averaged = mean_per_record(probabilities, validation_record, len(validation_targets))
-        score = metrics.macro_auroc(validation_targets, averaged)
-        candidates.append(Candidate(l2, score, solution.converged, solution.gradient_norm, solution.n_steps))
-        if score > best_score:
-            best, best_score = solution, score
-    if best is None:
+        return metrics.macro_auroc(validation_targets, averaged)
+
+    if not metrics.has_both_kinds(validation_targets).any():
         raise ValueError("no class has both positives and negatives among the validation records")
-    at_edge = None
-    if len(grid) > 1 and best.l2 in (grid[0], grid[-1]):
-        at_edge = "strongest" if best.l2 == grid[0] else "weakest"
-    return Selection(best.head, best.l2, candidates, at_edge)
+    return select(problem.path(l2_grid, tolerance, max_steps), score)
