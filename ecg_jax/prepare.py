@@ -104,7 +104,7 @@ def prepare(
     """Converts the recordings of a corpus into a store.
 
     Args:
-      corpus: "ptbxl", "challenge" or "wfdb".
+      corpus: a name of `data.corpora.CORPORA`.
       source: folder of the corpus.
       store: folder to write; may hold an interrupted attempt of the same job, which is continued.
       rate: samples per second of the variant to take, for corpora that come at several rates (PTB-XL: 500,
@@ -356,8 +356,8 @@ problems, one line each in STORE/problems.jsonl:
         "--assume-gain",
         type=float,
         metavar="PER_MV",
-        help="integers per millivolt where the header gives no gain or one that cannot be right (LUDB); such "
-        "recordings are refused otherwise",
+        help="integers per millivolt where the header gives no gain or one that cannot be right (LUDB; such "
+        "recordings are refused otherwise), or units per millivolt of CODE-15's arrays, 1 or 10",
     )
     return result
 

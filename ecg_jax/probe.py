@@ -36,8 +36,8 @@ from ecg_jax.probe_output import plain, summary, write_predictions
 from ecg_jax.training.pretrained import RestoredEncoder, random_twin, restore_encoder
 
 DESCRIPTION = """\
-Probes a pretrained encoder on a labelled store and scores it on held-out recordings with patient-level confidence
-intervals, beside randomly initialised encoders, simple ECG features and the majority guess.
+Probes a pretrained encoder on a labelled store and scores it on held-out recordings, with confidence intervals by
+patient, beside randomly initialised encoders, simple ECG features and the majority guess.
 
   linear      a convex head on mean-pooled features
   frozen      attention pooling with a learned query on the frozen encoder's tokens

@@ -251,4 +251,4 @@ def test_help_explains(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["probe", "--help"])
     assert exit_.value.code == 0
-    assert "confidence interval" in capsys.readouterr().out
+    assert "confidence intervals by" in capsys.readouterr().out

@@ -101,7 +101,7 @@ _BENCHMARK = (
 
 _BESIDE = (
     Task("ptb", "ptb", "diagnosis", OTHER, split="stratified"),
-    Task("code15", "code15", "code15", OTHER, split="stratified", unlabelled="negative"),
+    Task("code15", "code15", "code15", OTHER, split="stratified", unlabelled="negative", min_seconds=10.0),
     Task("challenge_dx", "challenge", "dx", OTHER),
     _challenge("challenge_chapman", "chapman", OTHER),
     # Generated recordings: what they score says that the machinery works, and nothing about ECGs.
