@@ -5,7 +5,8 @@ wider than most.
 """
 
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,9 +17,13 @@ _LOOKS = (
     ("#0072B2", "o"), ("#D55E00", "D"), ("#009E73", "s"), ("#CC79A7", "^"), ("#E69F00", "v"), ("#56B4E9", "P"),
     ("#000000", "X"), ("#8C6D1F", "<"),
 )  # fmt: skip
+_COLOURS = [colour for colour, _ in _LOOKS]
+_MARKERS = [marker for _, marker in _LOOKS]
 _GREY, _LIGHT = "#6E6E6E", "#E4E4E4"
-#: Most models that one picture tells apart.
+#: Most models that one picture shows legibly.
 MOST_MODELS = len(_LOOKS)
+#: Colour and marker by name.
+Looks = Mapping[str, tuple[str, str]]
 
 
 def _figure(width_inch: float, height_inch: float):
@@ -42,13 +47,15 @@ def _svg(figure) -> bytes:
     }
     with matplotlib.rc_context(settings):
         figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    # Comments, metadata and digits far below a pixel are half of the file.
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", buffer.getvalue().decode(), flags=re.DOTALL)
+    return re.sub(r"(\.\d\d)\d+|\n\s*", r"\1", text).encode()
 
 
-def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    if len(names) > MOST_MODELS:
-        raise ValueError(f"{len(names)} models cannot be told apart, at most {MOST_MODELS} can")
-    return dict(zip(names, _LOOKS, strict=False))
+def looks_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each name, so that a name looks alike in all pictures of a page; up to 64 differ."""
+    n = len(_COLOURS)
+    return {name: (_COLOURS[i % n], _MARKERS[(i + i // n) % n]) for i, name in enumerate(names)}
 
 
 def _plain_axes(axes, grid: str = "both") -> None:
@@ -66,13 +73,14 @@ def _legend(figure, looks, extra=(), columns: int = 3) -> None:
         for name, (color, marker) in looks.items()
     ]
     handles += [Line2D([], [], **style) for style in extra]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=8)
 
 
 def class_forest(
     classes: Sequence[str],
     n: Sequence[int],
     models: dict[str, np.ndarray],
+    looks: Looks,
     reference: np.ndarray | None,
     score: str,
     chance: float | None,
@@ -84,26 +92,23 @@ def class_forest(
     Args:
         classes: K names.
         n: K numbers written beside them: positive test records, or known values.
-        models: name -> float [K, 3] (score, low, high), at most `MOST_MODELS`; NaN where undefined.
+        models: name -> float [K, 3] (score, low, high); NaN where undefined.
+        looks: of the models.
         reference: [K], drawn as grey bars; None for none.
         score: what the axis is called.
-        chance: a dashed line; None for none. Without it lower is better.
+        chance: a dashed line, if it is near; None for errors, of which lower is better.
         level: of the intervals.
         reference_label: what the grey bars are called.
 
     Returns:
         SVG.
-
-    Raises:
-        ValueError: more models than can be told apart.
     """
-    looks = _looks(list(models))
     first = next(iter(models.values()))[:, 0]
     last = -np.inf if chance is not None else np.inf
     order = np.argsort(np.where(np.isnan(first), last, first), kind="stable")
     order = order[::-1] if chance is not None else order
     row_inch = 0.2 + 0.1 * len(models)
-    figure = _figure(7.2, 1.3 + row_inch * len(order) + 0.18 * np.ceil((len(models) + 1) / 2))
+    figure = _figure(6.0, 1.3 + row_inch * len(order) + 0.18 * np.ceil((len(models) + 1) / 2))
     axes = figure.subplots()
     shifts = (0.72 / len(models)) * ((len(models) - 1) / 2 - np.arange(len(models)))
     for i, k in enumerate(order):
@@ -130,11 +135,14 @@ def class_forest(
     if reference is not None:
         extra.append({"color": _GREY, "linewidth": 2, "alpha": 0.7, "label": reference_label})
     if chance is not None:
-        axes.axvline(chance, color=_GREY, linewidth=1, linestyle="--", zorder=1)
-        extra.append({"color": _GREY, "linewidth": 1, "linestyle": "--", "label": "chance"})
-        lows = np.concatenate([intervals[:, 1] for intervals in models.values()])
-        lows = lows[np.isfinite(lows)]
-        axes.set_xlim(min(0.45, np.floor(lows.min() * 20) / 20 - 0.01) if lows.size else 0.45, 1.005)
+        drawn = [*models.values()] if reference is None else [*models.values(), reference[:, None]]
+        values = np.concatenate([values.ravel() for values in drawn])
+        values = values[np.isfinite(values)]
+        left = np.floor(values.min() * 20) / 20 - 0.01 if values.size else 0.45
+        if left < chance:
+            axes.axvline(chance, color=_GREY, linewidth=1, linestyle="--", zorder=1)
+            extra.append({"color": _GREY, "linewidth": 1, "linestyle": "--", "label": "chance"})
+        axes.set_xlim(left, 1.005)
     axes.set_ylim(-len(order) + 0.5, 0.5)
     axes.set_yticks(-np.arange(len(order)), [f"{classes[k]}  (n={n[k]})" for k in order])
     _plain_axes(axes, "x")
@@ -145,7 +153,7 @@ def class_forest(
         text.set_color(_GREY if grey else "black")
     note = f"\ngrey names: fewer than {FEW_POSITIVES} positive test records" if any(few) else ""
     axes.set_xlabel(f"{score} with {100 * level:g} % interval{note}", fontsize=9)
-    _legend(figure, looks, extra, columns=2)
+    _legend(figure, {name: looks[name] for name in models}, extra, columns=2)
     return _svg(figure)
 
 
@@ -153,6 +161,7 @@ def mode_panels(
     panels: Sequence[tuple[str, str, dict[str, dict[str, Sequence[float]]]]],
     references: Sequence[dict[str, float]],
     modes: Sequence[str],
+    looks: Looks,
 ) -> bytes:
     """Scores of checkpoints mode by mode: a panel for each task, a line for each model.
 
@@ -160,14 +169,12 @@ def mode_panels(
         panels: (task, score, model -> mode -> (point, low, high)) each.
         references: of each panel, name -> score of a baseline, drawn across the panel.
         modes: in order.
+        looks: of the models.
 
     Returns:
         SVG.
-
-    Raises:
-        ValueError: more models than can be told apart.
     """
-    looks = _looks(list(dict.fromkeys(model for _, _, models in panels for model in models)))
+    looks = {name: looks[name] for name in dict.fromkeys(name for _, _, models in panels for name in models)}
     dashes = dict(
         zip(dict.fromkeys(name for lines in references for name in lines), ("--", ":", "-."), strict=False)
     )
@@ -207,19 +214,19 @@ def mode_panels(
     return _svg(figure)
 
 
-def calibration(panels: Sequence[tuple[str, dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]]) -> bytes:
+def calibration(
+    panels: Sequence[tuple[str, dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]], looks: Looks
+) -> bytes:
     """Reliability diagrams with the number of predictions in each bin below.
 
     Args:
         panels: (title, model -> (mean probability [b], share of positives [b], number [b])) each; NaN for empty bins.
+        looks: of the models.
 
     Returns:
         SVG.
-
-    Raises:
-        ValueError: more models than can be told apart.
     """
-    looks = _looks(list(dict.fromkeys(model for _, models in panels for model in models)))
+    looks = {name: looks[name] for name in dict.fromkeys(name for _, models in panels for name in models)}
     legend_rows = -(-(len(looks) + 1) // 2)
     figure = _figure(max(3.9, 2.5 * len(panels)), 3.5 + 0.2 * legend_rows)
     grid = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
@@ -268,11 +275,8 @@ def label_efficiency(
 
     Returns:
         SVG.
-
-    Raises:
-        ValueError: more models than can be told apart.
     """
-    looks = _looks(list(models))
+    looks = looks_of(list(models))
     figure = _figure(6.2, 3.5 + 0.2 * -(-(len(models) + 1) // 2))
     axes = figure.subplots()
     for name, (sizes, scores, fit) in models.items():
@@ -319,11 +323,8 @@ def robustness(
 
     Returns:
         SVG.
-
-    Raises:
-        ValueError: more models than can be told apart.
     """
-    looks = _looks(list(clean))
+    looks = looks_of(list(clean))
     columns = min(3, len(families))
     rows = -(-len(families) // columns)
     figure = _figure(max(3.9, 2.6 * columns), 2.4 * rows + 0.3 + 0.2 * -(-(len(looks) + 1) // 2))
@@ -356,7 +357,7 @@ def robustness(
             range(len(labels)), ticks, rotation=40 if crowded else 0, ha="right" if crowded else "center"
         )
         axes.set_xlim(-0.5, len(labels) - 0.5)
-        axes.set_title(f"{family} ({unit})" if unit else family, loc="left", fontsize=9)
+        axes.set_title(f"{family} ({unit})" if unit and unit != family else family, loc="left", fontsize=9)
         _plain_axes(axes, "y")
         if i % columns == 0:
             axes.set_ylabel(score, fontsize=8)

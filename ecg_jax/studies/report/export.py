@@ -3,7 +3,7 @@
 import csv
 import io
 
-from ecg_jax.studies.report.tables import Cell, Table
+from ecg_jax.studies.report.cells import Cell, Table
 
 _ESCAPES = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",

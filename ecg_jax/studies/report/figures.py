@@ -14,9 +14,9 @@ from ecg_jax.errors import UserError
 from ecg_jax.evaluation import report_plots
 from ecg_jax.evaluation.calibration import reliability
 from ecg_jax.evaluation.plots import ecg_paper
+from ecg_jax.studies.report.cells import SCORES, number
 from ecg_jax.studies.report.load import MODES, Curves
-from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, Entry, TaskScores
-from ecg_jax.studies.report.tables import SCORES, number
+from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, Entry, TaskScores, all_rows
 
 # Rows and classes that a picture still shows legibly; the tables hold all of them.
 _FOREST_MODELS, _FOREST_CLASSES = 6, 40
@@ -47,7 +47,14 @@ def _best(task: TaskScores, most: int) -> tuple[list[Entry], str]:
     return probes[:most], f" The {most} best of {len(probes)} are drawn." if left_out > 0 else ""
 
 
-def forest(task: TaskScores) -> Picture:
+def looks_of(scores: dict[str, TaskScores]) -> report_plots.Looks:
+    """Colour and marker of every probe and, by its name alone, of every model."""
+    probes = [row for row in all_rows(scores) if row.baseline in (None, SUPERVISED)]
+    models = dict.fromkeys(row.model for row in probes if not row.baseline)
+    return report_plots.looks_of([row.label for row in probes]) | report_plots.looks_of(list(models))
+
+
+def forest(task: TaskScores, looks: report_plots.Looks) -> Picture:
     """Every class of a task with the probes side by side."""
     shown, note = _best(task, _FOREST_MODELS)
     first = task.first.results["per_class"]
@@ -72,6 +79,7 @@ def forest(task: TaskScores) -> Picture:
         [classes[k] for k in kept],
         n[kept].tolist(),
         {entry.row.label: values(entry) for entry in shown},
+        looks,
         reference,
         "MAE" if regression else "AUROC",
         None if regression else 0.5,
@@ -88,7 +96,7 @@ def forest(task: TaskScores) -> Picture:
     )
 
 
-def modes(scores: dict[str, TaskScores]) -> list[Picture]:
+def modes(scores: dict[str, TaskScores], looks: report_plots.Looks) -> list[Picture]:
     """Checkpoints compared mode by mode, a panel for each task."""
     panels, references = [], []
     present = {
@@ -121,7 +129,7 @@ def modes(scores: dict[str, TaskScores]) -> list[Picture]:
         tasks = ", ".join(panel[0] for panel in panels[part])
         pictures.append(
             _svg(
-                report_plots.mode_panels(panels[part], references[part], order),
+                report_plots.mode_panels(panels[part], references[part], order, looks),
                 f"Scores of {', '.join(names)} in the modes {', '.join(order)} on {tasks}.",
                 f"{tasks}: checkpoints in each mode with intervals. Grey: baselines, the best where there are several.",
             )
@@ -129,7 +137,7 @@ def modes(scores: dict[str, TaskScores]) -> list[Picture]:
     return pictures
 
 
-def calibration(task: TaskScores) -> Picture:
+def calibration(task: TaskScores, looks: report_plots.Looks) -> Picture:
     """Reliability over all classes, and of the classes where the best model is calibrated worst."""
     shown, note = _best(task, _CALIBRATED_MODELS)
     targets = task.first.predictions["targets"].astype(np.float64)
@@ -149,7 +157,7 @@ def calibration(task: TaskScores) -> Picture:
         k = task.first.classes.index(name)
         panels.append((f"{name} (ECE {errors[name]:.3f})", {e.row.label: bins(e, [k]) for e in shown}))
     return _svg(
-        report_plots.calibration(panels),
+        report_plots.calibration(panels, looks),
         f"Reliability diagrams of {task.task}: all classes pooled and {', '.join(worst)}.",
         f"{task.task}: how often the class was there for each predicted probability, and below how many predictions "
         f"fall into each tenth. Beside all classes pooled, those with the largest calibration error of "

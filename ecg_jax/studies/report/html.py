@@ -5,12 +5,12 @@ import datetime
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from ecg_jax.studies.report import figures, tables
+from ecg_jax.studies.report import figures, tables, task_tables
+from ecg_jax.studies.report.cells import Cell, Table, number
 from ecg_jax.studies.report.figures import Example, Picture
 from ecg_jax.studies.report.load import Collection, Curves
 from ecg_jax.studies.report.rows import TaskScores
 from ecg_jax.studies.report.style import CSS
-from ecg_jax.studies.report.tables import Cell, Table
 
 #: Every page says so in its head, and nothing else is overwritten.
 GENERATOR = '<meta name="generator" content="ecg-jax report">'
@@ -40,6 +40,17 @@ def _cell(cell: Cell, numeric: bool) -> str:
     return (f' class="{" ".join(classes)}"' if classes else "") + style + f">{text}"
 
 
+def _head_class(table: Table, i: int) -> str:
+    kind = (
+        "l"
+        if i < table.text_columns
+        else "heat"
+        if any(row[i].shade is not None for row in table.rows)
+        else "n"
+    )
+    return f"{kind} bad" if i in table.bad_columns else kind
+
+
 def table_html(table: Table) -> str:
     """A table in a box that scrolls sideways by itself; its first column is the rows' headings."""
     lines = [
@@ -57,7 +68,7 @@ def table_html(table: Table) -> str:
         ]
         lines.append(f'<tr class="spans">{"".join(cells)}</tr>')
     heads = [
-        f'<th scope="col" class="{"n" if i >= table.text_columns else "l"}">{escape(name)}</th>'
+        f'<th scope="col" class="{_head_class(table, i)}">{escape(name)}</th>'
         for i, name in enumerate(table.head)
     ]
     lines += [f"<tr>{''.join(heads)}</tr>", "</thead>", "<tbody>"]
@@ -78,8 +89,9 @@ def table_html(table: Table) -> str:
 def picture_html(picture: Picture) -> str:
     """An image with its caption, in the file itself."""
     data = base64.b64encode(picture.data).decode()
+    kind = "paper" if picture.kind == "png" else "chart"
     return (
-        f'<figure><div class="scroll" tabindex="0" role="region" aria-label="{escape(picture.alt)}">'
+        f'<figure class="{kind}"><div class="scroll" tabindex="0" role="region" aria-label="{escape(picture.alt)}">'
         f'<img alt="{escape(picture.alt)}" src="data:image/{picture.kind};base64,{data}"></div>\n'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
@@ -149,7 +161,7 @@ def build(title: str, collection: Collection, scores: dict[str, TaskScores], now
     page = Page(title)
     classified = [task for task in scores.values() if not task.first.regression]
     regressions = [task for task in scores.values() if task.first.regression]
-    n_probes = len(collection.results)
+    n_probes, looks = len(collection.results), figures.looks_of(scores)
     page.top(
         _paragraph(
             f"{n_probes} probes of {len(scores)} task{'s' if len(scores) > 1 else ''} and their baselines, reported on "
@@ -177,31 +189,37 @@ def build(title: str, collection: Collection, scores: dict[str, TaskScores], now
     )
     page.section("left-out", "What was left out", [tables.exclusions(scores)])
     page.section(
-        "rankings", "Rankings, task by task", _by_task(scores.values(), lambda t: [tables.score_table(t)])
+        "rankings",
+        "Rankings, task by task",
+        _by_task(scores.values(), lambda t: [task_tables.score_table(t)]),
     )
     page.section(
         "classes",
         "Class by class",
-        _by_task(scores.values(), lambda t: [figures.forest(t), tables.class_table(t)]),
+        _by_task(scores.values(), lambda t: [figures.forest(t, looks), task_tables.class_table(t)]),
     )
-    page.section("modes", "Checkpoints, mode by mode", figures.modes(scores))
+    page.section("modes", "Checkpoints, mode by mode", figures.modes(scores, looks))
     if classified:
-        page.section("calibration", "Calibration", _by_task(classified, lambda t: [figures.calibration(t)]))
+        page.section(
+            "calibration", "Calibration", _by_task(classified, lambda t: [figures.calibration(t, looks)])
+        )
     if regressions:
         page.section("regressions", "Regressions", _by_task(regressions, lambda t: [figures.regression(t)]))
     page.section(
-        "layers", "Layers", tables.layer_tables(collection) or [_paragraph("No probe chose among layers.")]
+        "layers",
+        "Layers",
+        task_tables.layer_tables(collection) or [_paragraph("No probe chose among layers.")],
     )
     page.section(
         "label-efficiency",
         "Label efficiency",
-        _curves(collection.efficiency, figures.label_efficiency, tables.efficiency_table)
+        _curves(collection.efficiency, figures.label_efficiency, task_tables.efficiency_table)
         or [_paragraph("No label_efficiency.json is among the folders.")],
     )
     page.section(
         "robustness",
         "Robustness",
-        _curves(collection.robustness, figures.robustness, tables.robustness_table)
+        _curves(collection.robustness, figures.robustness, task_tables.robustness_table)
         or [_paragraph("No robustness.json is among the folders; `ecg-jax robustness` writes one.")],
     )
     if classified:
@@ -286,7 +304,7 @@ def _examples(task: TaskScores) -> list[str]:
 def _example(example: Example) -> str:
     shown = example.predicted[:6]
     truth = [name for name, target, _ in example.predicted if target == 1]
-    predicted = ", ".join(f"{name} {tables.number(p)}" for name, _, p in shown)
+    predicted = ", ".join(f"{name} {number(p)}" for name, _, p in shown)
     return (
         f"<article><h4>{escape(example.heading)}: {escape(example.record_id)}</h4>{picture_html(example.picture)}"
         + _paragraph(f"True: {', '.join(truth) or 'none of the classes'}. Predicted: {predicted}.")

@@ -62,6 +62,11 @@ class Entry:
         """Whether it is the best of its task."""
         return self.rank.to_best is None
 
+    @property
+    def mark(self) -> str:
+        """Of its cell: "best", "tied" for those not told from the best, or ""."""
+        return "best" if self.best else "tied" if self.rank.rank == 1 else ""
+
 
 @dataclass
 class TaskScores:

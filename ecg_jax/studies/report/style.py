@@ -22,10 +22,10 @@ nav h2 { border: 0; margin: 1rem 0 0.25rem; padding: 0; font-size: 1rem; }
 .verdict.bad { border-color: #b3001b; background: #fdeced; }
 .scroll { overflow-x: auto; margin: 0.75rem 0 1rem; border: 1px solid var(--line); border-radius: 4px; }
 .scroll:focus-visible { outline: 3px solid var(--link); }
-table { border-collapse: separate; border-spacing: 0; font-size: 0.875rem; width: 100%; }
+table { border-collapse: separate; border-spacing: 0; font-size: 0.85rem; width: 100%; }
 caption { text-align: left; color: var(--mute); padding: 0.5rem 0.7rem; border-bottom: 1px solid var(--line); }
 caption span { position: sticky; left: 0.7rem; display: inline-block; width: min(46rem, 100vw - 4rem); }
-th, td { padding: 0.3rem 0.7rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ececec; }
+th, td { padding: 0.3rem 0.6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ececec; }
 th { font-weight: 600; }
 thead th { background: var(--band); border-bottom: 1px solid #b9b9b9; vertical-align: bottom; }
 thead tr.spans th { text-align: center; border-left: 1px solid var(--line); }
@@ -40,10 +40,10 @@ td.best > b { font-weight: 700; }
 td.tied > u { text-underline-offset: 3px; text-decoration-thickness: 2px; }
 .mute { color: var(--mute); }
 .good { color: #00583c; } .warn { color: #7a4d00; } .bad { color: #b3001b; font-weight: 700; }
-td.heat { text-align: center; }
+.heat { text-align: center; }
 figure { margin: 0.75rem 0 1.25rem; }
 figure .scroll { margin: 0; }
-figure img { display: block; max-width: none; margin: 0 auto; }
+figure img { display: block; max-width: none; }
 figcaption { color: var(--mute); font-size: 0.875rem; max-width: 46rem; padding: 0.4rem 0; }
 details { margin: 0.5rem 0; }
 summary { cursor: pointer; padding: 0.3rem 0; color: var(--link); }
@@ -54,6 +54,8 @@ summary { cursor: pointer; padding: 0.3rem 0; color: var(--link); }
   th, td { padding: 0.3rem 0.5rem; }
   tbody th { max-width: 8.5rem; overflow-wrap: anywhere; }
   .wide .t { min-width: 12rem; }
+  .chart img { width: 32rem; }
+  .paper img { width: 44rem; }
 }
 @media print {
   body { font-size: 9pt; }

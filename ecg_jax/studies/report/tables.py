@@ -1,103 +1,18 @@
-"""The tables of a report, once for the page, CSV and LaTeX alike."""
+"""The tables of a report."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ecg_jax.evaluation.ranking import mean_ranks
-from ecg_jax.studies.report.load import Collection, Curves, Result
+from ecg_jax.studies.report.cells import DASH, SCORES, Cell, Table, interval, texts
+from ecg_jax.studies.report.load import Collection, Result
 from ecg_jax.studies.report.rows import Row, TaskScores, all_rows
-
-DASH = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
-#: Names of scores for people; those that fall as a model gets better end in a falling arrow.
-SCORES = {
-    "macro_auroc": "macro AUROC ↑",
-    "micro_auroc": "micro AUROC ↑",
-    "macro_auprc": "macro AUPRC ↑",
-    "fmax": "Fmax ↑",
-    "brier": "Brier ↓",
-    "ece": "ECE ↓",
-    "challenge_2020": "Challenge 2020 ↑",
-    "challenge_2021": "Challenge 2021 ↑",
-    "mae": "MAE ↓",
-    "r2": "R² ↑",
-}
-_SECTIONS = ("pretrained", "baselines")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell: a text, or a value with its interval."""
-
-    text: str
-    interval: str = ""
-    """"[low, high]" or empty."""
-    mark: str = ""
-    """"best", "tied" (not told from the best), "good", "warn", "bad", "mute" or ""."""
-    shade: float | None = None
-    """0 to 1: how dark the cell of a heat map is."""
-
-    @property
-    def plain(self) -> str:
-        """All of it as text."""
-        return f"{self.text} {self.interval}" if self.interval else self.text
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with its caption; every row has a cell for each column."""
-
-    name: str
-    """Of its files, and its anchor."""
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    text_columns: int = 1
-    """So many columns from the left hold text, the rest numbers."""
-    spans: Sequence[tuple[str, int]] = ()
-    """(label, number of columns) above the head; empty for none."""
-    sections: Sequence[int] = field(default_factory=tuple)
-    """Rows above which a line is drawn."""
-
-
-def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
-    """A number with a true minus sign; a dash for None and NaN."""
-    if value is None or not np.isfinite(value):
-        return DASH
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", MINUS)
-
-
-def interval(point, low, high, mark: str = "", digits: int = 3, sign: bool = False) -> Cell:
-    """ "0.934" with "[0.929, 0.941]"."""
-    if point is None or not np.isfinite(point):
-        return Cell(DASH, mark="mute")
-    between = f"[{number(low, digits, sign)}, {number(high, digits, sign)}]"
-    return Cell(number(point, digits, sign), between, mark)
-
-
-def p_value(p: float | None, resamples: int) -> str:
-    """A p-value of a bootstrap, which cannot be smaller than its number of resamples allows."""
-    if p is None:
-        return DASH
-    least = 2 / (resamples + 1)
-    return f"≤ {least:.2g}" if p <= least * 1.0001 else f"{p:.3f}" if p >= 0.001 else f"{p:.1g}"
-
-
-def _texts(values: Iterable[Any]) -> list[Cell]:
-    return [value if isinstance(value, Cell) else Cell(str(value)) for value in values]
 
 
 def _sections(rows: Sequence[Row]) -> list[int]:
     """Index of the first baseline, if models precede it."""
     first = next((i for i, row in enumerate(rows) if row.baseline), 0)
     return [first] if first else []
-
-
-def _mark(entry) -> str:
-    return "best" if entry.best else "tied" if entry.rank.rank == 1 else ""
 
 
 def level(scores: dict[str, TaskScores]) -> str:
@@ -118,9 +33,15 @@ def main_table(collection: Collection, scores: dict[str, TaskScores]) -> Table:
             cells.append(
                 Cell(DASH, mark="mute")
                 if entry is None
-                else interval(entry.point, entry.low, entry.high, _mark(entry))
+                else interval(entry.point, entry.low, entry.high, entry.mark)
             )
-        body.append([*_texts((row.model, row.mode or DASH)), *cells])
+        body.append([*texts((row.model, row.mode or DASH)), *cells])
+    leaks = {task: MARKS[task_state(scores[task])] == "bad" for task in tasks}
+    heads = [
+        f"{task} {SCORES[scores[task].first.metric].split()[-1]}"
+        + (f" ({task_state(scores[task])})" if leaks[task] else "")
+        for task in tasks
+    ]
     some_regression = any(task.first.regression for task in scores.values())
     units = (
         " Mean absolute errors (MAE) are in standard deviations of the training targets."
@@ -132,11 +53,12 @@ def main_table(collection: Collection, scores: dict[str, TaskScores]) -> Table:
         f"Scores with {level(scores)} intervals from resampled patients. Bold: the best of a task; underlined: not "
         "told from it (the interval of the paired difference on the same resamples holds 0). "
         f"↑ higher is better, ↓ lower.{units}",
-        ["model", "mode", *(f"{task} {SCORES[scores[task].first.metric].split()[-1]}" for task in tasks)],
+        ["model", "mode", *heads],
         body,
         2,
         [("", 2), *((group, len(of_group)) for group, of_group in groups.items())],
         _sections(rows),
+        [k + 2 for k, task in enumerate(tasks) if leaks[task]],
     )
 
 
@@ -237,7 +159,7 @@ def compared(collection: Collection) -> Table:
         dates = sorted({result.results["date"][:10] for result in results})
         seeds = sorted({result.results["seed"] for result in results})
         rows.append(
-            _texts(
+            texts(
                 (
                     model, mode, checkpoint, workdir, " to ".join(dict.fromkeys((dates[0], dates[-1]))),
                     len(results), ", ".join(map(str, seeds)),
@@ -261,7 +183,7 @@ def stores(scores: dict[str, TaskScores]) -> Table:
         key = store["path"], store["corpus"], store["fingerprint"]
         of_store.setdefault(key, []).append(task.task)
     rows = [
-        _texts((path, corpus, fingerprint[:12], ", ".join(tasks)))
+        texts((path, corpus, fingerprint[:12], ", ".join(tasks)))
         for (path, corpus, fingerprint), tasks in of_store.items()
     ]
     head = ["store", "corpus", "fingerprint", "tasks"]
@@ -283,12 +205,11 @@ def task_table(scores: dict[str, TaskScores]) -> Table:
             per_class = [entry["n_pos"] for entry in results["per_class"].values()]
         patients = "unknown" if results["n_patients"] is None else results["n_patients"]
         rows.append(
-            _texts(
+            texts(
                 (
-                    task.task, results["group"], results["store"]["corpus"], _state_cell(task_state(task)), *sizes,
-                    results["n_records"], patients, len(results["per_class"]),
+                    task.task, results["group"], results["store"]["corpus"], _state_cell(task_state(task)),
+                    results["bootstrap"]["unit"], *sizes, results["n_records"], patients, len(results["per_class"]),
                     f"{min(per_class)} to {max(per_class)}", len(results["classes_dropped"]),
-                    results["bootstrap"]["unit"],
                 )
             )
         )  # fmt: skip
@@ -297,11 +218,11 @@ def task_table(scores: dict[str, TaskScores]) -> Table:
         "Records, patients and classes of every task. n per class: positive test records of the rarest and the "
         "commonest class (of a regression, records with a known value).",
         [
-            "task", "group", "corpus", "leakage", "train records", "val records", "test records", "test patients",
-            "classes", "n per class", "classes dropped", "resampled by",
+            "task", "group", "corpus", "leakage", "resampled by", "train records", "val records", "test records",
+            "test patients", "classes", "n per class", "classes dropped",
         ],
         rows,
-        4,
+        5,
     )  # fmt: skip
 
 
@@ -311,19 +232,18 @@ def exclusions(scores: dict[str, TaskScores]) -> Table:
     for task in scores.values():
         results = task.first.results
         rows += [
-            _texts((task.task, "class dropped", name, why))
-            for name, why in results["classes_dropped"].items()
+            texts((task.task, "class dropped", name, why)) for name, why in results["classes_dropped"].items()
         ]
         rows += [
-            _texts((task.task, "class undefined in test", name, "no positive or no negative test record"))
+            texts((task.task, "class undefined in test", name, "no positive or no negative test record"))
             for name in results["classes_undefined_in_test"]
         ]
         rows += [
-            _texts((task.task, "records excluded", where, f"{count} {reason}"))
+            texts((task.task, "records excluded", where, f"{count} {reason}"))
             for where, reason, count in _counts(results["records_excluded"])
         ]
     if not rows:
-        rows = [_texts(("all tasks", "nothing", DASH, DASH))]
+        rows = [texts(("all tasks", "nothing", DASH, DASH))]
     return Table(
         "exclusions",
         "Classes and records that were left out. A class undefined in the test records is in no macro score.",
@@ -342,151 +262,3 @@ def _counts(tree: dict[str, Any], where: str = "") -> list[tuple[str, str, int]]
         elif value:
             found.append((where or "store", name.replace("_", " "), value))
     return found
-
-
-def score_table(task: TaskScores) -> Table:
-    """All rows of a task from best to worst: rank, difference to the best, p-values and further scores."""
-    results = task.first.results
-    resamples = results["bootstrap"]["resamples"]
-    extra = [
-        name
-        for name in SCORES
-        if name != task.first.metric and any(name in entry.result.results["metrics"] for entry in task.probes)
-    ]
-    rows = []
-    for entry in task.ranked:
-        rank = entry.rank
-        difference, p = Cell("best"), None
-        if rank.to_best is not None:
-            difference, p = interval(*rank.to_best.difference, sign=True), rank.to_best.p_value
-        seeds = f"mean of {entry.seeds} seeds" if entry.seeds else ""
-        cells = [
-            entry.row.model, entry.row.mode or DASH, interval(entry.point, entry.low, entry.high, _mark(entry)),
-            rank.rank, difference, p_value(p, resamples), p_value(rank.p_holm, resamples),
-        ]  # fmt: skip
-        if seeds:
-            cells[0] = Cell(entry.row.model, f"({seeds})")
-        for name in extra:
-            known = entry.result is not None and name in entry.result.results["metrics"]
-            triple = (
-                entry.result.results["metrics"][name] if known else {"point": None, "low": None, "high": None}
-            )
-            cells.append(interval(**triple))
-        rows.append(_texts(cells))
-    return Table(
-        f"scores_{task.task}",
-        f"{task.task}: all rows from best to worst. Differences to the best are paired, on {resamples} resamples of "
-        "the same test records; p is two-sided, corrected by Holm over all rows and tasks of the report.",
-        [
-            "model", "mode", SCORES[task.first.metric], "rank", "difference to the best", "p", "p (Holm)",
-            *(SCORES[name] for name in extra),
-        ],
-        rows,
-        2,
-    )  # fmt: skip
-
-
-def class_table(task: TaskScores) -> Table:
-    """Every class of a task: how often, and the score of every probe."""
-    first = task.first.results["per_class"]
-    regression = task.first.regression
-    score = "mae" if regression else "auroc"
-    counts = {"n": "known"} if regression else {"n_pos": "positive", "n_neg": "negative"}
-    rows = []
-    for name, about in first.items():
-        cells = [name, about["description"] or DASH, *(about[count] for count in counts)]
-        for entry in task.probes:
-            own = entry.result.results["per_class"][name]
-            cells.append(interval(own[score], own["ci_low"], own["ci_high"]))
-        rows.append(_texts(cells))
-    return Table(
-        f"classes_{task.task}",
-        f"{task.task}: {'mean absolute error' if regression else 'AUROC'} of every "
-        f"{'target' if regression else 'class'} with its interval; a dash: undefined in the test records.",
-        ["class", "meaning", *(f"n {word}" for word in counts.values()), *(e.row.label for e in task.probes)],
-        rows,
-        2,
-    )
-
-
-def layer_tables(collection: Collection) -> list[Table]:
-    """For each model and mode with a choice of layers: tasks by layers, the validation score as a shade."""
-    probes: dict[tuple[str, str], list[Result]] = {}
-    for result in collection.results:
-        if result.results["layers"] is not None:
-            probes.setdefault((result.model, result.mode), []).append(result)
-    tables = []
-    for (model, mode), results in probes.items():
-        layers = list(dict.fromkeys(name for r in results for name in r.results["layers"]["validation"]))
-        rows = []
-        for result in results:
-            found = result.results["layers"]
-            validation = found["validation"]
-            known = [value for value in validation.values() if value is not None]
-            low, high = (min(known), max(known)) if known else (0.0, 0.0)
-            cells = []
-            for name in layers:
-                if name not in validation or validation[name] is None:
-                    cells.append(Cell(DASH, mark="mute"))
-                    continue
-                value = validation[name]
-                share = (value - low) / (high - low) if high > low else 0.5
-                shade = 1 - share if result.regression else share
-                cells.append(Cell(number(value), mark="best" if name == found["chosen"] else "", shade=shade))
-            rows.append([Cell(result.task), *cells])
-        name = "layers_" + "".join(c if c.isalnum() else "_" for c in f"{model}_{mode}")
-        tables.append(
-            Table(
-                name,
-                f"{model}, {mode}: validation score by layer (macro AUROC; of regressions, mean absolute error). The "
-                "darker, the better within a task; bold: the one chosen.",
-                ["task", *layers],
-                rows,
-            )
-        )
-    return tables
-
-
-def robustness_table(task: str, curves: Sequence[Curves]) -> Table:
-    """Scores under every condition, beside the clean records."""
-    rows = []
-    for curve in curves:
-        clean = curve.content["clean"]
-        rows.append(
-            _texts((curve.model, "clean", DASH, interval(clean["point"], clean["low"], clean["high"]), DASH))
-        )
-        for family in curve.content["families"]:
-            for condition in family["conditions"]:
-                value = interval(*(condition[k] for k in ("point", "low", "high")))
-                change = interval(**condition["difference"], sign=True)
-                family_name = family["family"].replace("_", " ")
-                rows.append(_texts((curve.model, family_name, condition["label"], value, change)))
-    metric = SCORES[curves[0].content["metric"]]
-    return Table(
-        f"robustness_{task}",
-        f"{task}: {metric} when the test records are disturbed, and the paired change from the clean ones.",
-        ["model", "disturbance", "condition", metric, "change"],
-        rows,
-        3,
-    )
-
-
-def efficiency_table(task: str, curves: Sequence[Curves]) -> Table:
-    """Scores by number of labelled records, mean over seeds, with the fitted curve."""
-    sizes = sorted({size for curve in curves for size in curve.content["sizes"]})
-    rows = []
-    for curve in curves:
-        at = {size: i for i, size in enumerate(curve.content["sizes"])}
-        for name, model in curve.content["models"].items():
-            cells = [number(np.mean(model["scores"][at[size]])) if size in at else DASH for size in sizes]
-            fit = model["fit"]
-            fitted = DASH if fit is None else f"{fit['C']:.3g}·n^{MINUS}{fit['a']:.3g} + {fit['L0']:.3g}"
-            rows.append(_texts((name, fitted, *cells)))
-    return Table(
-        f"label_efficiency_{task}",
-        f"{task}: {SCORES[curves[0].content['metric']]} by number of labelled training records, mean over seeds; "
-        "fitted: what is left to the best score (1 less AUROC, or the error) as C·n^-a + L0.",
-        ["model", "fitted", *(f"n = {size}" for size in sizes)],
-        rows,
-        2,
-    )
