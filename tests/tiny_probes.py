@@ -1,6 +1,7 @@
 """A tiny encoder and tiny labelled examples, shared by the tests of probes that are trained."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -34,10 +35,11 @@ def one_device():
     return Mesh(np.asarray(jax.devices()[:1]), (AXIS,))
 
 
-def tiny_encoder(seed=0, **model):
+@functools.cache
+def tiny_encoder(seed=0):
     """Random weights; the contract of the synthetic store with windows of one second."""
     contract = dataclasses.replace(Preprocessing(), window_s=WINDOW_S, normalisation="ptbxl_canonical")
-    empty = RestoredEncoder(Path("runs/tiny"), 3, {"model": MODEL | model}, contract, {}, 0)
+    empty = RestoredEncoder(Path("runs/tiny"), 3, {"model": MODEL}, contract, {}, 0)
     return random_twin(empty, seed)
 
 

@@ -30,6 +30,9 @@ from ecg_jax.training.pretrained import RestoredEncoder
 #: Learning-rate factors of the reference (spec §7.1).
 FACTORS = {"head": 1.0, "backbone": 0.1, "stem": 0.01}
 
+# Keeps the key of the initial head apart from those of the steps, which fold in small numbers.
+_HEAD = 1 << 31
+
 _BLOCK = re.compile(r"(?:layer|norm|block)(\d+)")
 
 
@@ -94,14 +97,13 @@ def _programs(
     network: HeadedEncoder,
     normalisation: str,
     regression: bool,
-    factors: tuple[tuple[str, float], ...],
-    layer_decay: float,
     mesh: Mesh,
 ) -> tuple[Callable, Callable]:
     """(training step, prediction) of an architecture; kept, so that another task or seed compiles nothing again.
 
     State: `params`, `moments`, `moving` (the collection `batch_stats`, {} without BatchNorm) and `step`. Fixed: the
-    collections `ssm` and `basis` under `collections`, and the scalars `seed`, `learning_rate` and `weight_decay`.
+    collections `ssm` and `basis` under `collections`, the scalars `seed` and `weight_decay`, and a learning rate for
+    each parameter.
     """
 
     def train(state, fixed, batch):
@@ -126,9 +128,8 @@ def _programs(
             state["params"],
             jax.lax.pmean(grads, AXIS),
             state["moments"],
-            learning_rate=fixed["learning_rate"],
+            learning_rates=fixed["learning_rates"],
             weight_decay=fixed["weight_decay"],
-            factors=learning_rate_factors(state["params"], dict(factors), layer_decay),
             # State matrices never decay (spec §3.3).
             decays=jax.tree.map_with_path(
                 lambda path, _: group_of(tuple(entry.key for entry in path)) != "ssm", state["params"]
@@ -143,6 +144,12 @@ def _programs(
         return outputs if regression else jax.nn.sigmoid(outputs)
 
     return training.map_training(train, mesh), training.map_prediction(predict, mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _head_init(head: nn.Module, width: int) -> Callable:
+    """key -> parameters of a head on tokens of this width."""
+    return jax.jit(lambda key: head.init(key, jnp.zeros((1, 1, width)))["params"])
 
 
 def fit_network(
@@ -205,14 +212,17 @@ class _Run:
         params = collections["params"] | {"head": self._initial_head(network, variables, preprocessing)}
         state = {
             "params": params,
-            "moments": training.ADAM.init(params),
+            "moments": jax.jit(training.ADAM.init)(params),
             "moving": {name: tree for name, tree in collections.items() if name == "batch_stats"},
             "step": np.int32(0),
         }
         fixed = {
             "collections": {name: tree for name, tree in collections.items() if name in ("ssm", "basis")},
             "seed": np.uint32(recipe.seed),
-            "learning_rate": np.float32(recipe.learning_rate),
+            "learning_rates": jax.tree.map(
+                lambda factor: np.float32(recipe.learning_rate * factor),
+                learning_rate_factors(params, recipe.factors, recipe.layer_decay),
+            ),
             "weight_decay": np.float32(recipe.weight_decay),
         }
         self._state, self._fixed = (replicate(jax.tree.map(jnp.asarray, t), mesh) for t in (state, fixed))
@@ -220,8 +230,6 @@ class _Run:
             network,
             preprocessing.normalisation,
             training.is_regression(examples),
-            tuple(sorted(recipe.factors.items())),
-            recipe.layer_decay,
             mesh,
         )
         self.epoch, self._curve = 0, []
@@ -231,8 +239,8 @@ class _Run:
     def _initial_head(self, network, variables, preprocessing):
         x = jax.ShapeDtypeStruct((1, self._window, len(preprocessing.leads)), jnp.float32)
         tokens, _ = jax.eval_shape(lambda v, x: network.encoder.apply(v, x, train=False), variables, x)
-        init = jax.jit(lambda key: network.head.init(key, jnp.zeros((1, 1, tokens.shape[-1])))["params"])
-        return jax.device_get(init(jax.random.fold_in(jax.random.key(self._recipe.seed), 1 << 31)))
+        key = jax.random.fold_in(jax.random.key(self._recipe.seed), _HEAD)
+        return jax.device_get(_head_init(network.head, tokens.shape[-1])(key))
 
     def train_epoch(self) -> None:
         """One pass over the training records, then the validation score.

@@ -48,7 +48,8 @@ def programs(encoder: Encoder, head: nn.Module, normalisation: str, regression: 
 
             loss, grads = jax.value_and_grad(loss_fn)(params)
             grads = jax.lax.pmean(grads, AXIS)
-            settings = {"learning_rate": learning_rate, "weight_decay": fixed["weight_decay"]}
+            rates = jax.tree.map(lambda _: learning_rate, params)
+            settings = {"learning_rates": rates, "weight_decay": fixed["weight_decay"]}
             return *training.adamw(params, grads, moments, **settings), loss
 
         params, moments, losses = jax.vmap(one)(state["params"], state["moments"], fixed["learning_rate"])
@@ -69,8 +70,13 @@ def programs(encoder: Encoder, head: nn.Module, normalisation: str, regression: 
 def initial_heads(head: nn.Module, grid: Sequence[tuple[int, float]], width: int) -> dict[str, Any]:
     """`params` and `moments` of one head for each (seed, learning rate), stacked along the first axis."""
 
+    return _head_init(head, width)(jnp.asarray([seed for seed, _ in grid], jnp.uint32))
+
+
+@functools.lru_cache(maxsize=8)
+def _head_init(head: nn.Module, width: int) -> Callable:
     def init(seed):
         params = head.init(jax.random.key(seed), jnp.zeros((1, 1, width)))["params"]
         return {"params": params, "moments": training.ADAM.init(params)}
 
-    return jax.jit(jax.vmap(init))(jnp.asarray([seed for seed, _ in grid], jnp.uint32))
+    return jax.jit(jax.vmap(init))

@@ -159,27 +159,26 @@ def masked_loss(outputs: jax.Array, targets: jax.Array, *, regression: bool, axi
     return total / jnp.where(count > 0, count, 1.0)
 
 
-def adamw(params, grads, moments, *, learning_rate, weight_decay, factors=None, decays=None):
-    """One step of AdamW with decoupled decay: p <- p - factor * learning_rate * (m / (sqrt(v) + eps) + decay * p).
+def adamw(params, grads, moments, *, learning_rates, weight_decay, decays=None):
+    """One step of AdamW with decoupled decay: p <- p - learning_rate * (m / (sqrt(v) + eps) + decay * p).
 
     Args:
         params, grads: trees.
         moments: of `ADAM`.
-        learning_rate, weight_decay: scalars, traced or not.
-        factors: tree like params of learning-rate factors, None for 1.
+        learning_rates: tree like params of scalars.
+        weight_decay: scalar.
         decays: tree like params of True and False: whether the leaf decays; None for all.
 
     Returns:
         (params, moments).
     """
     direction, moments = ADAM.update(grads, moments, params)
-    factors = jax.tree.map(lambda _: 1.0, params) if factors is None else factors
     decays = jax.tree.map(lambda _: True, params) if decays is None else decays
 
-    def step(p, d, factor, decay):
-        return p - learning_rate * factor * (d + weight_decay * p if decay else d)
+    def step(p, d, rate, decay):
+        return p - rate * (d + weight_decay * p if decay else d)
 
-    return jax.tree.map(step, params, direction, factors, decays), moments
+    return jax.tree.map(step, params, direction, learning_rates, decays), moments
 
 
 def map_training(step: Callable, mesh: Mesh) -> Callable:

@@ -1,0 +1,228 @@
+"""Fine-tuning: parts of the model learn at their own rates, interrupted fits go on, devices do not matter."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from conftest import assert_close
+from ecg_jax.errors import UserError
+from ecg_jax.evaluation import finetune, head_training
+from ecg_jax.evaluation.finetune import fit_finetune, learning_rate_factors
+from ecg_jax.evaluation.fit_folder import FitFolder
+from ecg_jax.evaluation.metrics import macro_auroc
+from ecg_jax.training.optim import build_optimiser
+from ecg_jax.training.parallel import AXIS
+from tiny_probes import one_device, tiny_encoder, tiny_examples, with_parts
+
+ALIKE = {"head": 1.0, "backbone": 1.0, "stem": 1.0}
+
+
+def fit(examples, encoder=None, **settings):
+    defaults = {"epochs": 2, "batch_size": 16, "learning_rate": 1e-2, "factors": ALIKE, "mesh": one_device()}
+    return fit_finetune(encoder or tiny_encoder(), examples, **defaults | settings)
+
+
+def test_rhythm_is_learnt(synthetic_store):
+    examples = tiny_examples(synthetic_store)
+    fitted = fit(examples, epochs=24, learning_rate=2e-2, seed=1)
+    curve, report = fitted.report["curve"], fitted.report
+    assert macro_auroc(examples.test.targets, fitted.test) > 0.75
+    assert curve[-1]["loss"] < 0.75 * curve[0]["loss"]
+    assert report["validation"] == max(epoch["validation"] for epoch in curve)
+    assert report["validation"] == curve[report["best_epoch"] - 1]["validation"]
+    # The network that predicts is the one of the best epoch, in evaluation mode with its own statistics.
+    assert macro_auroc(examples.val.targets, fitted.val) == report["validation"]
+    json.dumps(report, allow_nan=False)
+
+
+def test_a_killed_fit_goes_on_to_the_same_bits(synthetic_store, tmp_path, monkeypatch):
+    examples, settings = tiny_examples(synthetic_store), {"epochs": 4}
+    whole = fit(examples, **settings)
+    saved = []
+
+    def save_and_die(keeper, state, save=FitFolder.save):
+        save(keeper, state)
+        saved.append(len(json.loads(state["curve"])))
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FitFolder, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            fit(examples, **settings, folder=tmp_path)
+        resumed = fit(examples, **settings, folder=tmp_path)
+    assert saved == [1, 2, 3, 4]  # no epoch twice
+    np.testing.assert_array_equal(resumed.test, whole.test)
+    np.testing.assert_array_equal(resumed.val, whole.val)
+    assert resumed.report == whole.report
+
+    monkeypatch.setattr(finetune, "_Run", None)  # a finished fit trains nothing
+    again = fit(examples, **settings, folder=tmp_path)
+    np.testing.assert_array_equal(again.test, whole.test)
+    assert again.report == json.loads(json.dumps(whole.report))
+    with pytest.raises(UserError, match=r"holds another fit \(other learning_rate, seed\)"):
+        fit(examples, **settings, folder=tmp_path, seed=5, learning_rate=1e-3)
+    with pytest.raises(UserError, match=r"holds another fit \(other encoder\)"):
+        fit(examples, tiny_encoder(seed=1), **settings, folder=tmp_path)
+    (tmp_path / "fitted.npz").write_bytes(b"PK\x03\x04half")
+    with pytest.raises(UserError, match=r"fitted\.npz cannot be read .*; remove it to fit again"):
+        fit(examples, **settings, folder=tmp_path)
+
+
+def test_devices_do_not_matter(synthetic_store):
+    """Loss before any update exactly but for rounding; then Adam makes rounding a little larger."""
+    eight = Mesh(np.asarray(jax.devices()[:8]), (AXIS,))
+    examples = tiny_examples(synthetic_store, sizes=(16, 24, 24))  # one step in each epoch
+    settings = {"epochs": 2, "learning_rate": 1e-3}
+    one, many = fit(examples, **settings), fit(examples, **settings, mesh=eight)
+    losses = [[epoch["loss"] for epoch in fitted.report["curve"]] for fitted in (one, many)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=2e-6)
+    assert losses[0][1] == pytest.approx(losses[1][1], rel=2e-4)
+    np.testing.assert_allclose(one.val, many.val, atol=2e-3)
+
+
+def test_each_part_moves_at_its_own_rate(synthetic_store, monkeypatch):
+    """A factor of zero leaves a part where it was, statistics of BatchNorm aside."""
+    states = []
+    keep = FitFolder.save
+    monkeypatch.setattr(FitFolder, "save", lambda self, state: (states.append(state), keep(self, state)))
+    encoder = tiny_encoder()
+    fit(
+        tiny_examples(synthetic_store),
+        encoder,
+        epochs=1,
+        factors={"head": 1.0, "backbone": 0.1, "stem": 0.0},
+        weight_decay=0.0,
+    )
+    after, before = states[0]["state"]["params"]["encoder"], encoder.variables["params"]
+    for ours, first in zip(jax.tree.leaves(after["stem"]), jax.tree.leaves(before["stem"]), strict=True):
+        np.testing.assert_array_equal(ours, first)
+    # Adam moves a leaf by about the learning rate in each of three steps.
+    moved = np.abs(after["backbone"]["layer0"]["C"] - before["backbone"]["layer0"]["C"])
+    assert 0.5 * 1e-3 < moved.max() < 3.1 * 1e-3
+    stats = states[0]["state"]["moving"]["batch_stats"]["encoder"]["stem"]["norm0"]["mean"]
+    assert np.abs(stats - encoder.variables["batch_stats"]["stem"]["norm0"]["mean"]).max() > 0
+
+
+def test_learning_rate_factors():
+    leaf = jnp.zeros(2)
+    backbone = {name: {"kernel": leaf} for name in ("input", "layer0", "norm0", "layer1", "norm1", "norm")}
+    params = {"encoder": {"stem": {"conv0": {"kernel": leaf}}, "backbone": backbone}, "head": {"c": leaf}}
+    got = learning_rate_factors(params, finetune.FACTORS, 1.0)
+    assert set(jax.tree.leaves(got["encoder"]["backbone"])) == {0.1}
+    assert got["encoder"]["stem"]["conv0"]["kernel"] == 0.01
+    assert got["head"]["c"] == 1.0
+    got = learning_rate_factors(params, ALIKE, 0.5)
+    assert {name: tree["kernel"] for name, tree in got["encoder"]["backbone"].items()} == {
+        "input": 0.125, "layer0": 0.25, "norm0": 0.25, "layer1": 0.5, "norm1": 0.5, "norm": 1.0,
+    }  # fmt: skip
+    assert got["encoder"]["stem"]["conv0"]["kernel"] == 0.125
+    assert got["head"]["c"] == 1.0
+    with pytest.raises(ValueError, match="factors has no value for stem"):
+        learning_rate_factors(params, {"head": 1.0, "backbone": 1.0}, 1.0)
+
+
+def test_adamw_is_that_of_pretraining():
+    """Which is held to the reference's steps by `test_optim`."""
+    rng = np.random.default_rng(0)
+    params = {
+        "encoder": {"stem": {"a": rng.normal(size=4)}, "backbone": {"layer0": {"B": rng.normal(size=3)}}},
+        "head": {"w": rng.normal(size=(2, 2))},
+    }
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    factors = finetune.FACTORS | {"ssm": 0.1}
+    tx = build_optimiser(
+        lambda step: 3e-3, factors=factors, weight_decay=0.1, b1=0.9, b2=0.999, eps=1e-8, clip_norm=0
+    )
+    theirs, ours, state, moments = params, params, tx.init(params), head_training.ADAM.init(params)
+    rates = jax.tree.map(lambda f: 3e-3 * f, learning_rate_factors(params, finetune.FACTORS, 1.0))
+    decays = {"encoder": {"stem": {"a": True}, "backbone": {"layer0": {"B": False}}}, "head": {"w": True}}
+
+    @jax.jit
+    def step(theirs, state, ours, moments, grads):
+        updates, state = tx.update(grads, state, theirs)
+        settings = {"learning_rates": rates, "weight_decay": 0.1, "decays": decays}
+        moved = head_training.adamw(ours, grads, moments, **settings)
+        return optax.apply_updates(theirs, updates), state, *moved
+
+    for _ in range(3):
+        grads = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
+        theirs, state, ours, moments = step(theirs, state, ours, moments, grads)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_the_loss_is_the_mean_over_known_entries(regression):
+    rng = np.random.default_rng(0)
+    outputs = rng.normal(size=(16, 3)).astype(np.float32)
+    targets = rng.integers(0, 2, size=(16, 3)).astype(np.float32)
+    targets[rng.random(targets.shape) < 0.4] = np.nan
+    targets[:2] = np.nan  # a device without any known entry
+    mesh = Mesh(np.asarray(jax.devices()[:8]), (AXIS,))
+
+    def step(outputs, targets):
+        def loss_fn(o):
+            return head_training.masked_loss(o, targets, regression=regression, axis_name=AXIS)
+
+        loss, grad = jax.value_and_grad(loss_fn)(outputs)
+        return loss, grad
+
+    mapped = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=P(AXIS), out_specs=(P(), P(AXIS)), check_vma=True)
+    )
+    loss, grad = mapped(outputs, targets)
+    known = ~np.isnan(targets)
+    o, t = outputs[known].astype(np.float64), targets[known].astype(np.float64)
+    expected = np.abs(o - t).mean() if regression else (np.logaddexp(0, o) - t * o).mean()
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    assert (np.asarray(grad)[~known] == 0).all()
+    slope = np.sign(o - t) if regression else 1 / (1 + np.exp(-o)) - t
+    # Of the sum over devices; pmean of the gradients of replicated parameters divides by their number again.
+    assert_close(np.asarray(grad)[known] / np.abs(grad).sum(), slope / np.abs(slope).sum(), 1e-5)
+
+
+def test_regression_with_unknown_targets(synthetic_store):
+    examples = tiny_examples(synthetic_store)
+    store = examples.train.store
+    labels = store.column("labels_synthetic")
+    # Leads I and aVF tell the axis apart; the second target is known for every third record only.
+    value = np.array([-1.0 if "axis_left" in n else 1.0 if "axis_right" in n else 0.0 for n in labels])
+    targets = np.stack([value, -value], axis=1)
+    targets[np.arange(len(store)) % 3 > 0, 1] = np.nan
+    examples = tiny_examples(synthetic_store, targets=targets, task="mimic_biometrics")
+    fitted = fit(examples, epochs=16, learning_rate=2e-2)
+    assert fitted.report["metric"] == "mae"
+    curve = [epoch["validation"] for epoch in fitted.report["curve"]]
+    assert fitted.report["validation"] == min(curve)
+    error = np.nanmean(np.abs(fitted.test - examples.test.targets), axis=0)
+    median = np.nanmedian(examples.train.targets, axis=0)
+    assert (error < 0.6 * np.nanmean(np.abs(median - examples.test.targets), axis=0)).all()
+
+
+def test_what_cannot_be_trained_is_refused(synthetic_store):
+    examples = tiny_examples(synthetic_store)
+    eight = Mesh(np.asarray(jax.devices()[:8]), (AXIS,))
+    with pytest.raises(
+        UserError, match="batch_size=12 cannot be shared evenly by 8 devices; use a multiple of 8"
+    ):
+        fit(examples, batch_size=12, mesh=eight)
+    with pytest.raises(UserError, match="48 training records, fewer than batch_size=64"):
+        fit(examples, batch_size=64)
+    with pytest.raises(UserError, match="epochs=0 must be at least 1"):
+        fit(examples, epochs=0)
+    constant = with_parts(
+        examples, val=type(examples.val)(examples.val.store, examples.val.rows, np.ones((24, 4)))
+    )
+    with pytest.raises(UserError, match="no class with both positives and negatives among the 24 validation"):
+        fit(constant)
+    with pytest.raises(ValueError, match="head='mlp' is unknown"):
+        fit(examples, head="mlp")
+    with pytest.raises(UserError, match=r"loss of epoch 1 is not finite; lower learning_rate=1e\+30"):
+        fit(examples, learning_rate=1e30)
