@@ -105,6 +105,7 @@ def write_result(
     *,
     model: str = "cpc",
     mode: str = "linear",
+    encoder: str = "small S4",
     quality: float = 1.0,
     n: int = 120,
     K: int = 4,
@@ -120,6 +121,7 @@ def write_result(
     Args:
         folder: made if needed.
         task, model, mode, kind, group: as in results.json.
+        encoder: what the randomly initialised twins depend on.
         quality: 0 knows nothing, 2 is very good.
         n: test records, two of a patient.
         K: classes.
@@ -137,7 +139,7 @@ def write_result(
     records = np.array([f"rec{i:05d}" for i in range(n)]) if store is None else store.column("record_id")[:n]
     scorer = Scorer(targets, patients, kind)
     ours = predict(task, f"{model} {mode}", targets, kind, quality)
-    seeds = np.stack([predict(task, f"twin {mode} {s}", targets, kind, 0.2 * (s + 1)) for s in range(3)])
+    seeds = np.stack([predict(task, f"twin {encoder} {s}", targets, kind, 0.2 * (s + 1)) for s in range(3)])
     ecg_features = predict(task, "ecg features", targets, kind, 0.7)
     prior = 0.0 if kind == "regression" else np.linspace(0.45, 0.08, K)
     majority = np.broadcast_to(prior, targets.shape)
@@ -214,7 +216,7 @@ def write_result(
             "interval": "percentile",
         },
         "config": {"mode": mode, "task": task},
-        "checkpoint": None if supervised else {"run": f"runs/{model}", "step": 2000},
+        "checkpoint": {"run": "runs/cpc" if supervised else f"runs/{model}", "step": 2000},
         "store": {
             "path": "stores/ptbxl" if store is None else str(store.path),
             "corpus": "ptbxl",
@@ -247,7 +249,9 @@ def write_result(
     return folder
 
 
-def write_robustness(folder: Path, task: str = "ptbxl_super", clean: float = 0.85) -> Path:
+def write_robustness(
+    folder: Path, task: str = "ptbxl_super", clean: float = 0.85, model: str = "cpc"
+) -> Path:
     """robustness.json with curves that fall from `clean`."""
 
     def condition(label, value, loss):
@@ -266,7 +270,7 @@ def write_robustness(folder: Path, task: str = "ptbxl_super", clean: float = 0.8
     ]
     folder.mkdir(parents=True, exist_ok=True)
     document = {
-        "probe": {"mode": "linear"},
+        "probe": {"model": model, "mode": "linear"},
         "task": task,
         "metric": "macro_auroc",
         "clean": {"point": clean, "low": clean - 0.02, "high": clean + 0.02},
@@ -295,7 +299,12 @@ def write_label_efficiency(folder: Path, task: str = "ptbxl_super") -> Path:
             "cpc": {"scores": scores(0.8, 0.5, 0.1), "fit": {"C": 0.8, "a": 0.5, "L0": 0.1}},
             "random initialisation": {"scores": scores(0.9, 0.3, 0.1), "fit": None},
         },
-        "saving": {"cpc": 0.4},
+        "saving": {
+            "cpc": {
+                "random initialisation": {"by_size": [{"size": 512, "factor": 0.2, "low": 0.1, "high": 0.4}]}
+            },
+            "random initialisation": {"cpc": {"undefined": "no fit"}},
+        },
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "label_efficiency.json").write_text(json.dumps(document))
@@ -320,11 +329,11 @@ def write_study(folder: Path, tasks: dict[str, dict] | None = None, **common) ->
         }
     probes = (
         ("cpc", "linear", 1.3), ("cpc", "finetune", 1.6), ("jepa", "linear", 1.1), ("jepa", "finetune", 1.55),
-        ("s4", "supervised", 0.9),
+        ("supervised s4", "supervised", 0.9),
     )  # fmt: skip
     workdirs = []
     for model, mode, quality in probes:
-        workdir = Path(folder) / f"{model}_{mode}"
+        workdir = Path(folder) / f"{model.replace(' ', '_')}_{mode}"
         for task, arguments in tasks.items():
             write_result(workdir / task, task, model=model, mode=mode, quality=quality, **arguments, **common)
         workdirs.append(workdir)

@@ -49,7 +49,8 @@ def _svg(figure) -> bytes:
         figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     # Comments, metadata and digits far below a pixel are half of the file.
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", buffer.getvalue().decode(), flags=re.DOTALL)
-    return re.sub(r"(\.\d\d)\d+|\n\s*", r"\1", text).encode()
+    text = re.sub(r"\n\s*", " ", text)
+    return re.sub(r'="[^"]*"', lambda value: re.sub(r"(\.\d\d)\d+", r"\1", value[0]), text).encode()
 
 
 def looks_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -108,7 +109,7 @@ def class_forest(
     order = np.argsort(np.where(np.isnan(first), last, first), kind="stable")
     order = order[::-1] if chance is not None else order
     row_inch = 0.2 + 0.1 * len(models)
-    figure = _figure(6.0, 1.3 + row_inch * len(order) + 0.18 * np.ceil((len(models) + 1) / 2))
+    figure = _figure(5.4, 1.3 + row_inch * len(order) + 0.18 * np.ceil((len(models) + 1) / 2))
     axes = figure.subplots()
     shifts = (0.72 / len(models)) * ((len(models) - 1) / 2 - np.arange(len(models)))
     for i, k in enumerate(order):
@@ -250,6 +251,7 @@ def calibration(
         upper.set(xlim=(0, 1), ylim=(0, 1))
         upper.set_title(title, loc="left", fontsize=9)
         lower.set_yscale("log")
+        lower.minorticks_off()
         lower.set_xlabel("predicted probability", fontsize=8)
         for axes in column:
             _plain_axes(axes)
@@ -277,7 +279,7 @@ def label_efficiency(
         SVG.
     """
     looks = looks_of(list(models))
-    figure = _figure(6.2, 3.5 + 0.2 * -(-(len(models) + 1) // 2))
+    figure = _figure(5.4, 3.5 + 0.2 * -(-(len(models) + 1) // 2))
     axes = figure.subplots()
     for name, (sizes, scores, fit) in models.items():
         color, marker = looks[name]

@@ -1,6 +1,7 @@
 """What a report draws: which rows, classes and records, with the sentences that say so."""
 
 import io
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, E
 _FOREST_MODELS, _FOREST_CLASSES = 6, 40
 _CALIBRATED_MODELS, _WORST_CLASSES = 4, 2
 _PANELS = 6
-_COLOURS_OF_PAPER = 32
+_COLOURS_OF_PAPER, _PAPER_WIDTH = 24, 1170
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,13 @@ class Picture:
     """"svg+xml" or "png"."""
     alt: str
     caption: str
+    width: int
+    """Pixels at its natural size."""
 
 
 def _svg(data: bytes, alt: str, caption: str) -> Picture:
-    return Picture(data, "svg+xml", alt, caption)
+    points = float(re.search(rb'width="([\d.]+)pt"', data)[1])
+    return Picture(data, "svg+xml", alt, caption, round(points * 4 / 3))
 
 
 def _best(task: TaskScores, most: int) -> tuple[list[Entry], str]:
@@ -72,8 +76,6 @@ def forest(task: TaskScores, looks: report_plots.Looks) -> Picture:
         return np.array(rows, dtype=np.float64)
 
     twins = [entry for entry in task.entries.values() if entry.row.baseline == RANDOM_INIT]
-    # Beside the best probe belongs the random initialisation that was probed in its mode.
-    twins.sort(key=lambda entry: entry.row.mode != task.best_probe.row.mode)
     reference = twins[0].scored.per_class[kept] if twins else None
     data = report_plots.class_forest(
         [classes[k] for k in kept],
@@ -87,11 +89,12 @@ def forest(task: TaskScores, looks: report_plots.Looks) -> Picture:
         twins[0].row.label if twins else "",
     )
     what = "mean absolute error" if regression else "AUROC"
+    each = "target" if regression else "class"
     return _svg(
         data,
         f"{what} of {len(kept)} {'targets' if regression else 'classes'} of {task.task} with intervals, for "
         f"{', '.join(entry.row.label for entry in shown)}.",
-        f"{task.task}: {what} of every class with its interval, sorted by the best model; "
+        f"{task.task}: {what} of every {each} with its interval, sorted by the best model; "
         f"n: {'known values' if regression else 'positive test records'}.{note}",
     )
 
@@ -188,7 +191,8 @@ def label_efficiency(task: str, curves: Sequence[Curves]) -> Picture:
     for curve in curves:
         for name, model in curve.content["models"].items():
             label = name if name not in models else f"{name} ({curve.path.parent.name})"
-            models[label] = curve.content["sizes"], model["scores"], model["fit"]
+            seeds = [[np.nan if value is None else value for value in of_size] for of_size in model["scores"]]
+            models[label] = curve.content["sizes"], seeds, model["fit"]
     models = dict(list(models.items())[: report_plots.MOST_MODELS])
     return _svg(
         report_plots.label_efficiency(models, SCORES[metric], metric == "mae"),
@@ -293,6 +297,7 @@ def examples(task: TaskScores) -> tuple[list[Example], str]:
                     "png",
                     f"Twelve-lead ECG of record {record}: {sentence}.",
                     f"Record {record}: {sentence}.",
+                    _PAPER_WIDTH,
                 ),
                 name,
                 record,

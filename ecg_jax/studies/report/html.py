@@ -35,8 +35,8 @@ def _cell(cell: Cell, numeric: bool) -> str:
         style = f' style="background:rgb({red},{green},{blue})"'
     elif numeric:
         classes.append("n")
-    elif len(cell.text) > 40:
-        classes.append("t")
+    elif len(cell.text) > 12:
+        classes.append("long" if len(cell.text) > 40 else "t")
     return (f' class="{" ".join(classes)}"' if classes else "") + style + f">{text}"
 
 
@@ -54,7 +54,7 @@ def _head_class(table: Table, i: int) -> str:
 def table_html(table: Table) -> str:
     """A table in a box that scrolls sideways by itself; its first column is the rows' headings."""
     lines = [
-        f'<div class="scroll{" wide" if table.text_columns > 2 else ""}" id="{escape(table.name)}" tabindex="0" '
+        f'<div class="scroll" id="{escape(table.name)}" tabindex="0" '
         f'role="region" aria-label="{escape(table.caption)}">',
         f"<table><caption><span>{escape(table.caption)}</span></caption>",
         "<thead>",
@@ -86,13 +86,18 @@ def table_html(table: Table) -> str:
     return f"<details><summary>Table of {len(table.rows)} rows</summary>\n{html}\n</details>"
 
 
+def _smallest(picture: Picture) -> int:
+    """Pixels below which a picture cannot be read: there its box scrolls."""
+    return round(picture.width * (0.6 if picture.kind == "png" else 0.72))
+
+
 def picture_html(picture: Picture) -> str:
     """An image with its caption, in the file itself."""
     data = base64.b64encode(picture.data).decode()
-    kind = "paper" if picture.kind == "png" else "chart"
     return (
-        f'<figure class="{kind}"><div class="scroll" tabindex="0" role="region" aria-label="{escape(picture.alt)}">'
-        f'<img alt="{escape(picture.alt)}" src="data:image/{picture.kind};base64,{data}"></div>\n'
+        f'<figure><div class="scroll" tabindex="0" role="region" aria-label="{escape(picture.alt)}">'
+        f'<img alt="{escape(picture.alt)}" style="min-width:{_smallest(picture)}px" '
+        f'src="data:image/{picture.kind};base64,{data}"></div>\n'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
 
@@ -213,8 +218,17 @@ def build(title: str, collection: Collection, scores: dict[str, TaskScores], now
     page.section(
         "label-efficiency",
         "Label efficiency",
-        _curves(collection.efficiency, figures.label_efficiency, task_tables.efficiency_table)
-        or [_paragraph("No label_efficiency.json is among the folders.")],
+        _curves(
+            collection.efficiency,
+            figures.label_efficiency,
+            task_tables.efficiency_table,
+            task_tables.saving_table,
+        )
+        or [
+            _paragraph(
+                "No label_efficiency.json is among the folders; `ecg-jax label-efficiency` writes one."
+            )
+        ],
     )
     page.section(
         "robustness",
@@ -234,11 +248,15 @@ def _by_task(tasks: Iterable[TaskScores], parts) -> list:
     return found
 
 
-def _curves(curves: Sequence[Curves], draw, tabulate) -> list:
+def _curves(curves: Sequence[Curves], draw, *tabulate) -> list:
     found = []
     for task in dict.fromkeys(curve.task for curve in curves):
         of_task = [curve for curve in curves if curve.task == task]
-        found += [f"<h3>{escape(task)}</h3>", draw(task, of_task), tabulate(task, of_task)]
+        found += [
+            f"<h3>{escape(task)}</h3>",
+            draw(task, of_task),
+            *(table(task, of_task) for table in tabulate),
+        ]
     return found
 
 

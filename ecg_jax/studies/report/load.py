@@ -82,6 +82,7 @@ class Curves:
 
     path: Path
     model: str
+    """The probe's label; "" of label efficiency, which names its models itself."""
     task: str
     content: dict[str, Any]
 
@@ -138,7 +139,7 @@ def load(workdirs: Sequence[str | Path]) -> Collection:
                     raise UserError(f"{folder} is given twice; name every folder once.")
                 results.append(result)
                 found += 1
-            elif (folder / PREDICTIONS).exists():
+            elif (folder / PREDICTIONS).exists() or folder.name in TASKS:
                 raise UserError(
                     f"{folder} is incomplete: it has no {RESULTS}; run its `ecg-jax probe` command again."
                 )
@@ -150,8 +151,7 @@ def load(workdirs: Sequence[str | Path]) -> Collection:
                 if path.is_file():
                     content = _read_json(path)
                     read(path, content)
-                    model = f"{result.model}, {result.mode}" if result else workdir.name
-                    into.append(Curves(path, model, content["task"], content))
+                    into.append(Curves(path, "", content["task"], content))
                     found += 1
         if not found:
             raise UserError(
@@ -163,7 +163,7 @@ def load(workdirs: Sequence[str | Path]) -> Collection:
             f"None of the folders holds a {RESULTS}; give the --workdir of a finished `ecg-jax probe`."
         )
     results = _named(results)
-    collection = Collection(results, robustness, efficiency)
+    collection = Collection(results, _labelled(robustness, results), efficiency)
     for task in collection.tasks:
         _check_comparable(collection.of_task(task))
     return collection
@@ -288,6 +288,8 @@ def _read_predictions(path: Path, results: dict[str, Any]) -> dict[str, np.ndarr
 
 def _check_robustness(path: Path, content: dict[str, Any]) -> None:
     _check_fields(path, content, {"task": _TEXT, "metric": _TEXT, "clean": _DICT, "families": _LIST})
+    _check_fields(path, content, {"probe": _DICT})
+    _check_fields(path, content["probe"], {"model": _TEXT, "mode": _TEXT}, "probe")
     _check_fields(path, content["clean"], _TRIPLE, "clean")
     for i, family in enumerate(content["families"]):
         where = f"families[{i}]"
@@ -301,7 +303,9 @@ def _check_robustness(path: Path, content: dict[str, Any]) -> None:
 
 
 def _check_efficiency(path: Path, content: dict[str, Any]) -> None:
-    _check_fields(path, content, {"task": _TEXT, "metric": _TEXT, "sizes": _LIST, "models": _DICT})
+    _check_fields(
+        path, content, {"task": _TEXT, "metric": _TEXT, "sizes": _LIST, "models": _DICT, "saving": _DICT}
+    )
     for name, model in content["models"].items():
         _check_fields(path, model, {"scores": _LIST, "fit": (dict, type(None))}, f"models.{name}")
         if len(model["scores"]) != len(content["sizes"]):
@@ -310,6 +314,10 @@ def _check_efficiency(path: Path, content: dict[str, Any]) -> None:
             )
         if model["fit"] is not None:
             _check_fields(path, model["fit"], {k: _NUMBER for k in ("C", "a", "L0")}, f"models.{name}.fit")
+    for name, others in content["saving"].items():
+        for other, entry in others.items() if isinstance(others, dict) else ():
+            if "undefined" not in entry:
+                _check_fields(path, entry, {"by_size": _LIST}, f"saving.{name}.{other}")
 
 
 def _named(results: list[Result]) -> list[Result]:
@@ -337,6 +345,20 @@ def _named(results: list[Result]) -> list[Result]:
             f"{first.results['model']} in mode {first.mode}; give one of them, or rename a folder."
         )
     return named
+
+
+def _labelled(curves: list[Curves], results: list[Result]) -> list[Curves]:
+    """Robustness curves with the names of their probes, and of their folders where probes share one."""
+    of_folder = {result.folder.resolve(): f"{result.model}, {result.mode}" for result in results}
+    labelled, taken = [], set()
+    for curve in curves:
+        folder, probe = curve.path.parent.resolve(), curve.content["probe"]
+        name = of_folder[folder] if folder in of_folder else f"{probe['model']}, {probe['mode']}"
+        if (curve.task, name) in taken:
+            name = f"{name} ({curve.path.parent})"
+        taken.add((curve.task, name))
+        labelled.append(replace(curve, model=name))
+    return labelled
 
 
 def _check_comparable(results: Sequence[Result]) -> None:

@@ -15,8 +15,10 @@ from ecg_jax.studies.report.load import MODES, RESULTS, Collection, Result
 
 SUPERVISED = "supervised from scratch"
 RANDOM_INIT = "random initialisation"
-ECG_FEATURES = "ECG features, linear model"
+ECG_FEATURES = "simple ECG features"
 MAJORITY = "majority guess"
+# Random encoders and ECG features are probed linearly, whatever the mode of the probe they stand beside.
+_BASELINE_MODE = "linear"
 _BASELINES = (SUPERVISED, RANDOM_INIT, ECG_FEATURES, MAJORITY)
 
 # Largest difference between a score in results.json and the same computed from predictions.npz: predictions are
@@ -30,7 +32,7 @@ class Row:
 
     model: str
     mode: str
-    """"" for the baselines that have none."""
+    """Of the probe; "from scratch" for supervised encoders, "" for the majority guess."""
     baseline: str | None = None
     """One of the baselines' names; None for a pretrained model."""
 
@@ -115,8 +117,8 @@ def check_baselines(collection: Collection) -> None:
         if not any(result.mode == "supervised" for result in results):
             raise UserError(
                 f"Task {task} has no encoder trained from scratch to be compared with; run `ecg-jax probe "
-                f"--config=configs/probe.py:mode=supervised,task={task} --store={store} --workdir=DIR` and name DIR "
-                "beside the other folders."
+                f"--config=configs/probe.py:mode=supervised,task={task} --checkpoint=RUN --store={store} "
+                "--workdir=DIR` and name DIR beside the other folders."
             )
         for result in results:
             needed = ["ecg_features", "majority"]
@@ -128,8 +130,8 @@ def check_baselines(collection: Collection) -> None:
                 if name not in baselines or baselines[name] is None or not in_file:
                     raise UserError(
                         f"{result.folder / RESULTS} has no baseline {name} for task {task}; run `ecg-jax probe "
-                        f"--config=configs/probe.py:mode={result.mode},task={task} --store={store} --workdir=DIR` "
-                        "with this version of ecg_jax and name DIR instead."
+                        f"--config=configs/probe.py:mode={result.mode},task={task} --checkpoint=RUN --store={store} "
+                        "--workdir=DIR` with this version of ecg_jax and name DIR instead."
                     )
 
 
@@ -170,7 +172,7 @@ def all_rows(scores: dict[str, TaskScores]) -> list[Row]:
     models = list(dict.fromkeys(row.model for row in rows))
 
     def place(row: Row):
-        mode = MODES.index(row.mode) if row.mode else 0
+        mode = MODES.index(row.mode) if row.mode in MODES else 0
         kind = _BASELINES.index(row.baseline) + 1 if row.baseline else 0
         return kind, models.index(row.model), mode
 
@@ -190,8 +192,6 @@ def _twins(collection: Collection) -> dict[int, str]:
         ours = result.predictions["probabilities_random_init"]
 
         def same(cluster, result=result, ours=ours):
-            if result.mode != cluster["mode"]:
-                return False
             if result.task in cluster["of_task"]:
                 return any(
                     other.shape == ours.shape and np.allclose(other, ours, rtol=0, atol=1e-6)
@@ -201,15 +201,14 @@ def _twins(collection: Collection) -> dict[int, str]:
 
         found = next(filter(same, clusters), None)
         if found is None:
-            found = {"mode": result.mode, "models": {}, "of_task": {}, "results": []}
+            found = {"models": {}, "of_task": {}, "results": []}
             clusters.append(found)
         found["models"][result.model] = None
         found["of_task"].setdefault(result.task, []).append(ours)
         found["results"].append(result)
     names = {}
     for cluster in clusters:
-        several = sum(other["mode"] == cluster["mode"] for other in clusters) > 1
-        name = f"{RANDOM_INIT} of {', '.join(cluster['models'])}" if several else RANDOM_INIT
+        name = f"{RANDOM_INIT} of {', '.join(cluster['models'])}" if len(clusters) > 1 else RANDOM_INIT
         names |= {id(result): name for result in cluster["results"]}
     return names
 
@@ -225,21 +224,21 @@ def _entries(results: Sequence[Result], twins: dict[int, str]) -> list[Entry]:
     entries: dict[Row, Entry] = {}
     for result in results:
         supervised = result.mode == "supervised"
-        model = f"{SUPERVISED} ({result.model})" if supervised else result.model
-        row = Row(model, "" if supervised else result.mode, SUPERVISED if supervised else None)
+        mode, baseline = ("from scratch", SUPERVISED) if supervised else (result.mode, None)
+        row = Row(result.model, mode, baseline)
         entries[row] = entry(row, result.results, [result.predictions["probabilities"]], result)
     for result in results:
         if result.mode == "supervised":
             continue
-        row = Row(twins[id(result)], result.mode, RANDOM_INIT)
+        row = Row(twins[id(result)], _BASELINE_MODE, RANDOM_INIT)
         if row not in entries:
             figures, arrays = result.results["baselines"]["random_init"], result.predictions
             several = arrays["probabilities_random_init_seeds"] if _has_seeds(arrays) else None
             seeds = [arrays["probabilities_random_init"]] if several is None else list(several)
             entries[row] = entry(row, figures, seeds, seeds=len(seeds))
     for name, baseline in ((ECG_FEATURES, "ecg_features"), (MAJORITY, "majority")):
-        row = Row(name, "", name)
         array = results[0].predictions[f"probabilities_{baseline}"]
+        row = Row(name, "" if name == MAJORITY else _BASELINE_MODE, name)
         entries[row] = entry(row, results[0].results["baselines"][baseline], [array])
     return list(entries.values())
 

@@ -35,15 +35,16 @@ thead .n { white-space: normal; }
 tbody th { position: sticky; left: 0; background: #fff; font-weight: 400; min-width: 6.5rem; z-index: 1; }
 tr.section > * { border-top: 2px solid #8a8a8a; }
 .i { display: block; color: var(--mute); font-size: 0.8rem; white-space: nowrap; }
-.wide .t { min-width: 16rem; }
+.t { min-width: 8rem; }
+.long { min-width: 16rem; }
 td.best > b { font-weight: 700; }
 td.tied > u { text-underline-offset: 3px; text-decoration-thickness: 2px; }
 .mute { color: var(--mute); }
 .good { color: #00583c; } .warn { color: #7a4d00; } .bad { color: #b3001b; font-weight: 700; }
 .heat { text-align: center; }
 figure { margin: 0.75rem 0 1.25rem; }
-figure .scroll { margin: 0; }
-figure img { display: block; max-width: none; }
+figure .scroll { margin: 0; width: fit-content; max-width: 100%; }
+figure img { display: block; max-width: 100%; height: auto; }
 figcaption { color: var(--mute); font-size: 0.875rem; max-width: 46rem; padding: 0.4rem 0; }
 details { margin: 0.5rem 0; }
 summary { cursor: pointer; padding: 0.3rem 0; color: var(--link); }
@@ -53,9 +54,7 @@ summary { cursor: pointer; padding: 0.3rem 0; color: var(--link); }
   main { padding: 0.75rem; }
   th, td { padding: 0.3rem 0.5rem; }
   tbody th { max-width: 8.5rem; overflow-wrap: anywhere; }
-  .wide .t { min-width: 12rem; }
-  .chart img { width: 32rem; }
-  .paper img { width: 44rem; }
+  .long { min-width: 12rem; }
 }
 @media print {
   body { font-size: 9pt; }
@@ -64,7 +63,7 @@ summary { cursor: pointer; padding: 0.3rem 0; color: var(--link); }
   h2, h3 { break-after: avoid; }
   figure, tr { break-inside: avoid; }
   .scroll { overflow: visible; border: 0; }
-  figure img { max-width: 100%; height: auto; }
+  figure img { min-width: 0 !important; }
   tbody th { position: static; }
   table { font-size: 7pt; }
   details::details-content { content-visibility: visible; block-size: auto; }

@@ -119,15 +119,18 @@ def leakage(result: Result) -> tuple[str, str]:
     verdict = result.results["leakage"]
     if verdict is None:
         return "not audited", "No audit came with the result."
+    sentence = verdict["verdict"]
+    if verdict.get("pretraining_problem"):
+        sentence = f"{sentence} {verdict['pretraining_problem']}"
     if not verdict["clean"]:
-        return "not clean", verdict["verdict"]
+        return "not clean", sentence
     pretraining = verdict["pretraining"]
-    pretrained = result.results["checkpoint"] is not None
+    pretrained = result.mode != "supervised"
     near = [verdict["near_identical_train_test"]] + (
         [pretraining["near_identical_test"]] if pretraining else []
     )
     unexamined = None in near or (pretrained and pretraining is None)
-    return "partly examined" if unexamined else "clean", verdict["verdict"]
+    return "partly examined" if unexamined else "clean", sentence
 
 
 #: From harmless to harmful.
@@ -153,6 +156,8 @@ def compared(collection: Collection) -> Table:
     for result in collection.results:
         checkpoint = result.results["checkpoint"]
         trained = "none" if checkpoint is None else f"{checkpoint['run']}, step {checkpoint['step']}"
+        if result.mode == "supervised":
+            trained = "none" if checkpoint is None else f"architecture of {checkpoint['run']}"
         probes.setdefault((result.model, result.mode, trained, str(result.workdir)), []).append(result)
     rows = []
     for (model, mode, checkpoint, workdir), results in probes.items():

@@ -171,7 +171,8 @@ def efficiency_table(task: str, curves: Sequence[Curves]) -> Table:
     for curve in curves:
         at = {size: i for i, size in enumerate(curve.content["sizes"])}
         for name, model in curve.content["models"].items():
-            cells = [number(np.mean(model["scores"][at[size]])) if size in at else DASH for size in sizes]
+            means = [np.mean(np.array(seeds, dtype=np.float64)) for seeds in model["scores"]]
+            cells = [number(means[at[size]]) if size in at else DASH for size in sizes]
             fit = model["fit"]
             fitted = DASH if fit is None else f"{fit['C']:.3g}·n^{MINUS}{fit['a']:.3g} + {fit['L0']:.3g}"
             rows.append(texts((name, fitted, *cells)))
@@ -180,6 +181,31 @@ def efficiency_table(task: str, curves: Sequence[Curves]) -> Table:
         f"{task}: {SCORES[curves[0].content['metric']]} by number of labelled training records, mean over seeds; "
         "fitted: what is left to the best score (1 less AUROC, or the error) as C·n^-a + L0.",
         ["model", "fitted", *(f"n = {size}" for size in sizes)],
+        rows,
+        2,
+    )
+
+
+def saving_table(task: str, curves: Sequence[Curves]) -> Table:
+    """How many of another model's labelled records a model needs for the same score."""
+    rows = []
+    for curve in curves:
+        for better, others in curve.content["saving"].items():
+            for other, entry in others.items():
+                if "undefined" in entry:
+                    rows.append(texts((better, other, DASH, entry["undefined"])))
+                    continue
+                for size in entry["by_size"]:
+                    factor = Cell(DASH, mark="mute")
+                    if size["factor"] is not None:
+                        factor = interval(size["factor"], size["low"], size["high"], digits=2)
+                    rows.append(texts((better, other, size["size"], factor)))
+    rows = rows or [texts((DASH, DASH, DASH, DASH))]
+    return Table(
+        f"label_saving_{task}",
+        f"{task}: the share of the other model's labelled records that a model needs for the same score, by the fitted "
+        "curves; a dash: not defined.",
+        ["model", "other model", "records of the other", "share needed"],
         rows,
         2,
     )
