@@ -29,6 +29,7 @@ from ecg_jax.evaluation.robustness import (
     predict,
 )
 from ecg_jax.files import lock, write_atomic
+from ecg_jax.probe_output import plain
 from ecg_jax.training.pretrained import pooled_fn
 
 DESCRIPTION = """\
@@ -134,18 +135,7 @@ def _key(condition: Condition) -> str:
 
 
 def _json(value) -> bytes:
-    return (json.dumps(_plain(value), indent=1, allow_nan=False) + "\n").encode()
-
-
-def _plain(value):
-    """The same with Python numbers for NumPy's, and None for what JSON cannot say (NaN)."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    return (json.dumps(plain(value), indent=1, allow_nan=False) + "\n").encode()
 
 
 def robustness(
@@ -203,7 +193,7 @@ def _identity(config, probe: FinishedProbe) -> dict:
     digest = hashlib.sha256("\0".join(probe.records.record_ids).encode())
     for array in (probe.predictions, probe.targets):
         digest.update(np.ascontiguousarray(array, np.float64).tobytes())
-    return _plain(
+    return plain(
         {
             "checkpoint": probe.results["checkpoint"],
             "store": probe.records.store.fingerprint,
@@ -292,7 +282,7 @@ def _results(
     for condition in conditions:
         families.setdefault(condition.family, []).append(parts.finished[_key(condition)])
     names = ("model", "mode", "checkpoint")
-    return _plain(
+    return plain(
         {
             "probe": {
                 "workdir": str(workdir.resolve()),

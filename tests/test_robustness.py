@@ -1,6 +1,7 @@
 """The robustness suite: predictions under corruption, paired scores, and the command on a finished probe."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,11 +15,8 @@ from ecg_jax.config_flags import load_config, override
 from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
-from ecg_jax.evaluation import bootstrap, metrics, tasks
-from ecg_jax.evaluation.examples import choose_examples
-from ecg_jax.evaluation.feature_cache import FeatureCache
+from ecg_jax.evaluation import bootstrap, metrics
 from ecg_jax.evaluation.features import compute_features, mean_per_record
-from ecg_jax.evaluation.linear import cached_features, fit_linear
 from ecg_jax.evaluation.robustness import (
     CLEAN,
     Condition,
@@ -30,7 +28,8 @@ from ecg_jax.evaluation.robustness import (
 )
 from ecg_jax.evaluation.robustness_plot import robustness_curves
 from ecg_jax.prepare import prepare
-from ecg_jax.training.pretrained import restore_encoder
+from ecg_jax.probe import probe
+from ecg_jax.training.pretrained import pooled_fn
 
 WINDOW = 600
 SUITE = {
@@ -304,41 +303,12 @@ def finished(tmp_path_factory):
     config.tensorboard = False
     pretrain(config, root / "run")
 
-    encoder, store = restore_encoder(root / "run"), Store(root / "store")
-    window = encoder.preprocessing.window_samples
-    examples = choose_examples(tasks.get_task("ptbxl_super"), store, None, window)
-    features = cached_features(FeatureCache(root / "features"), encoder, examples)
-    fitted = fit_linear(features, examples, l2_grid=(0.1,), solver="lbfgs")
-    workdir, test = root / "probe", examples.test
-    workdir.mkdir()
-    fitted.probe.save(workdir / "linear_probe.npz")
-    np.savez(
-        workdir / "predictions.npz",
-        row=test.rows,
-        record_id=test.column("record_id").astype(str),
-        patient_id=np.array([p or "" for p in test.column("patient_id")]),
-        targets=test.targets,
-        probabilities=fitted.test,
-    )
-    results = {
-        "task": "ptbxl_super",
-        "metric": "macro_auroc",
-        "mode": "linear",
-        "model": "cpc",
-        "checkpoint": {"run": str(encoder.run.resolve()), "step": encoder.step},
-        "store": {"path": str(store.path), "corpus": store.corpus, "fingerprint": store.fingerprint},
-        "test_store": None,
-        "bootstrap": {
-            "unit": "patient",
-            "resamples": 60,
-            "level": 0.9,
-            "undefined": "exclude",
-            "interval": "bca",
-        },
-        "seed": 3,
-    }
-    (workdir / "results.json").write_text(json.dumps(results))
-    return workdir
+    settings = load_config("configs/probe.py:mode=linear,task=ptbxl_super")
+    settings.linear.l2_grid, settings.linear.solver, settings.baseline_seeds = (0.1,), "lbfgs", 1
+    settings.bootstrap.resamples, settings.bootstrap.level, settings.bootstrap.interval = 60, 0.9, "bca"
+    settings.seed, settings.features, settings.near_duplicates = 3, str(root / "features"), False
+    probe(settings, root / "probe", str(root / "run"), root / "store")
+    return root / "probe"
 
 
 def changed(finished, folder, **fields) -> Path:
@@ -354,19 +324,13 @@ def test_suite_of_a_finished_probe(finished, tmp_path):
     stored = json.loads((tmp_path / "out" / "robustness.json").read_text())
     assert stored == returned
     assert stored["probe"]["workdir"] == str(finished.resolve())
-    assert (stored["probe"]["model"], stored["probe"]["mode"]) == ("cpc", "linear")
+    assert (stored["probe"]["model"], stored["probe"]["mode"]) == ("run", "linear")
     assert stored["task"] == "ptbxl_super"
     assert stored["metric"] == "macro_auroc"
-    with np.load(finished / "predictions.npz") as file:
-        predictions = dict(file)
-    codes, _ = bootstrap.units(predictions["patient_id"], len(predictions["row"]))
-    scored = bootstrap.bootstrap_auroc(
-        predictions["targets"],
-        predictions["probabilities"],
-        bootstrap.draw(codes, 60, 3),
-        bootstrap.leave_one_out(codes),
-    )
-    assert stored["clean"] == pytest.approx(scored.macro("exclude", 0.9, "bca")._asdict())
+    before = json.loads((finished / "results.json").read_text())
+    clean = {"point": before["macro_auroc"], "low": before["ci_low"], "high": before["ci_high"]}
+    assert stored["clean"] == pytest.approx(clean, abs=1e-12)
+    assert stored["bootstrap"] == before["bootstrap"]
     families = {each["family"]: each["conditions"] for each in stored["families"]}
     assert list(families) == ["leads", "swapped_leads", "muscle", "sampling_rate", "duration"]
     twelve, one = families["leads"]
@@ -464,6 +428,7 @@ def test_a_probe_that_does_not_fit_is_refused(finished, tmp_path):
     refused("predictions.npz is missing or damaged", tmp_path / "f")
     (changed(finished, tmp_path / "g") / "results.json").write_text("{}")
     refused("no result of this version", tmp_path / "g")
+    refused("no checkpoint at step 7", finished, checkpoint=str(finished.parent / "run" / "7"))
     moved = changed(finished, tmp_path / "h", store=store | {"path": "/nowhere"})
     probe = command.read_probe(moved, store=store["path"])
     assert len(probe.records.rows) == len(probe.predictions)
@@ -472,6 +437,33 @@ def test_a_probe_that_does_not_fit_is_refused(finished, tmp_path):
     other = changed(finished, tmp_path / "i")
     np.savez(other / "predictions.npz", **arrays | {"probabilities": 1 - arrays["probabilities"]})
     refused("the probe's checkpoint or head has changed", other)
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_a_regression_gets_worse_upwards(finished, tmp_path):
+    """The same head as a regression of its own clean predictions, so that clean records have no error."""
+    read = command.read_probe(finished)
+    head = dataclasses.replace(read.head, kind="regression", scale=(np.zeros(5), np.ones(5)))
+    clean = predict(
+        pooled_fn(read.encoder, tuple(head.weights)),
+        head.predict,
+        read.records,
+        CLEAN,
+        window=600,
+        batch_size=64,
+    )
+    workdir = changed(finished, tmp_path / "probe", metric="mae")
+    head.save(workdir / "linear_probe.npz")
+    with np.load(finished / "predictions.npz") as file:
+        arrays = dict(file)
+    np.savez(workdir / "predictions.npz", **arrays | {"targets": clean, "probabilities": clean})
+    few = {"conditions__swaps": "()", "conditions__rates_hz": "()", "conditions__durations_s": "()"}
+    results = command.robustness(suite(**few, conditions__leads="(1,)"), workdir, progress=False)
+    assert results["metric"] == "mae"
+    assert results["clean"] == {"point": 0.0, "low": 0.0, "high": 0.0}
+    for family in results["families"]:
+        assert family["conditions"][0]["difference"]["low"] > 0
+    assert (workdir / "robustness" / "robustness.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -107,12 +107,13 @@ def swap(signal: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def electrode_noise(kind: str, n_samples: int, rate_hz: float, rng: np.random.Generator) -> np.ndarray:
-    """Noise at the nine electrodes, independent of each other, zero mean, of no particular amplitude.
+    """Noise at the nine electrodes, each by itself, zero mean, of no particular amplitude.
 
     Args:
-        kind: "baseline_wander", eight sines between 0.05 and 0.5 Hz (breathing, motion); "powerline_50hz" or
-            "powerline_60hz", one sine whose amplitude changes slowly; "muscle", noise between 20 and 110 Hz
-            (or 0.46 `rate_hz`) in bursts, the logarithm of its amplitude being slow noise below 1 Hz.
+        kind: "baseline_wander", eight sines between 0.05 and 0.5 Hz (breathing, motion), of one frequency but own
+            amplitude and phase at every electrode; "powerline_50hz" or "powerline_60hz", one sine whose amplitude
+            changes slowly; "muscle", noise between 20 and 110 Hz (or 0.46 `rate_hz`) in bursts, the logarithm of its
+            amplitude being slow noise below 1 Hz.
         n_samples: T.
         rate_hz: samples per second.
         rng: source of randomness.
@@ -131,11 +132,8 @@ def electrode_noise(kind: str, n_samples: int, rate_hz: float, rng: np.random.Ge
     time = np.arange(n_samples)[:, None] / rate_hz
     n = len(ELECTRODES)
     if kind == "baseline_wander":
-        frequency = rng.uniform(low, high, (8, n))
-        amplitude, phase = rng.standard_normal((8, n)), rng.uniform(0, 2 * np.pi, (8, n))
-        noise = sum(
-            a * np.sin(2 * np.pi * f * time + p) for a, f, p in zip(amplitude, frequency, phase, strict=True)
-        )
+        angle = 2 * np.pi * rng.uniform(low, high, 8) * time
+        noise = np.hstack([np.sin(angle), np.cos(angle)]) @ rng.standard_normal((16, n))
     elif kind == "muscle":
         noise = _band_noise(n_samples, rate_hz, low, min(high, HIGHEST_FREQUENCY * rate_hz), rng)
         slow = _band_noise(n_samples, rate_hz, 0.0, 1.0, rng)
