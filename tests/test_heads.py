@@ -243,7 +243,7 @@ def test_solving_all_problems_together_equals_sklearn_and_one_by_one():
 def test_chunks_of_classes_do_not_change_the_solution(monkeypatch):
     features, targets = _data(n_classes=4)
     monkeypatch.setattr(
-        fit_together, "_BYTES_AT_ONCE", 3 * 8 * 400 * 3
+        fit_together, "_BYTES_AT_ONCE", 3 * 8 * 416 * 3
     )  # three at once, then one and two again
     got = _together(features, targets)
     alone = heads.LogisticProblem(features, targets).solve(1e-2, tolerance=1e-9)
@@ -316,3 +316,9 @@ def test_the_faster_solver_depends_on_size_and_memory():
     assert fit_together.faster_solver(100, 16, 5, 10) == "lbfgs"
     assert fit_together.faster_solver(80_000, 512, 71, 10) == "vmap"
     assert fit_together.faster_solver(10_000_000, 512, 71, 10) == "lbfgs"
+
+
+def test_sizes_are_rounded_up_by_an_eighth_at_most():
+    for n in [*range(1, 300), 8000, 87_123]:
+        assert n <= fit_together._round_up(n) <= n + n // 8
+    assert len({fit_together._round_up(n) for n in range(8192, 16384)}) == 9

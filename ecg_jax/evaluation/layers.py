@@ -1,8 +1,8 @@
 """A learned mixture of the layers of an encoder under one linear head.
 
 The features are Σ_l s_l x̃_l with s = softmax(a) and x̃_l the standardised features of layer l (Peters et al., NAACL
-2018, equation 1), standardised once more by the head. For given s the head is a convex problem; with its weight w in the
-coordinates of the mixture, the gradient of the whole objective J with respect to s is, by the envelope theorem,
+2018, equation 1), standardised once more by the head. For given s the head is a convex problem; with its weight w in
+the coordinates of the mixture, the gradient of the whole objective J with respect to s is, by the envelope theorem,
 
     ∂J/∂s_l = Σ_i r_i · (x̃_l,i w) + l2 Σ_dk w_dk² (C_d s)_l,        r_i = ∂loss/∂logits_i,
 

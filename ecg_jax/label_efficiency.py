@@ -1,0 +1,382 @@
+"""`ecg-jax label-efficiency`: the error of a linear probe over the number of labelled training records.
+
+Every encoder is probed on the same nested patient-wise subsets of the training records; beside it stand randomly
+initialised encoders and the constant guess. The curves C N^-a + L0 and the label-saving factors come with intervals
+from resampled test patients and subsets.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecg_jax.config_flags import parse_command
+from ecg_jax.data.store import Store
+from ecg_jax.errors import UserError
+from ecg_jax.evaluation import bootstrap, tasks
+from ecg_jax.evaluation import label_efficiency as study
+from ecg_jax.evaluation.examples import Examples, choose_examples
+from ecg_jax.evaluation.feature_cache import FeatureCache, entry_key
+from ecg_jax.evaluation.label_efficiency import Curve, FitStore
+from ecg_jax.evaluation.label_efficiency_plot import error_curves
+from ecg_jax.evaluation.label_efficiency_table import summary, table
+from ecg_jax.evaluation.linear import LayerFeatures, cached_features
+from ecg_jax.evaluation.probe_scores import check_scorable
+from ecg_jax.files import cache_folder, write_atomic
+from ecg_jax.probe_output import plain
+from ecg_jax.training.pretrained import RestoredEncoder, random_twin, restore_encoder
+
+DESCRIPTION = """\
+Probes encoders on nested patient-wise subsets of the training records, from 1/128 of them to all, several draws each;
+fits error = C N^-a + L0 to each model's scores and says which share of the labels a better model needs (label saving).
+Randomly initialised encoders and the constant guess are always among the models. Writes label_efficiency.json, .csv and
+.png. Run the same command again after an interruption: finished fits are kept.
+"""
+
+RESULTS = "label_efficiency.json"
+RANDOM, MAJORITY = "random_init", "majority"
+
+#: Fields of a config that do not change results.
+_FREE_FIELDS = ("features", "batch_size")
+
+
+def check_config(config) -> None:
+    """Refuses values that no study can run with.
+
+    Raises:
+        UserError: names the field.
+    """
+    fractions = config.fractions
+    if not fractions or not all(isinstance(f, int | float) and 0 < f <= 1 for f in fractions):
+        raise UserError(f"--config.fractions={fractions} must be a list of numbers above 0, up to 1.")
+    grid = config.linear.l2_grid
+    if not grid or not all(isinstance(l2, int | float) and 0 < l2 < float("inf") for l2 in grid):
+        raise UserError(f"--config.linear.l2_grid={grid} must be a list of numbers above 0.")
+    if config.linear.solver not in ("auto", "lbfgs", "vmap"):
+        raise UserError(f'--config.linear.solver={config.linear.solver} must be "auto", "lbfgs" or "vmap".')
+    if not 0 < config.linear.tolerance < float("inf"):
+        raise UserError(f"--config.linear.tolerance={config.linear.tolerance} must be above 0.")
+    if not 0 < config.bootstrap.level < 1:
+        raise UserError(f"--config.bootstrap.level={config.bootstrap.level} must lie between 0 and 1.")
+    least = {
+        "seeds": (config.seeds, 1),
+        "baseline_seeds": (config.baseline_seeds, 1),
+        "batch_size": (config.batch_size, 1),
+        "linear.max_steps": (config.linear.max_steps, 1),
+        "bootstrap.resamples": (config.bootstrap.resamples, 1),
+        "seed": (config.seed, 0),
+        "min_count": (config.min_count, 0),
+    }
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise UserError(f"--config.{name}={value} must be at least {smallest}.")
+
+
+def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict[str, Any]:
+    """Runs one study, or finds it done.
+
+    Args:
+        config: from configs/label_efficiency.py.
+        workdir: folder for results and finished fits, made if needed.
+        checkpoints: RUN or RUN/STEP of one or several pretraining runs, of one preprocessing contract.
+        store: path of a labelled store.
+
+    Returns:
+        What label_efficiency.json holds.
+
+    Raises:
+        UserError: anything in the config, checkpoints, store or workdir that does not fit.
+    """
+    check_config(config)
+    workdir, task, store = Path(workdir), tasks.get_task(config.task), Store(store)
+    encoders = _open(checkpoints, store)
+    fields = {name: value for name, value in config.to_dict().items() if name not in _FREE_FIELDS}
+    identity = plain(
+        {
+            "config": fields,
+            "checkpoints": {
+                name: {"run": str(each.run.resolve()), "step": each.step} for name, each in encoders.items()
+            },
+            "store": {
+                "path": str(store.path.resolve()),
+                "corpus": store.corpus,
+                "fingerprint": store.fingerprint,
+            },
+        }
+    )
+    if before := _finished(workdir, identity):
+        return before
+    window = next(iter(encoders.values())).preprocessing.window_samples
+    examples = choose_examples(task, store, None, window, config.min_count)
+    check_scorable(examples)
+    try:
+        (workdir / "fits").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write into --workdir={workdir}: {error.strerror}; name another folder."
+        ) from error
+
+    codes, unit = bootstrap.units(examples.test.column("patient_id"), len(examples.test.rows))
+    counts = bootstrap.draw(codes, config.bootstrap.resamples, config.seed)
+    fractions = sorted(set(config.fractions))
+    # [seed][size]
+    subsets = [study.patient_subsets(examples, fractions, config.seed + i) for i in range(config.seeds)]
+    sizes = np.array([[len(chosen) for chosen in of_seed] for of_seed in subsets]).T
+    curves, reports = _probe_models(config, workdir, encoders, examples, subsets, counts)
+    seeds = study.draw_seeds(config.bootstrap.resamples, config.seeds, config.seed)
+    fits = {name: study.fit_curve(curve, task.metric, seeds) for name, curve in curves.items()}
+
+    packages = ("ecg-jax", "jax", "numpy", "scipy")
+    results = plain(
+        {
+            "task": task.name,
+            "metric": task.metric,
+            "fractions": fractions,
+            "sizes": [round(size) for size in sizes.mean(axis=1)],
+            "sizes_of_seeds": sizes.tolist(),
+            "models": {
+                **{
+                    name: _model_entry(curve, fits[name], seeds, config.bootstrap.level)
+                    | {"probes": reports[name]}
+                    for name, curve in curves.items()
+                },
+                MAJORITY: _majority_entry(examples, counts, sizes.shape, config.bootstrap.level),
+            },
+            "saving": _savings(curves, fits, task.metric, config.bootstrap.level),
+            "subsets": "nested, whole patients, classes in proportion",
+            "validation": f"all {len(examples.val.rows)} validation records at every size",
+            "untrainable_classes": "a class without both kinds of records in a subset is predicted as a constant",
+            "n_test": len(examples.test.rows),
+            "classes": examples.classes,
+            "classes_dropped": examples.classes_dropped,
+            "split": examples.split,
+            "records_excluded": examples.excluded,
+            "bootstrap": {
+                "unit": unit,
+                "resamples": config.bootstrap.resamples,
+                "level": config.bootstrap.level,
+                "also": "draws of the subsets",
+                "interval": "percentile",
+            },
+            **identity,
+            "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+    )
+    write_atomic(workdir / "label_efficiency.csv", table(results).encode())
+    error_curves(results, workdir / "label_efficiency.png")
+    # Last: a folder with the JSON is complete.
+    write_atomic(workdir / RESULTS, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    return results
+
+
+def _open(checkpoints: Sequence[str], store: Store) -> dict[str, RestoredEncoder]:
+    """Encoders by the name of their run, checked against the store and each other."""
+    encoders: dict[str, RestoredEncoder] = {}
+    for checkpoint in checkpoints:
+        encoder = restore_encoder(checkpoint)
+        where = f"checkpoint {encoder.run}"
+        encoder.preprocessing.check_compatible(store.preprocessing, where, f"store {store.path}")
+        if any((encoder.run, encoder.step) == (each.run, each.step) for each in encoders.values()):
+            raise UserError(f"--checkpoint={checkpoint} is given twice; name each step of a run once.")
+        name = encoder.run.resolve().name
+        # Two steps of one run, or two runs of one name.
+        if name in encoders or name in (RANDOM, MAJORITY):
+            name = f"{name}/{encoder.step}"
+        if name in encoders:
+            raise UserError(f"--checkpoint={checkpoint}: two runs are called {name}; rename one of them.")
+        encoders[name] = encoder
+        first = next(iter(encoders.values())).preprocessing
+        if encoder.preprocessing.window_samples != first.window_samples:
+            raise UserError(
+                f"--checkpoint={checkpoint} has windows of {encoder.preprocessing.window_s:g} s, the first one of "
+                f"{first.window_s:g} s; compare checkpoints of one window, they are tested on the same records."
+            )
+    return encoders
+
+
+def _finished(workdir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The results in workdir if they are of this very study, None if there are none.
+
+    Raises:
+        UserError: workdir holds results of another study, or damaged ones.
+    """
+    path = workdir / RESULTS
+    if not path.exists():
+        return None
+    try:
+        before = json.loads(path.read_text())
+        differing = [key for key, value in identity.items() if before[key] != value]
+    except (OSError, ValueError, KeyError, TypeError):
+        differing = ["kind"]
+    if differing:
+        raise UserError(
+            f"--workdir={workdir} holds results of another study (other {', '.join(differing)}); choose another "
+            "folder."
+        )
+    return before
+
+
+def _probe_models(
+    config, workdir: Path, encoders: dict[str, RestoredEncoder], examples: Examples, subsets, counts
+) -> tuple[dict[str, Curve], dict[str, list]]:
+    """(the curve of each model, what was chosen at each size and seed of it)."""
+    cache = FeatureCache(
+        Path(config.features).expanduser() if config.features else cache_folder() / "features"
+    )
+    linear = config.linear.to_dict()
+    how = linear | {"l2_grid": tuple(linear["l2_grid"])}
+    shared = {
+        "linear": {key: value for key, value in how.items() if key != "solver"},
+        "classes": examples.classes,
+    }
+    parts = {name: getattr(examples, name).rows.tolist() for name in ("train", "val", "test")}
+    fits = FitStore(workdir / "fits", shared | {"task": config.task, "rows": parts})
+    sizes = np.array([[len(chosen) for chosen in of_seed] for of_seed in subsets]).T
+
+    curves, reports = {}, {}
+    n_twins = min(config.baseline_seeds, config.seeds)
+    for name, of_model in _with_twins(encoders, config.seed, n_twins).items():
+        predictions: list[list[np.ndarray]] = [[] for _ in sizes]
+        reports[name] = [[] for _ in sizes]
+        known: dict[tuple[int, bytes], tuple[np.ndarray, dict]] = {}
+        for i, of_seed in enumerate(subsets):
+            which = i % len(of_model)
+            probes = _Probes(cache, of_model[which], examples, fits, how, config.batch_size, name)
+            for s, chosen in enumerate(of_seed):
+                # All records are the same subset for every seed.
+                key = which, chosen.tobytes()
+                if key not in known:
+                    known[key] = probes.fit(chosen)
+                test, report = known[key]
+                predictions[s].append(test)
+                reports[name][s].append(report)
+        curves[name] = study.score_fits(examples, predictions, sizes, counts)
+    return curves, reports
+
+
+def _with_twins(
+    encoders: dict[str, RestoredEncoder], seed: int, n_twins: int
+) -> dict[str, list[RestoredEncoder]]:
+    """Every encoder alone, then the random twins of every architecture among them."""
+    models, seen = {name: [encoder] for name, encoder in encoders.items()}, []
+    for name, encoder in encoders.items():
+        architecture = (encoder.config["model"], encoder.preprocessing)
+        if architecture not in seen:
+            twins = [random_twin(encoder, seed + i) for i in range(n_twins)]
+            models[f"{RANDOM} as {name}" if seen else RANDOM] = twins
+            seen.append(architecture)
+    return models
+
+
+class _Probes:
+    """Linear probes of one encoder on subsets of the training records."""
+
+    def __init__(self, cache, encoder, examples: Examples, fits: FitStore, how, batch_size: int, label: str):
+        self._cache, self._encoder, self._examples, self._fits = cache, encoder, examples, fits
+        self._how, self._batch_size, self._label = how, batch_size, label
+        self._key = entry_key(encoder, examples.train.store)
+        self._features: LayerFeatures | None = None
+
+    def fit(self, chosen: np.ndarray) -> tuple[np.ndarray, dict]:
+        """(test predictions [n, K], report), kept from an earlier run if it got that far."""
+        if found := self._fits.read(self._key, chosen):
+            return found
+        if self._features is None:
+            self._features = self._read()
+        fitted = study.fit_subset(self._features, self._examples, chosen, **self._how)
+        self._fits.write(self._key, chosen, fitted)
+        return fitted.test, fitted.report
+
+    def _read(self) -> LayerFeatures:
+        """Features with those of the validation and test records in memory: every fit needs them."""
+        layers = self._how["layers"]
+        features = cached_features(
+            self._cache, self._encoder, self._examples, layers, self._batch_size, self._label
+        )
+        kept = {
+            (part.rows.tobytes(), layer): features.of(part, layer)
+            for part in (self._examples.val, self._examples.test)
+            for layer in features.layers
+        }
+
+        def of(part, layer):
+            key = (part.rows.tobytes(), layer)
+            return kept[key] if key in kept else features.of(part, layer)
+
+        return LayerFeatures(features.layers, of)
+
+
+def _model_entry(curve: Curve, fit, seeds: np.ndarray, level: float) -> dict[str, Any]:
+    means, points = curve.means(seeds), curve.scores.mean(axis=1)
+    ends = [bootstrap.interval(points[s], means[:, s], level) for s in range(len(points))]
+    return {
+        "scores": curve.scores.tolist(),
+        "mean": [end.point for end in ends],
+        "low": [end.low for end in ends],
+        "high": [end.high for end in ends],
+        "fit": None if fit is None else fit.report(level),
+    }
+
+
+def _majority_entry(examples: Examples, counts, shape: tuple[int, int], level: float) -> dict[str, Any]:
+    """The constant guess, the same at every size; there is no curve to fit."""
+    point, resampled = study.majority_scores(examples, counts)
+    point, low, high = bootstrap.interval(point, resampled, level)
+    n_sizes, n_seeds = shape
+    return {
+        "scores": [[point] * n_seeds] * n_sizes,
+        "mean": [point] * n_sizes,
+        "low": [low] * n_sizes,
+        "high": [high] * n_sizes,
+        "fit": None,
+    }
+
+
+def _savings(curves: dict[str, Curve], fits, metric: str, level: float) -> dict[str, Any]:
+    """{better model: {other: {"by_size": [...]} or {"undefined": why}}} for every pair."""
+    savings: dict[str, Any] = {}
+
+    def error(name: str) -> float:
+        return float(np.log(study.errors_of(curves[name].scores.mean(axis=1), metric)).mean())
+
+    for pair in itertools.combinations(curves, 2):
+        better, other = sorted(pair, key=error)
+        missing = [name for name in (better, other) if fits[name] is None]
+        if missing:
+            why = f"no curve was fitted to {missing[0]}: it takes {study.MIN_SIZES} sizes and scores that change"
+            entry = {"undefined": why}
+        else:
+            sizes = curves[other].sizes.mean(axis=1)
+            entry = {"by_size": study.label_saving(fits[better], fits[other], sizes, level)}
+        savings.setdefault(better, {})[other] = entry
+    return savings
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        action="append",
+        metavar="RUN[/STEP]",
+        help="pretraining run; may be given several times",
+    )
+    parser.add_argument("--store", required=True, help="labelled store to train, validate and test on")
+    parser.add_argument("--workdir", required=True, help="folder for results, picture and finished fits")
+
+
+def main(argv: list[str]) -> int:
+    """`ecg-jax label-efficiency`."""
+    config, options = parse_command(
+        "label-efficiency", DESCRIPTION, argv, _add_options, like="configs/label_efficiency.py"
+    )
+    print(summary(label_efficiency(config, options.workdir, options.checkpoint, options.store)))
+    print(f"  written to {options.workdir}")
+    return 0
