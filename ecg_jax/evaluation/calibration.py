@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ecg_jax.evaluation.metrics import as_matrices, weighted_means
+from ecg_jax.evaluation.metrics import as_matrices, count_blocks, weighted_means
 
 #: Bins of the calibration error unless another number is given.
 N_BINS = 10
@@ -92,11 +92,22 @@ def resampled_ece(
     Raises:
         ValueError: as in `resampled_brier`, another kind, or no bins.
     """
+    from scipy.sparse import csr_array
+
     targets, probabilities = _as_probabilities(targets, probabilities)
+    n, K = targets.shape
     known, bins = ~np.isnan(targets), _bins(targets, probabilities, n_bins, kind)
-    gap = np.where(known, probabilities - targets, 0.0)
-    # The mean over known records of the gap within one bin is (n_b / n)(mean p − mean y).
-    return sum(np.abs(weighted_means(np.where(bins == b, gap, 0.0), known, counts)) for b in range(n_bins))
+    record, k = np.nonzero(known)
+    gap = (probabilities - targets)[record, k]
+    # Row k n_bins + b sums the gaps of bin b: n_b (mean p − mean y) of the drawn records.
+    gaps = csr_array((gap, (k * n_bins + bins[record, k], record)), shape=(K * n_bins, n))
+    result = np.empty((np.shape(counts)[1], K))
+    for where, block in count_blocks(counts, n):
+        block = block.astype(np.float64)
+        total = np.abs(gaps @ block).reshape(K, n_bins, -1).sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            result[where] = (total / (known.T.astype(np.float64) @ block)).T
+    return result
 
 
 def ece(targets, probabilities, n_bins: int = N_BINS, kind: str = "equal_width") -> np.ndarray:

@@ -52,7 +52,7 @@ def has_both_kinds(targets) -> np.ndarray:
     return (n_pos > 0) & (n_neg > 0)
 
 
-def _blocks(counts, n: int) -> list[tuple[slice, np.ndarray]]:
+def count_blocks(counts, n: int) -> list[tuple[slice, np.ndarray]]:
     """Counts [n, R] in blocks of resamples as (which resamples, [n, at most _BLOCK]).
 
     float32 where every sum of counts and half counts is exact in it, else float64.
@@ -86,7 +86,7 @@ def _auroc_of_one_class(targets, scores, rows, blocks, n_resamples: int) -> np.n
     Args:
         targets: [m], scores: [m].
         rows: int [m], which row of counts belongs to each entry.
-        blocks: counts [n, R] from `_blocks`.
+        blocks: counts [n, R] from `count_blocks`.
         n_resamples: R.
 
     Returns:
@@ -132,7 +132,7 @@ def resampled_auroc(targets, scores, counts) -> np.ndarray:
         ValueError: shapes differ, targets other than 0, 1, NaN, or NaN scores.
     """
     targets, scores = as_matrices(targets, scores)
-    blocks, rows = _blocks(counts, len(targets)), np.arange(len(targets))
+    blocks, rows = count_blocks(counts, len(targets)), np.arange(len(targets))
     result = np.empty((np.shape(counts)[1], targets.shape[1]))
     for k in range(targets.shape[1]):
         result[:, k] = _auroc_of_one_class(targets[:, k], scores[:, k], rows, blocks, len(result))
@@ -146,7 +146,7 @@ def resampled_micro_auroc(targets, scores, counts) -> np.ndarray:
     """
     targets, scores = as_matrices(targets, scores)
     rows = np.repeat(np.arange(len(targets)), targets.shape[1])
-    blocks = _blocks(counts, len(targets))
+    blocks = count_blocks(counts, len(targets))
     return _auroc_of_one_class(targets.ravel(), scores.ravel(), rows, blocks, np.shape(counts)[1])
 
 
@@ -205,7 +205,7 @@ def resampled_average_precision(targets, scores, counts) -> np.ndarray:
     """
     targets, scores = as_matrices(targets, scores)
     n, n_classes = targets.shape
-    blocks = _blocks(counts, n)
+    blocks = count_blocks(counts, n)
     result = np.full((np.shape(counts)[1], n_classes), np.nan)
     for k in range(n_classes):
         pos_rows, neg_rows = np.flatnonzero(targets[:, k] == 1), np.flatnonzero(targets[:, k] == 0)
@@ -255,7 +255,7 @@ def resampled_fmax(targets, probabilities, counts) -> np.ndarray:
         ValueError: as in `resampled_auroc`.
     """
     targets, scores = as_matrices(targets, probabilities)
-    blocks, n, T = _blocks(counts, len(targets)), len(targets), len(FMAX_THRESHOLDS)
+    blocks, n, T = count_blocks(counts, len(targets)), len(targets), len(FMAX_THRESHOLDS)
     passed = np.searchsorted(FMAX_THRESHOLDS, scores, side="right")  # thresholds that are not above the score
 
     def predicted(entries) -> np.ndarray:
@@ -306,7 +306,7 @@ def weighted_means(values, known, counts) -> np.ndarray:
     """Mean of values [n, K] over the drawn records where known: float64 [R, K], NaN where none is drawn."""
     values, known = np.where(known, values, 0.0).T, np.asarray(known, dtype=np.float64).T
     result = np.empty((np.shape(counts)[1], len(values)))
-    for where, block in _blocks(counts, values.shape[1]):
+    for where, block in count_blocks(counts, values.shape[1]):
         block = block.astype(np.float64)
         with np.errstate(invalid="ignore"):
             result[where] = (values @ block / (known @ block)).T
