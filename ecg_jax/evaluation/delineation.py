@@ -131,7 +131,7 @@ NO_WAVES = Waves(*[float("nan")] * 7)
 
 def median_beat(
     signal: np.ndarray, peaks: np.ndarray, rate_hz: float
-) -> tuple[np.ndarray, int, float, float]:
+) -> tuple[np.ndarray, int, float, np.ndarray]:
     """The median of the beats that look like the usual one.
 
     Args:
@@ -140,15 +140,15 @@ def median_beat(
       rate_hz: samples per second.
 
     Returns:
-      (float [W, C], sample of the R peak in it, share of the beats that were used, noise of the median in
-      millivolts). W is 0 where no beat lies within the signal.
+      (float [W, C], sample of the R peak in it, share of the beats that were used, noise of the median float [W] in
+      millivolts, zero if there is but one beat). W is 0 where no beat lies within the signal.
     """
     interval = np.median(np.diff(peaks)) / rate_hz if len(peaks) > 1 else 1.0
     before = round(min(BEFORE_S, 0.45 * interval) * rate_hz)
     after = round(min(AFTER_S, 0.75 * interval) * rate_hz)
     peaks = peaks[(peaks >= before) & (peaks + after <= len(signal))]
     if not len(peaks):
-        return np.zeros((0, signal.shape[1])), 0, np.nan, np.nan
+        return np.zeros((0, signal.shape[1])), 0, np.nan, np.zeros(0)
     beats = signal[peaks[:, None] + np.arange(-before, after)]
     beats = beats - np.median(beats, axis=1, keepdims=True)
     middle = np.median(beats, axis=0)
@@ -157,8 +157,8 @@ def median_beat(
     if alike.sum() >= 2:
         beats = beats[alike]
         middle = np.median(beats, axis=0)
-    noise = np.sqrt(np.square(beats - middle).mean() / len(beats)) if len(beats) > 1 else np.nan
-    return middle, before, float(alike.mean()), float(noise)
+    noise = np.sqrt(np.square(beats - middle).mean(axis=(0, 2)) / len(beats))
+    return middle, before, float(alike.mean()), noise
 
 
 def _walk(values: np.ndarray, start: int, stop: int, below: float) -> int:
@@ -169,7 +169,7 @@ def _walk(values: np.ndarray, start: int, stop: int, below: float) -> int:
     return int(path[low[0]]) if len(low) else int(path[np.argmin(values[path])])
 
 
-def delineate(beat: np.ndarray, r: int, rate_hz: float, noise_mv: float) -> Waves:
+def delineate(beat: np.ndarray, r: int, rate_hz: float, noise: np.ndarray) -> Waves:
     """P, QRS and T of a median beat, all leads together.
 
     QRS: where the spatial velocity (root mean square over leads of the slope) falls below a share of its maximum
@@ -180,7 +180,7 @@ def delineate(beat: np.ndarray, r: int, rate_hz: float, noise_mv: float) -> Wave
       beat: float [W, C] millivolts; leads of zeros do not vote.
       r: sample of the R peak.
       rate_hz: samples per second.
-      noise_mv: of the beat; a wave has to stand out of it.
+      noise: float [W] millivolts, of the beat; a wave has to stand out of it.
 
     Returns:
       `Waves`; `NO_WAVES` for a beat that is too short or flat.
@@ -193,15 +193,15 @@ def delineate(beat: np.ndarray, r: int, rate_hz: float, noise_mv: float) -> Wave
         return round(seconds * rate_hz)
 
     last = len(beat) - 1
-    velocity = moving_mean(np.sqrt(np.square(np.gradient(beat, axis=0)).mean(axis=1)), 3)
+    velocity = moving_mean(np.sqrt(np.square(np.gradient(beat, axis=0)).mean(axis=1)), samples(0.0125))
     inner = slice(max(r - samples(0.06), 0), min(r + samples(0.08), last))
     fastest = velocity[inner].max()
     quick = np.flatnonzero(velocity[inner] > 0.3 * fastest) + inner.start
     on = _walk(velocity, int(quick[0]), max(int(quick[0]) - samples(0.08), 0), QRS_ON_SHARE * fastest)
     off = _walk(velocity, int(quick[-1]), min(int(quick[-1]) + samples(0.08), last), QRS_OFF_SHARE * fastest)
     level = np.median(beat[max(on - samples(0.024), 0) : on + 1], axis=0)
-    t_peak, t_off = _t_wave(beat - level, off + samples(0.06), rate_hz, noise_mv)
-    p_on, p_peak, p_off = _p_wave(beat, on, rate_hz, noise_mv)
+    t_peak, t_off = _t_wave(beat - level, off + samples(0.06), rate_hz, noise)
+    p_on, p_peak, p_off = _p_wave(beat, on, rate_hz, noise)
     return Waves(*((at - r) / rate_hz for at in (p_on, p_peak, p_off, on, off, t_peak, t_off)))
 
 
@@ -209,14 +209,14 @@ def delineate(beat: np.ndarray, r: int, rate_hz: float, noise_mv: float) -> Wave
 QRS_ON_SHARE, QRS_OFF_SHARE = 0.06, 0.10
 
 
-def _t_wave(beat: np.ndarray, first: int, rate_hz: float, noise_mv: float) -> tuple[float, float]:
+def _t_wave(beat: np.ndarray, first: int, rate_hz: float, noise: np.ndarray) -> tuple[float, float]:
     """(peak, end) in samples, or NaN."""
     height = moving_mean(np.sqrt(np.square(beat).mean(axis=1)), max(round(0.02 * rate_hz), 1))
     if first + round(0.08 * rate_hz) > len(height) - 2:
         return np.nan, np.nan
     peak = first + int(np.argmax(height[first:]))
     floor = height[peak:].min()
-    if height[peak] - floor < max(3.0 * noise_mv, 0.02) or peak >= len(height) - 3:
+    if height[peak] - floor < max(3.0 * np.median(noise[first:]), 0.02) or peak >= len(height) - 3:
         return float(peak) if peak < len(height) - 3 else np.nan, np.nan
     slope = np.gradient(height)
     low = peak + int(np.argmin(height[peak:]))
@@ -227,7 +227,11 @@ def _t_wave(beat: np.ndarray, first: int, rate_hz: float, noise_mv: float) -> tu
     return float(peak), float(min(end, len(height) - 1))
 
 
-def _p_wave(beat: np.ndarray, on: int, rate_hz: float, noise_mv: float) -> tuple[float, float, float]:
+#: A P wave is this many times as high as the noise of the median beat where it is.
+P_OVER_NOISE = 4.0
+
+
+def _p_wave(beat: np.ndarray, on: int, rate_hz: float, noise: np.ndarray) -> tuple[float, float, float]:
     """(begin, peak, end) in samples, or NaN."""
     first, last = max(on - round(0.28 * rate_hz), 0), on - round(0.02 * rate_hz)
     if last - first < 0.1 * rate_hz:
@@ -239,7 +243,10 @@ def _p_wave(beat: np.ndarray, on: int, rate_hz: float, noise_mv: float) -> tuple
     height = np.sqrt(np.square(piece - begin - ramp * (end - begin)).mean(axis=1))
     height = moving_mean(height, max(round(0.02 * rate_hz), 1))
     peak = int(np.argmax(height))
-    if height[peak] < max(3.0 * noise_mv, 0.015) or not edge < peak < len(height) - edge:
+    if (
+        height[peak] < max(P_OVER_NOISE * np.median(noise[first:last]), 0.015)
+        or not edge < peak < len(height) - edge
+    ):
         return np.nan, np.nan, np.nan
     begin = _walk(height, peak, -1, 0.25 * height[peak])
     end = _walk(height, peak, len(height), 0.25 * height[peak])

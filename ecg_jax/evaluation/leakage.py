@@ -84,7 +84,10 @@ def find_overlap(
     Raises:
       UserError: stores of different rates with `near`, or a damaged one.
     """
-    identical = sorted({a for a, _ in identical_pairs(test, test_rows, other, rows)})
+    identical = {a for a, _ in identical_pairs(test, test_rows, other, rows)}
+    if test.path.resolve() == other.path.resolve():
+        identical.update(np.intersect1d(test_rows, rows).tolist())  # trained on the test recording itself
+    identical = sorted(identical)
     found = None
     if near:
         matches: list[Match] = near_identical(test, test_rows, other, rows, cache)
