@@ -199,7 +199,7 @@ def write_result(
         else {
             "chosen": "layer_2",
             "validation": {
-                name: whole[metric] - 0.02 * abs(i - 3)
+                name: whole[metric] + (0.02 if kind == "regression" else -0.02) * abs(i - 3)
                 for i, name in enumerate(("stem", "layer_0", "layer_1", "layer_2", "mixture"))
             },
         },

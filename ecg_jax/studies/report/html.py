@@ -54,7 +54,7 @@ def _head_class(table: Table, i: int) -> str:
 def table_html(table: Table) -> str:
     """A table in a box that scrolls sideways by itself; its first column is the rows' headings."""
     lines = [
-        f'<div class="scroll" id="{escape(table.name)}" tabindex="0" '
+        f'<div class="scroll" id="table-{escape(table.name)}" tabindex="0" '
         f'role="region" aria-label="{escape(table.caption)}">',
         f"<table><caption><span>{escape(table.caption)}</span></caption>",
         "<thead>",
@@ -277,7 +277,7 @@ def _verdict(scores: dict[str, TaskScores]) -> str:
         for state in reversed(tables.STATES)
         if state in of_state
     )
-    link = '<p><a href="#leakage">What the audits say</a></p>'
+    link = '<p><a href="#table-leakage">What the audits say</a></p>'
     return f'<div class="verdict {tables.MARKS[worst]}" role="note">{lines}{link}</div>'
 
 

@@ -39,11 +39,12 @@ def score_table(task: TaskScores) -> Table:
         if seeds:
             cells[0] = Cell(entry.row.model, f"({seeds})")
         for name in extra:
-            known = entry.result is not None and name in entry.result.results["metrics"]
-            triple = (
-                entry.result.results["metrics"][name] if known else {"point": None, "low": None, "high": None}
-            )
-            cells.append(interval(**triple))
+            if entry.result is None:
+                cells.append(Cell(number(_baseline_score(name, task, entry)), mark="mute"))
+            elif name in entry.result.results["metrics"]:
+                cells.append(interval(**entry.result.results["metrics"][name]))
+            else:
+                cells.append(Cell(DASH, mark="mute"))
         rows.append(texts(cells))
     return Table(
         f"scores_{task.task}",

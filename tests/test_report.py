@@ -1,0 +1,362 @@
+"""`ecg-jax report`: the page, what it refuses, and that a failure leaves nothing behind."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from ecg_jax import report
+from ecg_jax.cli import main
+from ecg_jax.data.store import Store
+from ecg_jax.errors import UserError
+from ecg_jax.studies.report.load import load
+from report_fixtures import (
+    LEAKING,
+    write_label_efficiency,
+    write_result,
+    write_robustness,
+    write_study,
+)
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Outline(HTMLParser):
+    """What a browser would complain about, and the parts that people meet."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.errors, self.ids, self.images, self.links = [], [], [], [], []
+        self.tags, self.tables = [], []
+        self.feed(text)
+        self.close()
+        if self.open:
+            self.errors.append(f"never closed: {self.open}")
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag == "img":
+            self.images.append(attributes)
+        if tag == "a":
+            self.links.append(attributes["href"])
+        if tag == "table":
+            self.tables.append(set())
+        elif tag in ("caption", "thead", "th") and "table" in self.open:
+            self.tables[-1].add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.errors.append(f"</{tag}> closes something else at {self.getpos()}")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, synthetic_store):
+    """Workdirs of a study with a task of real recordings, a leaking task and a regression; not to be changed."""
+    tasks = {
+        "ptbxl_super": {"store": Store(synthetic_store), "n": 90},
+        "ptbxl_form": {"K": 3, "leakage": LEAKING, "n": 60},
+        "mimic_age": {"kind": "regression", "K": 2, "group": "patient characteristics", "n": 60},
+    }
+    folder = tmp_path_factory.mktemp("study")
+    workdirs = write_study(folder, tasks)
+    write_robustness(workdirs[0] / "ptbxl_super")
+    write_label_efficiency(folder / "labels")
+    return [*workdirs, folder / "labels"]
+
+
+@pytest.fixture(scope="module")
+def page(study, tmp_path_factory):
+    """The report of the study: its folder and its text."""
+    folder = tmp_path_factory.mktemp("page")
+    arguments = [*map(str, study), f"--output={folder / 'report.html'}", "--title=CPC <& JEPA>"]
+    assert main(["report", *arguments]) == 0
+    return folder, (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Workdirs of one probe and one supervised encoder on one task, to be damaged."""
+    return [
+        write_result(tmp_path / "cpc", n=40, K=2),
+        write_result(tmp_path / "scratch", n=40, K=2, model="supervised s4", mode="supervised"),
+    ]
+
+
+def edit(folder, **changes):
+    path = folder / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_arrays(folder, **changes):
+    path = folder / "predictions.npz"
+    with np.load(path) as file:
+        arrays = dict(file) | changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def refusal(workdirs, tmp_path, capsys) -> str:
+    """What the command says on stderr when it refuses; it must leave nothing new."""
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    before = sorted(out.rglob("*"))
+    assert main(["report", *map(str, workdirs), f"--output={out / 'report.html'}"]) == 2
+    assert sorted(out.rglob("*")) == before
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    return message
+
+
+class TestPage:
+    def test_is_well_formed(self, page):
+        outline = Outline(page[1])
+        assert not outline.errors
+        assert len(outline.ids) == len(set(outline.ids))
+        assert set(outline.tags) >= {"h1", "h2", "h3", "nav", "table", "details", "figure", "main"}
+
+    def test_needs_nothing_from_elsewhere(self, page):
+        outline = Outline(page[1])
+        assert not re.search(r"https?://|//cdn|<script|<link|@import|url\(", page[1])
+        assert all(image["src"].startswith("data:image/") for image in outline.images)
+        assert all(link.startswith("#") and link[1:] in outline.ids for link in outline.links)
+
+    def test_every_table_has_a_head_and_a_caption_and_every_image_a_text(self, page):
+        outline = Outline(page[1])
+        assert len(outline.tables) > 15
+        assert all(parts == {"caption", "thead", "th"} for parts in outline.tables)
+        assert len(outline.images) > 8
+        assert all(len(image["alt"]) > 20 for image in outline.images)
+
+    def test_every_table_and_picture_scrolls_in_a_box_of_its_own(self, page):
+        assert page[1].count("<table>") == len(re.findall(r'<div class="scroll"[^>]*>\s*<table>', page[1]))
+        assert page[1].count("<img") == len(re.findall(r'<div class="scroll"[^>]*><img', page[1]))
+
+    def test_escapes_the_title(self, page):
+        assert "<h1>CPC &lt;&amp; JEPA&gt;</h1>" in page[1]
+        assert "<title>CPC &lt;&amp; JEPA&gt;</title>" in page[1]
+
+    def test_says_in_red_what_leaks(self, page):
+        top = page[1].split("<nav")[0]
+        assert '<div class="verdict bad"' in top
+        assert "LEAKAGE FOUND in ptbxl_form" in top
+        assert "No leakage found: ptbxl_super, mimic_age" in top
+        assert re.search(r'<th scope="col" class="n bad">ptbxl_form ↑ \(not clean\)</th>', page[1])
+
+    def test_has_every_section(self, page):
+        headings = re.findall(r"<h2>(.*?)</h2>", page[1])
+        assert headings == [
+            "Contents", "What was compared", "Results", "Tasks and leakage", "What was left out",
+            "Rankings, task by task", "Class by class", "Checkpoints, mode by mode", "Calibration", "Regressions",
+            "Layers", "Label efficiency", "Robustness", "Recordings",
+        ]  # fmt: skip
+
+    def test_shows_recordings_where_the_store_is_and_says_where_it_is_not(self, page):
+        assert page[1].count('src="data:image/png') == 3
+        assert "Most confident and right: synthetic" in page[1]
+        assert "the store stores/ptbxl cannot be opened here" in page[1]
+
+    def test_is_small(self, page):
+        assert len(page[1]) < 3e6
+
+    def test_comes_with_its_tables(self, page):
+        folder = page[0] / "report_tables"
+        names = {path.stem for path in folder.glob("*.csv")}
+        assert names >= {
+            "main",
+            "mean_ranks",
+            "tasks",
+            "leakage",
+            "exclusions",
+            "scores_ptbxl_super",
+            "index",
+        }
+        assert {path.stem for path in folder.glob("*.tex")} == names - {"index"}
+        assert not [path for path in page[0].rglob("*") if path.name.startswith(".")]
+
+
+class TestRefusals:
+    def test_no_folder(self, tmp_path, capsys):
+        assert "There is no folder" in refusal([tmp_path / "none"], tmp_path, capsys)
+
+    def test_no_results(self, tmp_path, capsys):
+        (tmp_path / "empty").mkdir()
+        assert "holds no results.json" in refusal([tmp_path / "empty"], tmp_path, capsys)
+
+    def test_twice_the_same(self, small, tmp_path, capsys):
+        assert "given twice" in refusal([*small, small[0]], tmp_path, capsys)
+
+    def test_interrupted(self, small, tmp_path, capsys):
+        (small[0] / "results.json").unlink()
+        assert "is incomplete: it has no results.json" in refusal(small, tmp_path, capsys)
+
+    def test_interrupted_task_of_several(self, small, tmp_path, capsys):
+        (small[0] / "ptbxl_all" / "fit").mkdir(parents=True)
+        assert "ptbxl_all is incomplete" in refusal(small, tmp_path, capsys)
+
+    def test_no_predictions(self, small, tmp_path, capsys):
+        (small[0] / "predictions.npz").unlink()
+        assert "it has no predictions.npz" in refusal(small, tmp_path, capsys)
+
+    @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+    def test_damaged_json(self, small, tmp_path, capsys, text):
+        (small[0] / "results.json").write_bytes(text.encode("latin-1"))
+        assert f"{small[0] / 'results.json'} is damaged" in refusal(small, tmp_path, capsys)
+
+    def test_damaged_predictions(self, small, tmp_path, capsys):
+        path = small[0] / "predictions.npz"
+        path.write_bytes(path.read_bytes()[:-200])
+        assert f"{path} is damaged" in refusal(small, tmp_path, capsys)
+
+    @pytest.mark.parametrize(
+        ("changes", "field"),
+        [
+            ({"task": 3}, "task"),
+            ({"mode": "zero-shot"}, "mode"),
+            ({"metric": "mae"}, "kind and metric"),
+            ({"macro_auroc": None}, "macro_auroc"),
+            ({"bootstrap": {"unit": "patient"}}, "bootstrap.resamples"),
+            ({"store": {"path": "a", "corpus": "b"}}, "store.fingerprint"),
+            ({"leakage": LEAKING | {"clean": "no"}}, "leakage.clean"),
+            ({"layers": {"chosen": "last"}}, "layers.validation"),
+        ],
+    )
+    def test_fields(self, small, tmp_path, capsys, changes, field):
+        edit(small[0], **changes)
+        message = refusal(small, tmp_path, capsys)
+        assert field in message
+        assert str(small[0] / "results.json") in message
+
+    def test_missing_field(self, small, tmp_path, capsys):
+        path = small[0] / "results.json"
+        content = json.loads(path.read_text())
+        del content["per_class"]["MI"]["n_pos"]
+        path.write_text(json.dumps(content))
+        assert f"{path} lacks the field per_class.MI.n_pos" in refusal(small, tmp_path, capsys)
+
+    def test_arrays_of_another_size(self, small, tmp_path, capsys):
+        edit_arrays(small[0], row=np.arange(39))
+        assert "its array row is [39], not [40]" in refusal(small, tmp_path, capsys)
+
+    def test_missing_array(self, small, tmp_path, capsys):
+        edit_arrays(small[0], row=None)
+        assert "lacks the array row" in refusal(small, tmp_path, capsys)
+
+    def test_predictions_that_are_not_finite(self, small, tmp_path, capsys):
+        edit_arrays(small[0], probabilities=np.full((40, 2), np.nan))
+        assert "array probabilities holds values that are not finite" in refusal(small, tmp_path, capsys)
+
+    def test_predictions_of_another_probe(self, small, tmp_path, capsys):
+        other = write_result(tmp_path / "other", n=40, K=2, model="jepa")
+        (small[0] / "predictions.npz").write_bytes((other / "predictions.npz").read_bytes())
+        assert "but the predictions beside it score" in refusal(small, tmp_path, capsys)
+
+    def test_other_test_records(self, small, tmp_path, capsys):
+        edit_arrays(small[0], record_id=np.array([f"x{i}" for i in range(40)]))
+        message = refusal(small, tmp_path, capsys)
+        assert str(small[0]) in message
+        assert "differ in record_id" in message
+
+    def test_other_training_records(self, small, tmp_path, capsys):
+        edit_arrays(small[0], probabilities_majority=np.full((40, 2), 0.3))
+        assert "differ in probabilities_majority" in refusal(small, tmp_path, capsys)
+
+    def test_other_resamples(self, small, tmp_path, capsys):
+        settings = json.loads((small[0] / "results.json").read_text())["bootstrap"]
+        edit(small[0], bootstrap=settings | {"level": 0.9})
+        assert "differ in bootstrap" in refusal(small, tmp_path, capsys)
+
+    def test_no_supervised_encoder(self, small, tmp_path, capsys):
+        message = refusal(small[:1], tmp_path, capsys)
+        assert "Task ptbxl_super has no encoder trained from scratch" in message
+        assert "--config=configs/probe.py:mode=supervised,task=ptbxl_super" in message
+
+    @pytest.mark.parametrize("name", ["random_init", "ecg_features", "majority"])
+    def test_no_baseline(self, small, tmp_path, capsys, name):
+        baselines = json.loads((small[0] / "results.json").read_text())["baselines"]
+        edit(small[0], baselines=baselines | {name: None})
+        message = refusal(small, tmp_path, capsys)
+        assert f"has no baseline {name} for task ptbxl_super" in message
+        assert "ecg-jax probe --config=configs/probe.py:mode=linear,task=ptbxl_super" in message
+
+    def test_same_model_in_folders_of_the_same_name(self, small, tmp_path, capsys):
+        again = write_result(tmp_path / "elsewhere" / "cpc", n=40, K=2)
+        message = refusal([*small, again], tmp_path, capsys)
+        assert f"{small[0]} and {again} both hold task ptbxl_super of the model cpc" in message
+
+    def test_damaged_robustness(self, small, tmp_path, capsys):
+        path = write_robustness(small[0]) / "robustness.json"
+        content = json.loads(path.read_text())
+        del content["families"][1]["conditions"][0]["point"]
+        path.write_text(json.dumps(content))
+        assert f"{path} lacks the field families[1].conditions[0].point" in refusal(small, tmp_path, capsys)
+
+    def test_damaged_label_efficiency(self, small, tmp_path, capsys):
+        path = write_label_efficiency(small[0]) / "label_efficiency.json"
+        content = json.loads(path.read_text())
+        content["models"]["cpc"]["scores"].pop()
+        path.write_text(json.dumps(content))
+        assert "models.cpc.scores" in refusal(small, tmp_path, capsys)
+
+
+class TestNames:
+    def test_folders_tell_models_of_one_name_apart(self, small, tmp_path):
+        again = write_result(tmp_path / "cpc_longer", n=40, K=2)
+        models = [result.model for result in load([*small, again]).results]
+        assert models == ["cpc (cpc)", "supervised s4", "cpc (cpc_longer)"]
+
+
+class TestOutput:
+    @pytest.mark.parametrize("name", ["report.pdf", "none/report.html", "folder.html"])
+    def test_refuses_what_it_cannot_write(self, small, tmp_path, name):
+        (tmp_path / "folder.html").mkdir()
+        with pytest.raises(UserError, match="--output="):
+            report.report(small, tmp_path / name, "title")
+
+    def test_keeps_what_is_no_report(self, small, tmp_path):
+        (tmp_path / "thesis.html").write_text("<p>years of work</p>")
+        with pytest.raises(UserError, match="no report"):
+            report.report(small, tmp_path / "thesis.html", "title")
+        assert (tmp_path / "thesis.html").read_text() == "<p>years of work</p>"
+
+    def test_keeps_a_folder_of_something_else(self, small, tmp_path):
+        (tmp_path / "report_tables").mkdir()
+        (tmp_path / "report_tables" / "main.csv").write_text("mine")
+        with pytest.raises(UserError, match="not of a report"):
+            report.report(small, tmp_path / "report.html", "title")
+        assert not (tmp_path / "report.html").exists()
+
+    def test_replaces_a_report_and_its_stale_tables_only(self, small, tmp_path):
+        output, tables = tmp_path / "report.html", tmp_path / "report_tables"
+        report.report(small, output, "first")
+        assert "<h1>first</h1>" in output.read_text()
+        with open(tables / "index.csv", "a") as file:
+            file.write("scores_gone,of a task that is gone\n")
+        (tables / "scores_gone.csv").write_text("stale")
+        (tables / "mine.csv").write_text("kept")
+        report.report(small, output, "second")
+        assert "<h1>second</h1>" in output.read_text()
+        assert not (tables / "scores_gone.csv").exists()
+        assert (tables / "mine.csv").read_text() == "kept"
+
+    def test_leaves_nothing_new_when_writing_fails(self, small, tmp_path, monkeypatch):
+        out = tmp_path / "out"
+        out.mkdir()
+
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(report.os, "fsync", full)
+        with pytest.raises(UserError, match="No space left"):
+            report.report(small, out / "report.html", "title")
+        assert list(out.iterdir()) == []
+
+    def test_help(self, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            main(["report", "--help"])
+        assert stopped.value.code == 0
+        assert "mode=supervised" in capsys.readouterr().out
