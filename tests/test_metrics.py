@@ -265,6 +265,15 @@ def test_counts_keep_their_precision():
         assert metrics.resampled_auroc(targets, scores, counts)[0, 0] == (b / 2) / (b + c)
 
 
+def test_pooled_counts_keep_their_precision():
+    """A record counts once for each class in micro AUROC."""
+    targets = np.vstack([np.ones((1, 9)), np.zeros((2, 9))])
+    scores = np.repeat([[0.5], [0.5], [0.9]], 9, axis=1)
+    counts = np.array([[1], [2**21 + 1], [2]])
+    expected = (counts[1, 0] / 2) / (counts[1, 0] + 2)
+    assert metrics.resampled_micro_auroc(targets, scores, counts)[0] == expected
+
+
 def test_macro_rules():
     per_class = np.array([[0.9, np.nan, 0.7], [np.nan, np.nan, np.nan]])
     np.testing.assert_allclose(metrics.macro(per_class), [0.8, np.nan])

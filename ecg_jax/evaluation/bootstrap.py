@@ -117,7 +117,7 @@ def _bca_probabilities(points, resampled, n_defined, left_out, level: float) -> 
 
     With z₀ = Φ⁻¹(share of resampled values below the point, ties half), a = Σ d³ / (6 (Σ d²)^(3/2)) where d are mean
     minus leave-one-out values, and z = Φ⁻¹((1 ± level)/2), the ends are Φ(z₀ + (z₀ + z) / (1 − a (z₀ + z)))
-    (Efron 1987, eq. 6.8).
+    (Efron 1987; the acceleration as in Efron & Tibshirani 1993, eq. 14.15).
     """
     from scipy.special import ndtr, ndtri
 

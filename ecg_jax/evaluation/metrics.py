@@ -52,10 +52,11 @@ def has_both_kinds(targets) -> np.ndarray:
     return (n_pos > 0) & (n_neg > 0)
 
 
-def count_blocks(counts, n: int) -> list[tuple[slice, np.ndarray]]:
+def count_blocks(counts, n: int, per_record: int = 1) -> list[tuple[slice, np.ndarray]]:
     """Counts [n, R] in blocks of resamples as (which resamples, [n, at most _BLOCK]).
 
-    float32 where every sum of counts and half counts is exact in it, else float64.
+    float32 where every sum of counts and half counts is exact in it, also if each record is counted `per_record` times,
+    else float64.
 
     Raises:
         ValueError: counts are not [n, R].
@@ -63,7 +64,8 @@ def count_blocks(counts, n: int) -> list[tuple[slice, np.ndarray]]:
     counts = np.asarray(counts)
     if counts.ndim != 2 or len(counts) != n:
         raise ValueError(f"counts {counts.shape} must be [{n}, R]")
-    exact = counts.dtype.kind in "bui" and counts.sum(axis=0, dtype=np.int64).max(initial=0) < 2**22
+    most = 2**23 // max(per_record, 1)  # float32 holds halves exactly up to here
+    exact = counts.dtype.kind in "bui" and counts.sum(axis=0, dtype=np.int64).max(initial=0) < most
     dtype = np.float32 if exact else np.float64
     starts = range(0, counts.shape[1], _BLOCK)
     return [
@@ -146,7 +148,7 @@ def resampled_micro_auroc(targets, scores, counts) -> np.ndarray:
     """
     targets, scores = as_matrices(targets, scores)
     rows = np.repeat(np.arange(len(targets)), targets.shape[1])
-    blocks = count_blocks(counts, len(targets))
+    blocks = count_blocks(counts, *targets.shape)
     return _auroc_of_one_class(targets.ravel(), scores.ravel(), rows, blocks, np.shape(counts)[1])
 
 
