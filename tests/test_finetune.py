@@ -1,5 +1,6 @@
 """Fine-tuning: parts of the model learn at their own rates, interrupted fits go on, devices do not matter."""
 
+import dataclasses
 import json
 
 import jax
@@ -108,6 +109,18 @@ def test_each_part_moves_at_its_own_rate(synthetic_store, monkeypatch):
     assert 0.5 * 1e-3 < moved.max() < 3.1 * 1e-3
     stats = states[0]["state"]["moving"]["batch_stats"]["encoder"]["stem"]["norm0"]["mean"]
     assert np.abs(stats - encoder.variables["batch_stats"]["stem"]["norm0"]["mean"]).max() > 0
+
+
+def test_the_encoder_outlives_the_fit(synthetic_store):
+    """A training step donates its state; the arrays that were handed over are not part of it."""
+    encoder = dataclasses.replace(tiny_encoder(), variables=jax.device_put(tiny_encoder().variables))
+    examples = tiny_examples(synthetic_store)
+    first, second = (fit(examples, encoder, epochs=1) for _ in range(2))
+    np.testing.assert_array_equal(first.test, second.test)
+    for ours, before in zip(
+        *map(jax.tree.leaves, (encoder.variables, tiny_encoder().variables)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, before)
 
 
 def test_learning_rate_factors():

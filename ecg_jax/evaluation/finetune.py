@@ -24,7 +24,7 @@ from ecg_jax.models.encoder import build_encoder
 from ecg_jax.models.inputs import to_model_input
 from ecg_jax.models.probe_heads import HeadedEncoder, build_head
 from ecg_jax.training.optim import group_of
-from ecg_jax.training.parallel import AXIS, make_mesh, replicate, shard_batch
+from ecg_jax.training.parallel import AXIS, make_mesh, shard_batch
 from ecg_jax.training.pretrained import RestoredEncoder
 
 #: Learning-rate factors of the reference (spec §7.1).
@@ -225,7 +225,7 @@ class _Run:
             ),
             "weight_decay": np.float32(recipe.weight_decay),
         }
-        self._state, self._fixed = (replicate(jax.tree.map(jnp.asarray, t), mesh) for t in (state, fixed))
+        self._state, self._fixed = (training.place(tree, mesh) for tree in (state, fixed))
         self._train, self._predict = _programs(
             network,
             preprocessing.normalisation,
@@ -297,14 +297,14 @@ class _Run:
         """Goes on where the folder's last whole epoch ended, if there is one."""
         kept = keeper.restore(self.kept())
         if kept is not None:
-            self._state = replicate(jax.tree.map(jnp.asarray, kept["state"]), self._mesh)
+            self._state = training.place(kept["state"], self._mesh)
             self._best, self._curve = _Best(**kept["best"]), json.loads(kept["curve"])
             self.epoch = len(self._curve)
 
     def fitted(self) -> Fitted:
         """Predictions of the best epoch, and the report."""
         best = {**self._state, "params": self._best.params, "moving": self._best.moving}
-        self._state = replicate(jax.tree.map(jnp.asarray, best), self._mesh)
+        self._state = training.place(best, self._mesh)
         val, test = (self._predictions(part) for part in (self._examples.val, self._examples.test))
         report = {
             **self._recipe._asdict(),

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from ecg_jax.evaluation.frozen_heads import initial_heads, programs
 from ecg_jax.evaluation.token_cache import TYPES, cached_tokens
 from ecg_jax.models.encoder import build_encoder
 from ecg_jax.models.probe_heads import build_head
-from ecg_jax.training.parallel import make_mesh, replicate, shard_batch
+from ecg_jax.training.parallel import make_mesh, shard_batch
 from ecg_jax.training.pretrained import FINAL, RestoredEncoder, layer_shapes
 
 
@@ -136,7 +135,7 @@ class _Heads:
         self.losses, self.scores = np.zeros((0, n_heads)), np.zeros((0, n_heads))
 
     def _placed(self, tree):
-        return replicate(jax.tree.map(jnp.asarray, tree), self._mesh)
+        return training.place(tree, self._mesh)
 
     @property
     def epoch(self) -> int:

@@ -17,7 +17,7 @@ from ecg_jax.errors import UserError
 from ecg_jax.evaluation import metrics
 from ecg_jax.evaluation.examples import Examples, Part
 from ecg_jax.evaluation.features import mean_per_record
-from ecg_jax.training.parallel import AXIS, shard_batch
+from ecg_jax.training.parallel import AXIS, replicate, shard_batch
 
 # Batches read before they are needed.
 _AHEAD = 2
@@ -225,3 +225,8 @@ def number(value) -> float | None:
 def host_copy(tree: Any) -> Any:
     """The tree as NumPy arrays that share no memory with the device's."""
     return jax.tree.map(np.array, jax.device_get(tree))
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """A copy of the tree on every device. What is donated later must not be somebody else's buffer."""
+    return replicate(jax.tree.map(jnp.array, tree), mesh)
