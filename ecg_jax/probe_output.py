@@ -54,8 +54,8 @@ def summary(results: dict[str, Any]) -> str:
 
     def line(name: str, entry: dict[str, Any]) -> str:
         if entry[metric] is None:
-            return f"  {name:<24}undefined"
-        return f"  {name:<24}{entry[metric]:.3f}   {entry['ci_low']:.3f} to {entry['ci_high']:.3f}"
+            return f"  {name:<28}undefined"
+        return f"  {name:<28}{entry[metric]:.3f}   {entry['ci_low']:.3f} to {entry['ci_high']:.3f}"
 
     unit, level = results["bootstrap"]["unit"], 100 * results["bootstrap"]["level"]
     patients = f" of {results['n_patients']} patients" if results["n_patients"] else ""
@@ -66,7 +66,7 @@ def summary(results: dict[str, Any]) -> str:
     lines = [
         f"{results['task']}, {results['mode']}: {len(results['per_class'])} {'targets' if regression else 'classes'}, "
         f"{results['n_records']} test records{patients}",
-        f"  {'':<24}{what}, {level:g} % interval (resampled by {unit})",
+        f"  {'':<28}{what}, {level:g} % interval (resampled by {unit})",
         line(ours, results),
         line(f"random initialisation{f' x{n}' if n > 1 else ''}", baselines["random_init"]),
         line("simple ECG features", baselines["ecg_features"]),

@@ -26,8 +26,9 @@ def test_every_shipped_config_is_known():
         "common.py",
     }
     tested = {spec.partition(":")[0].removeprefix("configs/") for spec in [*PRETRAINING, *SPECS.values()]}
-    assert names == tested | {"probe.py"}
+    assert names == tested | {"probe.py", "robustness.py", "label_efficiency.py"}
     assert load_config("configs/probe.py").mode == "linear"
+    assert load_config("configs/probe.py:mode=frozen,legacy=half").bootstrap.undefined == "half"
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,12 @@ class Alignment(NamedTuple):
     """Our codes that are not scored."""
 
 
+def scores_any(year: int, codes) -> bool:
+    """Whether a Challenge scores any of these SNOMED CT codes."""
+    scored = {code for of_class in _table(year).codes for code in of_class}
+    return not scored.isdisjoint(str(code) for code in codes)
+
+
 def align(year: int, codes) -> Alignment:
     """Match our columns with the scored classes of a year.
 

@@ -344,7 +344,9 @@ def choose_examples(
 
     names, dropped = candidates.names(min_count)
     targets = candidates.targets(names)
-    dropped |= rare_classes(targets[candidates.usable], names, min_count, task.kind)
+    # Diagnoses are counted over all of MIMIC-IV-ECG, as in the study, and not again among the usable records.
+    if task.subset is None:
+        dropped |= rare_classes(targets[candidates.usable], names, min_count, task.kind)
     if task.kind == "regression":
         trainable = (~np.isnan(targets[train_rows])).any(axis=0)
         untrainable = "no training record has a known value"

@@ -197,8 +197,7 @@ class Scores:
             return {}
         found = {}
         for year in challenge_score.YEARS:
-            alignment = challenge_score.align(year, self.examples.classes)
-            if not alignment.membership.any():
+            if not challenge_score.scores_any(year, self.examples.classes):
                 continue
             thresholds = challenge_score.tune_thresholds(
                 year, self.examples.classes, self.examples.val.targets, self.fitted.val

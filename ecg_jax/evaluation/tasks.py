@@ -50,7 +50,8 @@ class Task:
     min_seconds: float = 0.0
     """Shorter recordings are left out."""
     min_count: int = 10
-    """A class with fewer positive (a target with fewer known) recordings is dropped and listed."""
+    """A class with fewer positive (a target with fewer known) usable recordings is dropped and listed; diagnoses of MIMIC
+    are counted over the whole store."""
 
     @property
     def metric(self) -> str:
