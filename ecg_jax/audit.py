@@ -12,7 +12,7 @@ from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import near_duplicates
 from ecg_jax.evaluation.leakage import identical_pairs, shared_patients
-from ecg_jax.evaluation.near_duplicates import near_identical
+from ecg_jax.evaluation.near_duplicates import Match, near_identical
 from ecg_jax.files import write_atomic
 
 DESCRIPTION = """\
@@ -100,19 +100,12 @@ def audit(paths: list[Path], near: bool = True, cache: Path | None = None) -> di
         rows = np.arange(len(a)), np.arange(len(b))
         same = identical_pairs(a, rows[0], b, rows[1])
         matches = near_identical(a, rows[0], b, rows[1], cache) if near else []
-        found[name_a, name_b] = same, [(match.row_a, match.row_b) for match in matches]
-        identical += [_described(name_a, a, p, name_b, b, q) for p, q in same]
+        close = [(match.row_a, match.row_b) for match in matches]
+        found[name_a, name_b] = same, close
+        identical += _described((name_a, name_b), (a, b), same)
         similar += [
-            _described(name_a, a, match.row_a, name_b, b, match.row_b)
-            | {
-                "shift_s": round(match.shift_s, 3),
-                "overlap_s": round(match.overlap_s, 3),
-                "correlation": round(match.correlation, 4),
-                "residual_correlation": None
-                if np.isnan(match.residual_correlation)
-                else round(match.residual_correlation, 4),
-            }
-            for match in matches
+            pair | _measured(match)
+            for pair, match in zip(_described((name_a, name_b), (a, b), close), matches, strict=True)
         ]
     overlap = _overlaps(stores, found, near)
     leaks = _leaks(overlap)
@@ -156,15 +149,33 @@ def _summary(name: str, store: Store, near: bool, cache: Path | None) -> dict:
     }
 
 
-def _described(name_a: str, a: Store, row_a: int, name_b: str, b: Store, row_b: int) -> dict:
-    """A pair of recordings in words."""
-    patients = [store.column("patient_id")[row] for store, row in ((a, row_a), (b, row_b))]
-    known = a.corpus == b.corpus and all(patients)
+def _described(
+    names: tuple[str, str], stores: tuple[Store, Store], pairs: list[tuple[int, int]]
+) -> list[dict]:
+    """Pairs of recordings in words."""
+    ids, patients, folds = ([s.column(c) for s in stores] for c in ("record_id", "patient_id", "fold"))
+    described = []
+    for p, q in pairs:
+        known = stores[0].corpus == stores[1].corpus and patients[0][p] and patients[1][q]
+        described.append(
+            {
+                "stores": list(names),
+                "records": [str(ids[0][p]), str(ids[1][q])],
+                "folds": [int(folds[0][p]), int(folds[1][q])],
+                "same_patient": bool(patients[0][p] == patients[1][q]) if known else None,
+            }
+        )
+    return described
+
+
+def _measured(match: Match) -> dict:
+    """How alike two recordings are, as JSON has it."""
+    residual = match.residual_correlation
     return {
-        "stores": [name_a, name_b],
-        "records": [str(a.column("record_id")[row_a]), str(b.column("record_id")[row_b])],
-        "folds": [int(a.column("fold")[row_a]), int(b.column("fold")[row_b])],
-        "same_patient": patients[0] == patients[1] if known else None,
+        "shift_s": round(match.shift_s, 3),
+        "overlap_s": round(match.overlap_s, 3),
+        "correlation": round(match.correlation, 4),
+        "residual_correlation": None if np.isnan(residual) else round(residual, 4),
     }
 
 

@@ -185,9 +185,10 @@ def test_signatures_are_kept(sample, cache, monkeypatch, tmp_path):
 
     shutil.copy(path, tmp_path)
     broken = tmp_path / path.name
-    broken.write_bytes(b"no signatures")
-    with pytest.raises(UserError, match="remove it"):
-        signatures(sample, some, tmp_path)
+    for damage in (b"no signatures", b"", path.read_bytes()[:5000]):
+        broken.write_bytes(damage)
+        with pytest.raises(UserError, match="remove it"):
+            signatures(sample, some, tmp_path)
 
 
 def test_short_flat_and_odd_recordings(tmp_path, synthetic_store):
