@@ -14,7 +14,7 @@ PTB-XL records, made by another resampler, reach 0.856 or more.
 
 Of copies made of 193 of them, found: all with other gain, offset or mains hum, filtered to 0.5-40 Hz, resampled to
 100 Hz and back, or delayed by 0.5 s; 99 % of pieces of 5.2 s; 96 % after a causal 1-30 Hz filter or with 20 uV of white
-noise in every lead; 90 % clipped at 0.8 mV; but 74 % with 30 uV of noise, 31 % with 50 uV, and 19 % where one copy lacks V2.
+noise in every lead; 90 % clipped at 0.8 mV; but 74 % with 30 uV of noise, 31 % with 50 uV, 19 % where one lacks V2.
 Not found at all: leads permuted or turned round, another speed, and pieces that share less than 5 s.
 
 Signatures take about 3 kB a recording, in memory and on disk.
