@@ -51,8 +51,9 @@ MIN_OVERLAP_S = 5.0
 MIN_CORRELATION, MIN_RESIDUAL_CORRELATION = 0.90, 0.80
 #: With fewer beats in common there is no average beat to take away; then the signals alone must agree to this.
 MIN_BEATS, MIN_CORRELATION_FEW_BEATS = 4, 0.98
-#: Partners looked at per recording and block: test signals of a simulator can match tens of thousands.
-MAX_PARTNERS = 32
+#: Partners looked at per recording, the most alike first: about one in 700 other recordings of a large store is
+#: alike enough to be looked at, but test signals of a simulator match tens of thousands.
+MAX_PARTNERS = 128
 #: Part of the cache's file name: raise it when descriptors change.
 VERSION = 1
 
