@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from conftest import assert_close
+from ecg_jax.data.pipeline import shuffled_by_position, uniform_by_position
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import finetune, head_training
 from ecg_jax.evaluation.finetune import fit_finetune, learning_rate_factors
@@ -121,6 +122,29 @@ def test_the_encoder_outlives_the_fit(synthetic_store):
         *map(jax.tree.leaves, (encoder.variables, tiny_encoder().variables)), strict=True
     ):
         np.testing.assert_array_equal(ours, before)
+
+
+def test_an_epoch_has_one_uniform_crop_of_each_record(synthetic_store):
+    """In the order of the pretraining pipeline, the last incomplete batch left out."""
+    part = tiny_examples(synthetic_store, sizes=(50, 4, 4)).train
+    starts, window = [], 1437  # 1440 samples: four possible crops
+    for epoch in range(3):
+        read = head_training.crop_reader(part, window=window, seed=3, epoch=epoch, batch_size=16)
+        seen = []
+        for step in range(3):
+            batch = read(step)
+            position = epoch * 50 + step * 16 + np.arange(16)
+            chosen = shuffled_by_position(3, position, 50)
+            np.testing.assert_array_equal(batch["targets"], part.targets[chosen])
+            signals = [part.store.read(part.rows[i]) for i in chosen]
+            for signal, crop, u in zip(
+                signals, batch["signal"], uniform_by_position(3, position), strict=True
+            ):
+                starts.append(int(4 * u))
+                np.testing.assert_array_equal(crop, signal[starts[-1] : starts[-1] + window])
+            seen += chosen.tolist()
+        assert len(set(seen)) == 48
+    assert set(starts) == {0, 1, 2, 3}  # the last one too
 
 
 def test_learning_rate_factors():
