@@ -298,6 +298,7 @@ def _leakage(config, encoder: RestoredEncoder, examples: Examples, folder: Path)
         config.near_duplicates,
         test_store=examples.test.store,
         pretraining_rows=rows,
+        pretrained=config.mode != "supervised",
         cache=folder,
     )
     return verdict | {"pretraining_problem": problem}

@@ -55,7 +55,6 @@ def test_verdict_counts_each_kind(store, pretraining, tmp_path):
             "same_patients": None,
             "records_test": ["same patient", "clean"],
         },
-        "records_excluded": [],
         "clean": False,
     }
     assert sentence == (
@@ -67,12 +66,13 @@ def test_verdict_counts_each_kind(store, pretraining, tmp_path):
 
 
 def test_clean_and_unexamined(store):
-    found = verdict(store, np.array([9]), TRAIN, None, near=True, records_excluded=["train0"])
+    found = verdict(store, np.array([9]), TRAIN, None, near=True, pretrained=False)
     assert found["clean"]
     assert found["pretraining"] is None
-    assert found["records_excluded"] == ["train0"]
+    assert found["verdict"].endswith("there was no pretraining.")
     assert found["patients_train_test"] is None  # the one test recording has no patient id
-    assert "pretraining recordings were not examined" in found["verdict"]
+    found = verdict(store, np.array([9]), TRAIN, None, near=True)
+    assert found["verdict"].endswith("pretraining recordings were not examined.")
 
 
 def test_without_near_nothing_is_claimed_about_it(store, pretraining):

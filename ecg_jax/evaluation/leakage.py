@@ -8,7 +8,6 @@ mean the same people within one corpus only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +103,7 @@ def verdict(
     *,
     test_store: Store | None = None,
     pretraining_rows: np.ndarray | None = None,
-    records_excluded: Sequence[str] = (),
+    pretrained: bool = True,
     cache: Path | None = None,
 ) -> dict:
     """What a result has to say about leakage, JSON-able; it belongs under "leakage" in results.json.
@@ -118,14 +117,14 @@ def verdict(
       near: look for near-identical recordings too, not only for identical ones.
       test_store: of the test rows, if it is another one.
       pretraining_rows: int, the recordings the encoder was pretrained on; None takes all of the store.
-      records_excluded: ids of recordings that were left out of training because they are test recordings too.
+      pretrained: whether there was any pretraining.
       cache: folder that keeps signatures of whole stores.
 
     Returns:
       {"identical_train_test", "near_identical_train_test": numbers of test recordings, "patients_train_test": number
       of patients, "records_train_test": ids of those test recordings, "pretraining": None or {"store", "fingerprint",
-      "identical_test", "near_identical_test", "same_patients", "records_test"}, "records_excluded", "clean": bool,
-      "verdict": a sentence}. Numbers that were not looked for, or cannot be known, are None.
+      "identical_test", "near_identical_test", "same_patients", "records_test"}, "clean": bool, "verdict": a
+      sentence}. Numbers that were not looked for, or cannot be known, are None.
 
     Raises:
       UserError: stores of different rates with `near`, or a damaged one.
@@ -136,7 +135,9 @@ def verdict(
     sentences = [_sentence(training, len(test_rows), "the training and validation recordings")]
     overlaps, pretraining = [training], None
     if pretraining_store is None:
-        sentences.append("pretraining recordings were not examined")
+        sentences.append(
+            "pretraining recordings were not examined" if pretrained else "there was no pretraining"
+        )
     else:
         rows = np.arange(len(pretraining_store)) if pretraining_rows is None else pretraining_rows
         overlap = find_overlap(tested, test_rows, pretraining_store, rows, near, cache)
@@ -157,7 +158,6 @@ def verdict(
         "patients_train_test": _count(training.patients),
         "records_train_test": [str(ids[row]) for row in training.rows],
         "pretraining": pretraining,
-        "records_excluded": [str(record) for record in records_excluded],
         "clean": not any(overlap.rows or overlap.patients for overlap in overlaps),
         "verdict": text[0].upper() + text[1:],
     }
