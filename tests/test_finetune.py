@@ -77,6 +77,25 @@ def test_a_killed_fit_goes_on_to_the_same_bits(synthetic_store, tmp_path, monkey
         fit(examples, **settings, folder=tmp_path)
 
 
+def test_the_best_epoch_predicts_though_killed_after_it(synthetic_store, tmp_path, monkeypatch):
+    examples = tiny_examples(synthetic_store)
+    first = fit(examples, epochs=1)
+    save, scores = FitFolder.save, iter([0.9, 0.4, 0.9, 0.6])  # of equal ones the earlier
+
+    def save_and_die(keeper, state):
+        save(keeper, state)
+        if len(json.loads(state["curve"])) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(head_training, "score", lambda *_: next(scores))
+    monkeypatch.setattr(FitFolder, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        fit(examples, epochs=4, folder=tmp_path)
+    resumed = fit(examples, epochs=4, folder=tmp_path)
+    assert resumed.report["best_epoch"] == 1
+    np.testing.assert_array_equal(resumed.test, first.test)
+
+
 def test_devices_do_not_matter(synthetic_store):
     """Loss before any update exactly but for rounding; then Adam makes rounding a little larger."""
     eight = Mesh(np.asarray(jax.devices()[:8]), (AXIS,))

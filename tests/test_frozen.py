@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 from ecg_jax.errors import UserError
-from ecg_jax.evaluation import frozen
+from ecg_jax.evaluation import frozen, head_training
 from ecg_jax.evaluation.fit_folder import FitFolder
 from ecg_jax.evaluation.frozen import fit_frozen
 from ecg_jax.evaluation.metrics import macro_auroc
@@ -103,6 +103,11 @@ def test_kept_training_crops_are_drawn_evenly(synthetic_store, tmp_path, monkeyp
             in_epoch += record[crop].tolist()
             np.add.at(seen, crop, 1)
         assert sorted(in_epoch) == list(range(48))  # each record once
+    runs[0].kept.clear()  # as if there were no room: uniform crops, other ones in each epoch
+    for epoch in (0, 1):
+        settings = {"window": 240, "seed": 0, "epoch": epoch, "batch_size": 16}
+        expected = head_training.crop_reader(examples.train, **settings)(2)["signal"]
+        np.testing.assert_array_equal(runs[0].training_reader(epoch)(2)["signal"], expected)
     counts = np.bincount(np.arange(len(seen)) % 6, weights=seen)
     assert seen.max() < 25
     np.testing.assert_allclose(counts, 48 * 40 / 6, rtol=0.2)
@@ -148,6 +153,30 @@ def test_a_killed_fit_goes_on_to_the_same_bits(synthetic_store, tmp_path, monkey
     np.testing.assert_array_equal(fit(examples, tmp_path, folder=folder).test, whole.test)
     with pytest.raises(UserError, match=r"holds another fit \(other learning_rates\)"):
         fit(examples, tmp_path, folder=folder, learning_rates=(1e-3,))
+
+
+def test_the_best_epoch_predicts_though_killed_after_it(synthetic_store, tmp_path, monkeypatch):
+    """Each head has its own best epoch."""
+    examples = axis_examples(synthetic_store)
+    save, heads = FitFolder.save, np.array([[0.5, 0.9, 0.1, 0.1], [0.6, 0.3, 0.2, 0.2], [0.6, 0.1, 0.1, 0.1]])
+    scores = iter([*heads.ravel(), *np.zeros(2)])
+
+    def save_and_die(keeper, state):
+        save(keeper, state)
+        if len(state["scores"]) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(head_training, "score", lambda *_: next(scores))
+    monkeypatch.setattr(FitFolder, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        fit(examples, tmp_path, epochs=3, folder=tmp_path / "fit")
+    resumed = fit(examples, tmp_path, epochs=3, folder=tmp_path / "fit")
+    assert [head["best_epoch"] for head in resumed.report["grid"]] == [2, 1, 2, 2]
+    assert resumed.report["chosen"][0]["learning_rate"] == 5e-2
+    # It predicts as a fit of one epoch does with the same head.
+    monkeypatch.undo()
+    monkeypatch.setattr(frozen._Heads, "_chosen", lambda self, number: 2 * number + 1)
+    np.testing.assert_array_equal(resumed.test, fit(examples, tmp_path, epochs=1).test)
 
 
 def test_devices_do_not_matter(synthetic_store, tmp_path):
