@@ -24,7 +24,6 @@ CLEAN = {
         "store": "stores/ptbxl", "fingerprint": "5" * 64, "identical_test": 0, "near_identical_test": 0,
         "same_patients": 0, "records_test": [],
     },
-    "records_excluded": [],
     "clean": True,
     "verdict": "Of 120 test recordings, the training and validation recordings hold 0 bit for bit.",
 }  # fmt: skip
