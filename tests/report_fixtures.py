@@ -66,7 +66,8 @@ def predict(task: str, model: str, targets: np.ndarray, kind: str, quality: floa
     noise = generator.normal(size=targets.shape)
     if kind == "regression":
         return quality / (1 + quality) * (known + 0.5 * noise)
-    rate = np.log(np.nanmean(targets, axis=0) / (1 - np.nanmean(targets, axis=0)))
+    share = np.clip(np.nanmean(targets, axis=0), 0.01, 0.99)
+    rate = np.log(share / (1 - share))
     return 1 / (1 + np.exp(-(quality * (2 * known - 1) + noise + rate / 2)))
 
 
@@ -113,6 +114,8 @@ def write_result(
     leakage: dict = CLEAN,
     layers: bool = True,
     store=None,
+    patients_known: bool = True,
+    interval: str = "percentile",
     changes: dict | None = None,
 ) -> Path:
     """A finished probe: results.json and predictions.npz.
@@ -127,6 +130,8 @@ def write_result(
         leakage: the audit's verdict.
         layers: whether a layer was chosen.
         store: a Store whose first n records are tested on; None for one that does not exist.
+        patients_known: whether records have patients.
+        interval: "percentile" or "bca".
         changes: fields of results.json that replace those computed.
     """
     folder = Path(folder)
@@ -135,6 +140,8 @@ def write_result(
     targets = truth(task, n, K, kind)
     patients = np.array([f"p{i // 2}" for i in range(n)])
     patients[-3:] = ""
+    if not patients_known:
+        patients[:] = ""
     records = np.array([f"rec{i:05d}" for i in range(n)]) if store is None else store.column("record_id")[:n]
     scorer = Scorer(targets, patients, kind)
     ours = predict(task, f"{model} {mode}", targets, kind, quality)
@@ -146,6 +153,7 @@ def write_result(
     twin_points = scorer.score(seeds[0]).per_class
     per_class = {}
     for k, (name, value) in enumerate(zip(classes, scorer.score(ours).class_intervals(LEVEL), strict=True)):
+        score_name = "mae" if kind == "regression" else "auroc"
         entry = {"ci_low": value.low, "ci_high": value.high, "description": f"what {name} means"}
         if kind == "regression":
             known = int((~np.isnan(targets[:, k])).sum())
@@ -185,7 +193,7 @@ def write_result(
         "metrics": figures,
         "per_class": per_class,
         "n_records": n,
-        "n_patients": len(set(patients) - {""}),
+        "n_patients": len(set(patients) - {""}) or None,
         "baselines": {
             "random_init": twin
             | {"seeds": [{"seed": s, metric: scorer.macro(p)[metric]} for s, p in enumerate(seeds)]},
@@ -204,7 +212,7 @@ def write_result(
         },
         "leakage": leakage,
         "classes_dropped": {"TRIGU": "3 positive records, fewer than min_count=10"},
-        "classes_undefined_in_test": [],
+        "classes_undefined_in_test": [name for name, e in per_class.items() if np.isnan(e[score_name])],
         "split": {"rule": "test = fold 10, validation = fold 9", "n_train": 8 * n, "n_val": n, "n_test": n},
         "records_excluded": {"stores/ptbxl": {"shorter_than_window": 2, "without_label_of_the_set": 5}},
         "bootstrap": {
@@ -212,7 +220,7 @@ def write_result(
             "resamples": RESAMPLES,
             "level": LEVEL,
             "undefined": "exclude",
-            "interval": "percentile",
+            "interval": interval,
         },
         "config": {"mode": mode, "task": task},
         "checkpoint": {"run": "runs/cpc" if supervised else f"runs/{model}", "step": 2000},

@@ -179,6 +179,28 @@ class TestPage:
         assert not [path for path in page[0].rglob("*") if path.name.startswith(".")]
 
 
+class TestOddStudies:
+    def test_undefined_classes_unknown_patients_bca_intervals_and_one_class(self, tmp_path):
+        workdirs = []
+        for name, mode in (("cpc", "linear"), ("scratch", "supervised")):
+            common = {"model": name, "mode": mode, "patients_known": False, "interval": "bca"}
+            write_result(tmp_path / name / "rare", "ptbxl_sub", n=16, K=8, **common)
+            write_result(tmp_path / name / "one", "mimic_sex", n=30, K=1, kind="binary", **common)
+            workdirs.append(tmp_path / name)
+        undefined = load(workdirs).of_task("ptbxl_sub")[0].results["classes_undefined_in_test"]
+        assert undefined
+        report.report(workdirs, tmp_path / "report.html", "odd")
+        text = (tmp_path / "report.html").read_text()
+        assert not Outline(text).errors
+        lines = (tmp_path / "report_tables" / "exclusions.csv").read_text().splitlines()
+        why = "no positive or no negative test record"
+        assert [line for line in lines if why in line] == [
+            f"ptbxl_sub,class undefined in test,{name},{why}" for name in undefined
+        ]
+        assert "resampled by record" in text
+        assert "Intervals: bca" in text
+
+
 class TestRefusals:
     def test_no_folder(self, tmp_path, capsys):
         assert "There is no folder" in refusal([tmp_path / "none"], tmp_path, capsys)

@@ -2,6 +2,7 @@
 
 import base64
 import datetime
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -103,7 +104,9 @@ def picture_html(picture: Picture) -> str:
 
 
 def _paragraph(text: str, kind: str = "") -> str:
-    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+    """A paragraph; what stands in backticks is set as code."""
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return f'<p class="{kind}">{text}</p>' if kind else f"<p>{text}</p>"
 
 
 class Page:
