@@ -22,18 +22,15 @@ from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import leakage, tasks
 from ecg_jax.evaluation.ecg_feature_baseline import ecg_feature_layers
-from ecg_jax.evaluation.examples import Examples, Fitted, choose_examples
-from ecg_jax.evaluation.feature_cache import FeatureCache
-from ecg_jax.evaluation.finetune import fit_finetune
-from ecg_jax.evaluation.frozen import fit_frozen
-from ecg_jax.evaluation.linear import FittedLinear, LayerFeatures, cached_features, fit_linear
+from ecg_jax.evaluation.examples import Examples, choose_examples
+from ecg_jax.evaluation.linear import FittedLinear
 from ecg_jax.evaluation.plots import auroc_forest
 from ecg_jax.evaluation.probe_scores import Baselines, Scores, Settings, check_scorable, majority_guess
-from ecg_jax.evaluation.supervised import fit_supervised
 from ecg_jax.files import cache_folder, write_atomic
 from ecg_jax.probe_checks import check_config
+from ecg_jax.probe_modes import RANDOM_INIT_MODE, fit, random_init, solve
 from ecg_jax.probe_output import plain, summary, write_predictions
-from ecg_jax.training.pretrained import RestoredEncoder, random_twin, restore_encoder
+from ecg_jax.training.pretrained import RestoredEncoder, restore_encoder
 
 DESCRIPTION = """\
 Probes a pretrained encoder on a labelled store and scores it on held-out recordings, with confidence intervals by
@@ -138,17 +135,13 @@ def _probe_task(
             f"cannot write into --workdir={workdir}: {error.strerror}; name another folder."
         ) from error
     folder = Path(config.features).expanduser() if config.features else cache_folder() / "features"
-    fitted = _fit(config, encoder, examples, workdir, FeatureCache(folder))
+    fitted = fit(config, encoder, examples, workdir, folder)
     baselines = Baselines(
         random_init=np.stack(
-            [
-                _fit_linear(
-                    config, random_twin(encoder, config.seed + i), examples, folder, f"random {i + 1}"
-                ).test
-                for i in range(config.baseline_seeds)
-            ]
+            [random_init(config, encoder, examples, workdir, folder, i) for i in range(config.baseline_seeds)]
         ),
-        ecg_features=_solve(config, ecg_feature_layers(examples, folder), examples, "last").test,
+        random_mode=RANDOM_INIT_MODE[config.mode],
+        ecg_features=solve(config, ecg_feature_layers(examples, folder), examples, "last").test,
         majority=majority_guess(examples),
     )
     settings = Settings(**config.bootstrap.to_dict(), seed=config.seed)
@@ -194,77 +187,6 @@ def _probe_task(
     # Last: a folder with results.json is complete.
     write_atomic(workdir / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return results
-
-
-def _fit(config, encoder: RestoredEncoder, examples: Examples, workdir: Path, cache: FeatureCache) -> Fitted:
-    """The probe that config.mode asks for."""
-    if config.mode == "linear":
-        return _fit_linear(config, encoder, examples, cache.folder, "pretrained")
-    if config.mode == "frozen":
-        settings = config.frozen
-        return fit_frozen(
-            encoder,
-            examples,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            learning_rates=tuple(settings.learning_rates),
-            seeds=tuple(config.seed + i for i in range(settings.seeds)),
-            weight_decay=settings.weight_decay,
-            token_cache_bytes=int(settings.token_cache_gb * 1e9),
-            cache_folder=cache.folder,
-            folder=workdir / "fit",
-            label="frozen",
-        )
-    if config.mode == "finetune":
-        settings = config.finetune
-        return fit_finetune(
-            encoder,
-            examples,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            factors={"head": 1.0, "backbone": settings.backbone_factor, "stem": settings.stem_factor},
-            layer_decay=settings.layer_decay,
-            weight_decay=settings.weight_decay,
-            head=settings.head,
-            seed=config.seed,
-            folder=workdir / "fit",
-            label="finetune",
-        )
-    settings = config.supervised
-    return fit_supervised(
-        encoder.config["model"],
-        encoder.preprocessing,
-        examples,
-        architecture=settings.architecture,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        seed=config.seed,
-        folder=workdir / "fit",
-        label="supervised",
-    )
-
-
-def _fit_linear(
-    config, encoder: RestoredEncoder, examples: Examples, folder: Path, label: str
-) -> FittedLinear:
-    layers = config.linear.layers
-    features = cached_features(FeatureCache(folder), encoder, examples, layers, config.batch_size, label)
-    return _solve(config, features, examples, layers)
-
-
-def _solve(config, features: LayerFeatures, examples: Examples, layers: str) -> FittedLinear:
-    return fit_linear(
-        features,
-        examples,
-        l2_grid=tuple(config.linear.l2_grid),
-        layers=layers,
-        tolerance=config.linear.tolerance,
-        max_steps=config.linear.max_steps,
-        solver=config.linear.solver,
-    )
 
 
 def _model_name(config, encoder: RestoredEncoder) -> str:

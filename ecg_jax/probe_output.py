@@ -54,8 +54,8 @@ def summary(results: dict[str, Any]) -> str:
 
     def line(name: str, entry: dict[str, Any]) -> str:
         if entry[metric] is None:
-            return f"  {name:<28}undefined"
-        return f"  {name:<28}{entry[metric]:.3f}   {entry['ci_low']:.3f} to {entry['ci_high']:.3f}"
+            return f"  {name:<34}undefined"
+        return f"  {name:<34}{entry[metric]:.3f}   {entry['ci_low']:.3f} to {entry['ci_high']:.3f}"
 
     unit, level = results["bootstrap"]["unit"], 100 * results["bootstrap"]["level"]
     patients = f" of {results['n_patients']} patients" if results["n_patients"] else ""
@@ -63,12 +63,14 @@ def summary(results: dict[str, Any]) -> str:
     what = "MAE in standard deviations" if regression else "macro AUROC"
     ours = "from scratch" if results["mode"] == "supervised" else "pretrained"
     baselines, n = results["baselines"], len(results["baselines"]["random_init"]["seeds"])
+    random_mode = baselines["random_init"]["mode"]
+    how = "" if random_mode == results["mode"] else f", {random_mode}"
     lines = [
         f"{results['task']}, {results['mode']}: {len(results['per_class'])} {'targets' if regression else 'classes'}, "
         f"{results['n_records']} test records{patients}",
-        f"  {'':<28}{what}, {level:g} % interval (resampled by {unit})",
+        f"  {'':<34}{what}, {level:g} % interval (resampled by {unit})",
         line(ours, results),
-        line(f"random initialisation{f' x{n}' if n > 1 else ''}", baselines["random_init"]),
+        line(f"random initialisation x{n}{how}", baselines["random_init"]),
         line("simple ECG features", baselines["ecg_features"]),
         line("majority guess", baselines["majority"]),
         line(f"{ours} - random", results["difference_to_random_init"]),
@@ -92,6 +94,8 @@ def summary(results: dict[str, Any]) -> str:
 
 def _chosen(results: dict[str, Any]) -> str:
     fit = results["fit"]
+    # Of several heads that were trained side by side the first seed's predicts.
+    fit = fit["chosen"][0] if "chosen" in fit else fit
     parts = [f"{name} = {fit[name]:g}" for name in ("l2", "learning_rate") if name in fit]
     parts += [f"epoch {fit['best_epoch']}"] if "best_epoch" in fit else []
     parts += [f"layer {results['layers']['chosen']}"] if results["layers"] else []

@@ -230,7 +230,7 @@ def test_command_line(run, stores, tmp_path, capsys):
         "--config.linear.l2_grid=(0.1,)",
     ]
     assert cli.main(["probe", *arguments, f"--workdir={tmp_path / 'w'}"]) == 0
-    assert "majority guess              0.500   0.500 to 0.500" in capsys.readouterr().out
+    assert "majority guess                    0.500   0.500 to 0.500" in capsys.readouterr().out
     assert json.loads((tmp_path / "w" / "results.json").read_text())["config"]["linear"]["l2_grid"] == [0.1]
     (tmp_path / "file").touch()
     for wrong, message in (

@@ -46,7 +46,7 @@ def _scores(examples, settings=SETTINGS, seeds=2):
         for _ in range(seeds + 2)
     ]
     val = rng.uniform(size=examples.val.targets.shape)
-    baselines = Baselines(np.stack(noisy[2:]), noisy[1], majority_guess(examples))
+    baselines = Baselines(np.stack(noisy[2:]), "linear", noisy[1], majority_guess(examples))
     fitted = Fitted(val, noisy[0], {})
     return Scores(examples, fitted, baselines, settings), fitted, baselines
 

@@ -26,6 +26,8 @@ class Baselines:
 
     random_init: np.ndarray
     """float64 [S, n, K], one randomly initialised encoder for each seed."""
+    random_mode: str
+    """How those were probed: "linear" or "frozen"."""
     ecg_features: np.ndarray
     """float64 [n, K] of a linear head on rates, intervals and amplitudes."""
     majority: np.ndarray
@@ -102,6 +104,7 @@ class Scores:
         self.counts = bootstrap.draw(codes, settings.resamples, settings.seed)
         self.left_out = bootstrap.leave_one_out(codes) if settings.interval == "bca" else None
         self.ours = self._score(fitted.test)
+        self.random_mode = baselines.random_mode
         self.random_seeds = [self._score(p) for p in baselines.random_init]
         self.random_init = mean_of(self.random_seeds)
         self.ecg_features, self.majority = (
@@ -134,6 +137,7 @@ class Scores:
             "baselines": {
                 "random_init": {
                     **self._named(self._macro(self.random_init)),
+                    "mode": self.random_mode,
                     "seeds": [
                         {"seed": self.settings.seed + i, self.metric: self._macro(scored).point}
                         for i, scored in enumerate(self.random_seeds)
