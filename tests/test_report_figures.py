@@ -144,6 +144,14 @@ class TestCurves:
         text = words(figures.robustness("ptbxl_super", curves).data)
         assert {"leads", "powerline (dB)", "limb swap", "RA-LA", "a, linear", "b, linear"} <= set(text)
 
+    def test_robustness_lies_in_the_folder_of_its_probe(self, tmp_path):
+        write_robustness(
+            write_result(tmp_path / "all" / "ptbxl_super", n=40, K=2) / "robustness", model="other"
+        )
+        curves = load([tmp_path / "all"]).robustness
+        assert [curve.model for curve in curves] == ["cpc, linear"]
+        assert len(load([tmp_path / "all" / "ptbxl_super"]).robustness) == 1
+
     def test_robustness_in_a_folder_of_its_own_is_named_by_its_probe(self, tmp_path):
         write_robustness(tmp_path / "r", model="jepa")
         curves = load([tmp_path / "r", write_result(tmp_path / "p", n=40, K=2)]).robustness

@@ -170,11 +170,12 @@ def load(workdirs: Sequence[str | Path]) -> Collection:
 
 
 def _folders(workdir: Path) -> list[Path]:
-    """The workdir and the folders in it, by name."""
+    """The workdir, the folders in it by name, and where `ecg-jax robustness` writes in those."""
     if not workdir.is_dir():
         raise UserError(f"There is no folder {workdir}; give the --workdir of a finished `ecg-jax probe`.")
     try:
-        return [workdir, *sorted(path for path in workdir.iterdir() if path.is_dir())]
+        inside = sorted(path for path in workdir.iterdir() if path.is_dir())
+        return [workdir, *inside, *(path / "robustness" for path in inside if (path / "robustness").is_dir())]
     except OSError as error:
         raise UserError(f"Cannot read the folder {workdir}: {error.strerror}.") from error
 
@@ -353,7 +354,8 @@ def _labelled(curves: list[Curves], results: list[Result]) -> list[Curves]:
     labelled, taken = [], set()
     for curve in curves:
         folder, probe = curve.path.parent.resolve(), curve.content["probe"]
-        name = of_folder[folder] if folder in of_folder else f"{probe['model']}, {probe['mode']}"
+        probed = [of_folder[path] for path in (folder, folder.parent) if path in of_folder]
+        name = probed[0] if probed else f"{probe['model']}, {probe['mode']}"
         if (curve.task, name) in taken:
             name = f"{name} ({curve.path.parent})"
         taken.add((curve.task, name))
