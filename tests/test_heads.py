@@ -242,9 +242,7 @@ def test_solving_all_problems_together_equals_sklearn_and_one_by_one():
 
 def test_chunks_of_classes_do_not_change_the_solution(monkeypatch):
     features, targets = _data(n_classes=4)
-    monkeypatch.setattr(
-        fit_together, "_BYTES_AT_ONCE", 3 * 8 * 416 * 3
-    )  # three at once, then one and two again
+    monkeypatch.setattr(fit_together, "_BYTES_AT_ONCE", 3 * 8 * 416)  # three at once, then one and two again
     got = _together(features, targets)
     alone = heads.LogisticProblem(features, targets).solve(1e-2, tolerance=1e-9)
     np.testing.assert_allclose(features @ got.weight[1] + got.bias[1], alone.head.logits(features), atol=1e-5)
@@ -288,6 +286,14 @@ def test_tasks_and_subsets_of_rows_side_by_side():
     masked = np.where(weights > 0, targets, np.nan)
     again = _together(features, masked, weights + (weights == 0))
     np.testing.assert_allclose(again.weight, got.weight, atol=1e-6)
+
+
+def test_all_penalties_in_one_run_of_the_program():
+    features, targets = _data()
+    one, other = _together(features, targets), _together(features, targets, penalties_at_once=3)
+    np.testing.assert_allclose(one.weight, other.weight, atol=1e-7)
+    np.testing.assert_array_equal(one.l2, other.l2)
+    assert other.n_steps.shape == (3, 3)
 
 
 def test_dead_features_get_no_weight_together():

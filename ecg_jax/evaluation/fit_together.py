@@ -11,9 +11,10 @@ where φ(t) is the objective along d: the logits z + t ζ are linear in t, so th
 multiplies no matrix. The first steps are in float32, the rest in float64, so that the gradient that decides on
 convergence is the true one.
 
-On 2 CPU cores, 8000 crops of width 512, 71 classes and 8 penalties take 10.7 s so, and 47 s with
-`heads.LogisticProblem.path` (tests/benchmarks/results/2026-11-21-heads.md): problems of their own need 5 to 30 steps
-where all classes in one need 10 to 60.
+On one CPU core, 8000 crops of width 512, 71 classes and 8 penalties take 5.9 s of processor time so, 26 s with
+`heads.LogisticProblem.path` and 138 s one problem after the other with this program
+(tests/benchmarks/results/2026-11-21-heads.md). On a CPU each run of the program takes all classes under one penalty:
+all penalties in one run took 16 s, as strong penalties need 6 steps and weak ones 46. Not measured on a GPU or TPU.
 """
 
 import contextlib
@@ -36,8 +37,8 @@ _BYTES_AT_ONCE = 1 << 28
 _FLOAT32_TOLERANCE = 1e-4
 #: Bytes of the features in float64 from which on they are read in blocks, which only "lbfgs" does.
 _LARGEST_FEATURES = 1 << 32
-#: Below it "lbfgs" takes less than the 2 to 4 s that the program takes to compile (2 CPU cores).
-_SMALL_PROBLEM = 1e8
+#: Below it "lbfgs" takes less than the 4 s that the program takes to compile (one CPU core).
+_SMALL_PROBLEM = 5e8
 
 
 def faster_solver(n_rows: int, width: int, n_classes: int, n_penalties: int) -> str:
@@ -85,6 +86,7 @@ def fit_together(
     tolerance: float = 1e-6,
     max_steps: int = 1000,
     standard: Standardisation | None = None,
+    penalties_at_once: int | None = None,
 ) -> Together:
     """Solves every class under every penalty in one program.
 
@@ -98,6 +100,7 @@ def fit_together(
             device has no float64 (TPU).
         max_steps: of L-BFGS.
         standard: of the features; None for that of all rows, under `weights` if they are [n].
+        penalties_at_once: how many a run of the program takes; None for all, on a CPU one (all classes in each).
 
     Raises:
         ValueError: shapes differ, a feature is not finite, a class has no positive or no negative, l2 not above 0.
@@ -130,19 +133,24 @@ def fit_together(
     double = jax.default_backend() != "tpu"
     tolerance = float(tolerance if double else max(tolerance, _FLOAT32_TOLERANCE))
     n_classes = targets.shape[1]
-    at_once = int(min(n_classes, max(1, _BYTES_AT_ONCE // (8 * n * len(l2)))))
+    # A CPU gains nothing from more columns, and strong penalties would wait there for the weak ones to converge.
+    together = penalties_at_once or (1 if jax.default_backend() == "cpu" else len(l2))
+    groups = [l2[first : first + together] for first in range(0, len(l2), together)]
+    at_once = int(min(n_classes, max(1, _BYTES_AT_ONCE // (8 * n * together))))
     # Chunks of one size compile once; the last is filled up with classes that were solved before.
     chunks = [np.arange(first, first + at_once) % n_classes for first in range(0, n_classes, at_once)]
     with jax.enable_x64(True) if double else contextlib.nullcontext():
-        shared = [jnp.asarray(array) for array in (Z, standard.eigenvalues, standard.axes, l2)]
-        solved = [
-            jax.device_get(_solve(*shared, y[:, chunk].T, v[:, chunk].T, tolerance, max_steps, double=double))
-            for chunk in chunks
-        ]
-    # [K, G, ...] of the classes in order.
-    rotated, bias, gradient_norm, n_steps, objective = (
-        np.concatenate(parts)[:n_classes] for parts in zip(*solved, strict=True)
-    )
+        shared = [jnp.asarray(array) for array in (Z, standard.eigenvalues, standard.axes)]
+
+        def solve(chunk: np.ndarray) -> list[np.ndarray]:
+            """Everything about some classes, [K, G, ...] each."""
+            of_chunk = y[:, chunk].T, v[:, chunk].T, tolerance, max_steps
+            solved = [jax.device_get(_solve(*shared, some, *of_chunk, double=double)) for some in groups]
+            return [np.concatenate(parts, axis=1) for parts in zip(*solved, strict=True)]
+
+        rotated, bias, gradient_norm, n_steps, objective = (
+            np.concatenate(parts)[:n_classes] for parts in zip(*map(solve, chunks), strict=True)
+        )
     raw = np.einsum("dc,kgc->gdk", standard.axes, rotated.astype(np.float64)) / standard.scale[:, None]
     bias = bias.T - np.einsum("d,gdk->gk", standard.mean, raw)
     return Together(l2, raw, bias, gradient_norm.T, n_steps.T, objective.T, tolerance)

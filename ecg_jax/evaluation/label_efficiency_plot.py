@@ -29,7 +29,7 @@ def error_curves(results: dict[str, Any], path: str | Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     if results["metric"] not in _AXIS:
         raise ValueError(f"metric {results['metric']!r} is none of {', '.join(_AXIS)}")
@@ -41,7 +41,7 @@ def error_curves(results: dict[str, Any], path: str | Path) -> None:
     models = {name: model for name, model in results["models"].items() if name != "majority"}
     for i, (name, model) in enumerate(models.items()):
         # Side by side, so that intervals do not hide each other.
-        x = sizes * 1.04 ** (i - (len(models) - 1) / 2)
+        x = sizes * 1.02 ** (i - (len(models) - 1) / 2)
         mean, ends = error(model["mean"]), np.sort([error(model["low"]), error(model["high"])], axis=0)
         colour = _COLOURS[i % len(_COLOURS)]
         bars = [np.maximum(mean - ends[0], 0), np.maximum(ends[1] - mean, 0)]
@@ -64,10 +64,9 @@ def error_curves(results: dict[str, Any], path: str | Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(size) for size in results["sizes"]])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(
-        ScalarFormatter() if axes.get_ylim()[1] < 8 * axes.get_ylim()[0] else NullFormatter()
-    )
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("labelled training records")
