@@ -177,13 +177,16 @@ def test_l2_is_chosen_on_the_aggregated_validation_score():
     problem = heads.LogisticProblem(features[:100], targets[:100])
     record_targets = targets[100:][::4]
     grid = (1e-5, 1.0, 1e-1, 100.0)
-    chosen = heads.select_l2(problem, features[100:], record, record_targets, grid)
+
+    def score(head):
+        averaged = mean_per_record(head.probabilities(features[100:]), record, 100)
+        return metrics.macro_auroc(record_targets, averaged)
+
+    chosen = heads.select(problem.path(grid), score)
     assert [c.l2 for c in chosen.candidates] == sorted(grid, reverse=True)
     for candidate in chosen.candidates:
-        head = problem.solve(candidate.l2).head
-        averaged = mean_per_record(head.probabilities(features[100:]), record, 100)
         # Warm starts end at the same solution, up to a pair or two of near ties.
-        assert abs(metrics.macro_auroc(record_targets, averaged) - candidate.validation_score) < 1e-3
+        assert abs(score(problem.solve(candidate.l2).head) - candidate.validation_score) < 1e-3
     best = max(chosen.candidates, key=lambda c: c.validation_score)
     assert chosen.l2 == best.l2
     assert chosen.converged
@@ -193,12 +196,15 @@ def test_l2_is_chosen_on_the_aggregated_validation_score():
 def test_one_l2_has_no_edge_and_an_empty_grid_is_refused():
     features, targets = _data()
     problem = heads.LogisticProblem(features, targets)
-    chosen = heads.select_l2(problem, features, np.arange(400), targets, (0.1,))
+    chosen = heads.select(problem.path((0.1,)), lambda head: 0.7)
     assert (chosen.l2, chosen.at_edge) == (0.1, None)
+    # Of equal ones the strongest; of errors the lowest.
+    assert heads.select(problem.path((0.1, 1.0)), lambda head: 0.7).at_edge == "strongest"
+    assert heads.select(problem.path((0.1, 1.0)), lambda head: -abs(head.weight).sum(), True).l2 == 0.1
     with pytest.raises(ValueError, match="empty"):
-        heads.select_l2(problem, features, np.arange(400), targets, ())
-    with pytest.raises(ValueError, match="validation"):
-        heads.select_l2(problem, features, np.arange(400), np.zeros_like(targets), (0.1,))
+        list(problem.path(()))
+    with pytest.raises(ValueError, match="no validation score"):
+        heads.select(problem.path((0.1,)), lambda head: float("nan"))
 
 
 def test_crop_weights_sum_to_one_per_record():

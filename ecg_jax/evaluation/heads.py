@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ecg_jax.evaluation import metrics
-from ecg_jax.evaluation.features import mean_per_record
 
 # Features up to this size are kept as float64 during a solve; larger ones are converted block by block.
 _FLOAT64_BYTES = 1 << 29
@@ -330,39 +329,3 @@ def select(
     if len(candidates) > 1 and best.l2 in (candidates[0].l2, candidates[-1].l2):
         at_edge = "strongest" if best.l2 == candidates[0].l2 else "weakest"
     return Selection(best.head, best.l2, candidates, at_edge)
-
-
-def select_l2(
-    problem: LogisticProblem,
-    validation_features,
-    validation_record,
-    validation_targets,
-    l2_grid,
-    tolerance: float = 1e-6,
-    max_steps: int = 1000,
-) -> Selection:
-    """Solve for every l2, strongest first, each from the last one's solution, and keep the best.
-
-    The best has the highest macro AUROC (undefined classes left out) on the validation records after
-    averaging the probabilities of each record's crops; of equal ones the strongest penalty.
-
-    Args:
-        problem: of the training features.
-        validation_features: [n_crops, D].
-        validation_record: int [n_crops], row of validation_targets of each crop.
-        validation_targets: [n_records, K].
-        l2_grid: penalties to try.
-        tolerance, max_steps: as in `LogisticProblem.solve`.
-
-    Raises:
-        ValueError: the grid is empty, or no class is defined on the validation records.
-    """
-
-    def score(head: LinearHead) -> float:
-        probabilities = head.probabilities(validation_features)
-        averaged = mean_per_record(probabilities, validation_record, len(validation_targets))
-        return metrics.macro_auroc(validation_targets, averaged)
-
-    if not metrics.has_both_kinds(validation_targets).any():
-        raise ValueError("no class has both positives and negatives among the validation records")
-    return select(problem.path(l2_grid, tolerance, max_steps), score)
