@@ -23,7 +23,7 @@ from ecg_jax.errors import UserError
 from ecg_jax.evaluation import leakage, tasks
 from ecg_jax.evaluation.ecg_feature_baseline import ecg_feature_layers
 from ecg_jax.evaluation.examples import Examples, choose_examples
-from ecg_jax.evaluation.linear import FittedLinear
+from ecg_jax.evaluation.linear import FittedLinear, layers_to_compute
 from ecg_jax.evaluation.plots import auroc_forest
 from ecg_jax.evaluation.probe_scores import Baselines, Scores, Settings, check_scorable, majority_guess
 from ecg_jax.files import cache_folder, write_atomic
@@ -108,6 +108,7 @@ def _open(config, checkpoint: str, store, test_store) -> tuple[RestoredEncoder, 
     """What a probe works on, checked to fit together."""
     check_config(config)
     encoder, store = restore_encoder(checkpoint), Store(store)
+    layers_to_compute(encoder, config.linear.layers)
     test_store = None if test_store is None else Store(test_store)
     for each in filter(None, (store, test_store)):
         encoder.preprocessing.check_compatible(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from ecg_jax.evaluation.examples import Examples, Fitted
@@ -29,7 +30,7 @@ def fit(config, encoder: RestoredEncoder, examples: Examples, workdir: Path, fol
             encoder,
             examples,
             epochs=settings.epochs,
-            batch_size=settings.batch_size,
+            batch_size=_batch_size(settings.batch_size, examples),
             learning_rate=settings.learning_rate,
             factors={"head": 1.0, "backbone": settings.backbone_factor, "stem": settings.stem_factor},
             layer_decay=settings.layer_decay,
@@ -46,13 +47,19 @@ def fit(config, encoder: RestoredEncoder, examples: Examples, workdir: Path, fol
         examples,
         architecture=settings.architecture,
         epochs=settings.epochs,
-        batch_size=settings.batch_size,
+        batch_size=_batch_size(settings.batch_size, examples),
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         seed=config.seed,
         folder=workdir / "fit",
         label="supervised",
     )
+
+
+def _batch_size(wanted: int, examples: Examples) -> int:
+    """As the config says, or the largest batch that a task with fewer training records fills; results say which."""
+    devices = jax.device_count()
+    return min(wanted, len(examples.train.rows) // devices * devices)
 
 
 def random_init(
@@ -73,7 +80,7 @@ def _fit_frozen(
         encoder,
         examples,
         epochs=settings.epochs,
-        batch_size=settings.batch_size,
+        batch_size=_batch_size(settings.batch_size, examples),
         learning_rates=tuple(settings.learning_rates),
         seeds=tuple(config.seed + i for i in range(settings.seeds)),
         weight_decay=settings.weight_decay,

@@ -62,7 +62,7 @@ def cached_features(
     Raises:
         UserError: no such layer, or as in `FeatureCache.pooled`.
     """
-    names = _names_to_compute(encoder, layers)
+    names = layers_to_compute(encoder, layers)
     pooled = {}
     for part in (examples.train, examples.val, examples.test):
         if part.store.path not in pooled:
@@ -70,7 +70,12 @@ def cached_features(
     return LayerFeatures(names, lambda part, layer: pooled[part.store.path].of(part.rows, layer))
 
 
-def _names_to_compute(encoder: RestoredEncoder, chosen: str) -> tuple[str, ...]:
+def layers_to_compute(encoder: RestoredEncoder, chosen: str) -> tuple[str, ...]:
+    """The layers whose features a choice of `fit_linear` needs.
+
+    Raises:
+        UserError: the encoder has no such layer.
+    """
     if chosen == LAST:
         return (FINAL,)
     known = layer_shapes(encoder)

@@ -20,6 +20,42 @@ LABEL_SETS = ("all", "diag", "sub", "super", "form", "rhythm")
 
 EXPECTS = "the PTB-XL folder: ptbxl_database.csv, scp_statements.csv, records500/ and/or records100/"
 
+#: Superclasses and subclasses by their names in Wagner et al. 2020, whose tables give none.
+_NAMES = {
+    "super": {
+        "NORM": "normal ECG",
+        "MI": "myocardial infarction",
+        "STTC": "ST/T change",
+        "CD": "conduction disturbance",
+        "HYP": "hypertrophy",
+    },
+    "sub": {
+        "NORM": "normal ECG",
+        "AMI": "anterior myocardial infarction",
+        "IMI": "inferior myocardial infarction",
+        "LMI": "lateral myocardial infarction",
+        "PMI": "posterior myocardial infarction",
+        "STTC": "non-diagnostic T abnormalities, digitalis effect, long QT, ...",
+        "NST_": "non-specific ST changes",
+        "ISC_": "ischaemic in unspecified leads",
+        "ISCA": "ischaemic in anterior leads",
+        "ISCI": "ischaemic in inferior leads",
+        "LAFB/LPFB": "left anterior or posterior fascicular block",
+        "IRBBB": "incomplete right bundle branch block",
+        "ILBBB": "incomplete left bundle branch block",
+        "CLBBB": "complete left bundle branch block",
+        "CRBBB": "complete right bundle branch block",
+        "_AVB": "AV block",
+        "IVCD": "non-specific intraventricular conduction disturbance",
+        "WPW": "Wolff-Parkinson-White syndrome",
+        "LVH": "left ventricular hypertrophy",
+        "RVH": "right ventricular hypertrophy",
+        "LAO/LAE": "left atrial overload or enlargement",
+        "RAO/RAE": "right atrial overload or enlargement",
+        "SEHYP": "septal hypertrophy",
+    },
+}
+
 # PTB-XL writes 300 for everybody over 89.
 _HIDDEN_AGE, _AGE_SHOWN = 300.0, 90.0
 
@@ -69,7 +105,7 @@ def read_statements(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, di
       UserError: it cannot be read or is not PTB-XL's.
     """
     sets: dict[str, dict[str, str]] = {name: {} for name in LABEL_SETS}
-    descriptions: dict[str, dict[str, str]] = {name: {} for name in LABEL_SETS}
+    descriptions: dict[str, dict[str, str]] = {name: {} for name in LABEL_SETS} | _NAMES
     marks = (("diag", "diagnostic"), ("form", "form"), ("rhythm", "rhythm"))
     columns = ("", "description", "diagnostic_subclass", "diagnostic_class", *(column for _, column in marks))
     for row in _rows(path, columns):
