@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ecg_jax.data.corpora import mimic, mimic_tables
+from ecg_jax.data.corpora.listing import hash_fold
 from ecg_jax.data.corpora.mimic_tables import nearest, read_columns
 from ecg_jax.data.corpora.mimic_targets import ECG, LABS, VITALS, ecg_features
 from ecg_jax.data.store import Store
@@ -59,7 +60,7 @@ class TestStore:
         assert store.column("fold").tolist()[:7] == [0, 0, 0, 18, 18, 19, 19]
         # Not in the table of diagnoses: the fold of the patient, or one that depends on the patient only.
         assert store.column("fold")[7] == 19
-        assert store.column("fold")[8] == mimic._hashed_fold(10000400)
+        assert store.column("fold")[8] == hash_fold("10000400", 20, 0)
         assert "strat_fold" in store.fold_source
 
     def test_labels(self, store):
@@ -229,11 +230,62 @@ class TestTables:
             mimic.list_records(source, None)
         assert table in str(error.value)
 
-    def test_a_study_twice_in_a_table(self, tmp_path):
+    @pytest.mark.parametrize("table", ["mds_ed.csv", "records_w_diag_icd10.csv", "machine_measurements.csv"])
+    def test_a_row_twice_in_a_table_counts_once(self, folder, tmp_path, table):
+        source = write_mimic(tmp_path / "source")
+        text = (source / table).read_text()
+        (source / table).write_text(text + text.splitlines()[1] + "\n")
+        listing = mimic.list_records(source, None)
+        assert listing.problems == []
+        assert listing.digest() == mimic.list_records(folder, None).digest()
+
+    @pytest.mark.parametrize(
+        ("table", "change", "lost"),
+        [
+            (
+                "mds_ed.csv",
+                ("81.5", "82.5"),
+                {"vitals", "biometrics", "labs", "deterioration", "mortality", "icu"},
+            ),
+            ("machine_measurements.csv", (",290,", ",291,"), {"ecg"}),
+            ("records_w_diag_icd10.csv", ("['I4819', 'W19XXXA']", "['I10']"), {"sex", "age"}),
+        ],
+    )
+    def test_rows_that_contradict_each_other_are_unknown_and_reported(
+        self, folder, tmp_path, table, change, lost
+    ):
+        source = write_mimic(tmp_path / "source")
+        lines = (source / table).read_text().splitlines()
+        (line,) = [line for line in lines[1:] if "40689238" in line]
+        assert change[0] in line
+        # Between them a row that agrees with the first: any two that differ make the study unknown.
+        (source / table).write_text("\n".join([*lines, line, line.replace(*change)]) + "\n")
+        listing = mimic.list_records(source, None)
+        assert [(p.record, p.action) for p in listing.problems] == [("40689238", "unknown")]
+        assert table in listing.problems[0].detail
+        found, before = {e.record_id: e for e in listing.entries}, listed(folder)
+        assert set(before["40689238"].values) - set(found["40689238"].values) == lost
+        if table == "records_w_diag_icd10.csv":
+            one = found["40689238"]
+            # The fold is that of the patient's other rows; without diagnoses it is outside the protocol.
+            assert (one.labels["icd10"], one.fold, one.age, one.sex) == ([], 0, None, None)
+            assert one.values["protocol"] == {"ed": 0.0}
+        del found["40689238"], before["40689238"]
+        assert found == before
+        prepare("mimic", source, tmp_path / "store", workers=1, progress=False)
+        assert "contradict each other" in (tmp_path / "store" / "problems.jsonl").read_text()
+
+    def test_stays_without_a_recording_are_left_out_and_ids_are_whole(self, folder, tmp_path, recwarn):
         source = write_mimic(tmp_path / "source")
         path = source / "mds_ed.csv"
-        path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
-        with pytest.raises(UserError, match="two rows with general_study_id 40689238"):
+        lines = path.read_text().splitlines()
+        assert "general_study_id" in lines[0].split(",")[0]
+        gap = lines[1].replace("40689238", "", 1)
+        path.write_text("\n".join([*lines, gap, gap.replace("81.5", "70")]) + "\n")
+        assert mimic.list_records(source, None).digest() == mimic.list_records(folder, None).digest()
+        assert not recwarn.list
+        path.write_text("\n".join([*lines, lines[1].replace("40689238", "40689238.5", 1)]) + "\n")
+        with pytest.raises(UserError, match=r"mds_ed\.csv: general_study_id 40689238\.5 is no whole number"):
             mimic.list_records(source, None)
 
     def test_a_study_twice_in_the_list_is_refused(self, tmp_path):
@@ -335,7 +387,7 @@ def test_bazett_by_hand():
 
 def test_hashed_folds_spread_over_all_twenty():
     folds = np.bincount(
-        [mimic._hashed_fold(patient) for patient in range(10_000_000, 10_002_000)], minlength=20
+        [hash_fold(str(patient), 20, 0) for patient in range(10_000_000, 10_002_000)], minlength=20
     )
     assert folds.min() > 60
     assert len(folds) == 20

@@ -9,6 +9,7 @@ import csv
 import re
 from pathlib import Path
 
+from ecg_jax.data.corpora.entries import refuse_rate
 from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated, find_files
 from ecg_jax.data.readers.wfdb import read_wfdb
 from ecg_jax.data.recording import Problem, Recording, cannot_read, is_absent
@@ -26,10 +27,7 @@ def list_records(source: Path, rate: int | None) -> Listing:
     Raises:
       UserError: `rate` is given, or there is no .hea with a .mat in the folder.
     """
-    if rate is not None:
-        raise UserError(
-            "--source-rate is for corpora that come at several rates; Challenge headers give theirs."
-        )
+    refuse_rate(rate, "Challenge")
     entries, signals = [], []
     for path in find_files(source, (".hea", ".mat")):
         file = path.relative_to(source)

@@ -1,4 +1,4 @@
-"""What the corpora with one table of recordings share: a recording from its row and its signal."""
+"""What corpora share: a recording with all its table says, and refusing a rate that cannot be chosen."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ def recording_from(
     entry: Entry, signal: np.ndarray, rate: float, leads: tuple[str, ...] = CANONICAL_LEADS
 ) -> Recording:
     """The recording of an entry: [T, C] millivolts at `rate` samples per second, with all its table says."""
-    return Recording(
-        record_id=entry.record_id,
-        signal=signal,
-        rate=float(rate),
-        leads=leads,
-        patient_id=entry.patient_id,
-        fold=entry.fold,
-        labels={} if entry.labels is None else dict(entry.labels),
-        values={} if entry.values is None else dict(entry.values),
-        age=entry.age,
-        sex=entry.sex,
-        problems=list(entry.problems),
-    )
+    recording = Recording(record_id=entry.record_id, signal=signal, rate=float(rate), leads=leads)
+    return complete(recording, entry)
 
 
-def refuse_rate(rate: int | None, corpus: str, hz: int) -> None:
-    """Refuses --source-rate for a corpus that comes at one rate.
+def complete(recording: Recording, entry: Entry) -> Recording:
+    """The same recording with patient, fold, labels, values, age, sex and problems of its entry, whatever its file
+    says of them.
+    """
+    recording.patient_id, recording.fold = entry.patient_id, entry.fold
+    recording.labels = {} if entry.labels is None else dict(entry.labels)
+    recording.values = {} if entry.values is None else dict(entry.values)
+    recording.age, recording.sex = entry.age, entry.sex
+    recording.problems.extend(entry.problems)
+    return recording
+
+
+def refuse_rate(rate: int | None, corpus: str, hz: int | None = None) -> None:
+    """Refuses --source-rate for a corpus that comes at one rate, or (`hz` None) whose headers tell it.
 
     Raises:
       UserError: `rate` is given.
     """
     if rate is not None:
-        raise UserError(
-            f"--source-rate is for corpora that come at several rates; {corpus} comes at {hz} Hz only."
-        )
+        why = f"{corpus} headers give theirs" if hz is None else f"{corpus} comes at {hz} Hz only"
+        raise UserError(f"--source-rate is for corpora that come at several rates; {why}.")

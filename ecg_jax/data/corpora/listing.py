@@ -70,9 +70,11 @@ class Listing:
         return digest.hexdigest()
 
 
-def hash_fold(identity: str) -> int:
-    """Fold 1-10 from a patient or record id: the same everywhere and whatever the other records are."""
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") % N_FOLDS + 1
+def hash_fold(identity: str, n_folds: int = N_FOLDS, first: int = 1) -> int:
+    """Fold `first` to `first + n_folds - 1` (1 to 10 unless said) from a patient or record id: the same everywhere
+    and whatever the other records are.
+    """
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") % n_folds + first
 
 
 HASHED_FOLDS = "SHA-256 of the patient id, or of the record id where no patient is known, into 10 folds"

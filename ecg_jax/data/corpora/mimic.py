@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import re
 from pathlib import Path
 
 import numpy as np
 
-from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated
+from ecg_jax.data.corpora.entries import complete, refuse_rate
+from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated, hash_fold
 from ecg_jax.data.corpora.mimic_tables import find_rows, find_table, read_columns, take
 from ecg_jax.data.corpora.mimic_targets import Recordings, Values, read_values
 from ecg_jax.data.icd import chapter, propagate
 from ecg_jax.data.readers.wfdb import read_wfdb
-from ecg_jax.data.recording import CANONICAL_LEADS, Recording
+from ecg_jax.data.recording import CANONICAL_LEADS, Problem, Recording
 from ecg_jax.errors import UserError
 
 EXPECTS = (
@@ -51,6 +51,7 @@ class Diagnoses:
       age: float64 [n] years at the recording, NaN where unknown; over 89 not exact.
       male: float64 [n], 1, 0 or NaN.
       in_protocol: float64 [n], 1 or 0, see `list_records`.
+      problems: recordings of which it has rows that contradict each other, treated as if it had none.
     """
 
     codes: list[list[str]]
@@ -58,6 +59,7 @@ class Diagnoses:
     age: np.ndarray
     male: np.ndarray
     in_protocol: np.ndarray
+    problems: list[Problem]
 
 
 def list_records(source: Path, rate: int | None) -> Listing:
@@ -84,10 +86,7 @@ def list_records(source: Path, rate: int | None) -> Listing:
     Raises:
       UserError: record_list.csv is missing, or a table is not PhysioNet's.
     """
-    if rate is not None:
-        raise UserError(
-            "--source-rate is for corpora that come at several rates; MIMIC-IV-ECG comes at 500 Hz."
-        )
+    refuse_rate(rate, "MIMIC-IV-ECG", 500)
     path = find_table(source, RECORDS)
     if path is None:
         raise UserError(
@@ -99,12 +98,12 @@ def list_records(source: Path, rate: int | None) -> Listing:
         raise UserError(f"{path}: study {table['study_id'][list(table['path']).index(None)]} has no path.")
     recordings = Recordings(table["study_id"], table["subject_id"], table["ecg_time"])
     diagnoses = _diagnoses(source, recordings)
-    values = _values(source, recordings, diagnoses)
+    values, doubtful = _values(source, recordings, diagnoses)
     entries, problems = drop_repeated(_entries(table, diagnoses, values))
     codes = set() if diagnoses is None else {code for some in diagnoses.codes for code in some}
     return Listing(
         entries,
-        problems,
+        problems + ([] if diagnoses is None else diagnoses.problems) + doubtful,
         ("icd10",),
         None,
         {"icd10": {code: _chapter_name(code) for code in codes}},
@@ -124,11 +123,7 @@ def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
         # The corpus' own order: put right here, or each of 800,000 recordings would be reported as reordered.
         recording.signal = recording.signal[:, [FILE_LEADS.index(lead) for lead in CANONICAL_LEADS]]
         recording.leads = CANONICAL_LEADS
-    recording.patient_id, recording.fold = entry.patient_id, entry.fold
-    recording.labels, recording.values = entry.labels or {}, entry.values or {}
-    recording.age, recording.sex = entry.age, entry.sex
-    recording.problems.extend(entry.problems)
-    return recording
+    return complete(recording, entry)
 
 
 def _diagnoses(source: Path, recordings: Recordings) -> Diagnoses | None:
@@ -140,9 +135,9 @@ def _diagnoses(source: Path, recordings: Recordings) -> Diagnoses | None:
     table = read_columns(
         path, {**ids, **numbers, "ecg_taken_in_ed": "bool", "gender": "text", "all_diag_all": "text"}
     )
-    rows = find_rows(recordings.study, table["study_id"], path, "study_id")
+    rows, problems = find_rows(recordings.study, table, "study_id", path)
     fold = _folds(path, table["subject_id"], table["strat_fold"])
-    folds = [fold[p] if p in fold else _hashed_fold(p) for p in recordings.patient.tolist()]
+    folds = [fold[p] if p in fold else hash_fold(str(p), N_FOLDS, 0) for p in recordings.patient.tolist()]
     parsed: dict[str, list[str]] = {}
     codes = []
     for row in rows.tolist():
@@ -156,7 +151,8 @@ def _diagnoses(source: Path, recordings: Recordings) -> Diagnoses | None:
     in_protocol = taken_in_ed & labelled & (first | ~np.isin(folds, HELD_OUT))
     # Anything but M and F is unknown: the table has nothing there, or "missing_gender".
     male = np.where(table["gender"] == "M", 1.0, np.where(table["gender"] == "F", 0.0, np.nan))
-    return Diagnoses(codes, folds, take(table["age"], rows), take(male, rows), in_protocol.astype(np.float64))
+    age, male = take(table["age"], rows), take(male, rows)
+    return Diagnoses(codes, folds, age, male, in_protocol.astype(np.float64), problems)
 
 
 def _folds(path: Path, patients: np.ndarray, strat_fold: np.ndarray) -> dict[int, int]:
@@ -178,10 +174,6 @@ def _folds(path: Path, patients: np.ndarray, strat_fold: np.ndarray) -> dict[int
             "the test records would not be of new patients."
         )
     return dict(pairs.tolist())
-
-
-def _hashed_fold(patient: int) -> int:
-    return int.from_bytes(hashlib.sha256(str(patient).encode()).digest()[:8], "big") % N_FOLDS
 
 
 def _parse_codes(text: str | None, path: Path, study: int) -> list[str]:
@@ -211,7 +203,8 @@ def _chapter_name(code: str) -> str:
     return "" if found is None else f"{found.numeral}: {found.name}"
 
 
-def _values(source: Path, recordings: Recordings, diagnoses: Diagnoses | None) -> dict[str, Values]:
+def _values(source: Path, recordings: Recordings, diagnoses: Diagnoses | None):
+    """All value sets, and the problems of `mimic_targets.read_values`."""
     if diagnoses is None:
         columns = dict.fromkeys(("sex", "age", "protocol"), np.full(len(recordings.study), np.nan))
     else:
@@ -224,7 +217,8 @@ def _values(source: Path, recordings: Recordings, diagnoses: Diagnoses | None) -
         },
     }
     own = {name: Values(names[name], column[:, None]) for name, column in columns.items()}
-    return {**own, **read_values(source, recordings)}
+    others, problems = read_values(source, recordings)
+    return {**own, **others}, problems
 
 
 def _entries(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ecg_jax.data.recording import cannot_read
+from ecg_jax.data.recording import Problem, cannot_read
 from ecg_jax.errors import UserError
 
 # Bytes parsed at once; a row must fit in, and those of mds_ed.csv have 1,900 cells.
@@ -109,24 +109,48 @@ def take(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return found
 
 
-def find_rows(keys: np.ndarray, table_keys: np.ndarray, path: Path, column: str) -> np.ndarray:
-    """The row of each key [n] in a table with keys [m]: int64 [n], -1 where it has none.
+def find_rows(
+    studies: np.ndarray, table: Mapping[str, np.ndarray], key: str, path: Path
+) -> tuple[np.ndarray, list[Problem]]:
+    """The row of each study in a table.
 
-    Raises:
-      UserError: the table has a key twice.
+    Args:
+      studies: int64 [n].
+      table: columns [m] from `read_columns`, of which rows with the same key are compared.
+      key: name of the column of studies, int64.
+      path: the table, for the problems.
+
+    Returns:
+      (int64 [n], problems): -1 for a study without a row, and for one with several rows that contradict each
+      other, which is one problem each. Of several rows that agree the first counts.
     """
-    order = np.argsort(table_keys, kind="stable")
-    ordered = table_keys[order]
-    repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
-    if len(repeated):
-        raise UserError(
-            f"{path} has two rows with {column} {ordered[repeated[0]]}, and only one can be right; take the "
-            "file as PhysioNet has it."
-        )
+    order = np.argsort(table[key], kind="stable")
+    ordered = table[key][order]
     if not len(ordered):
-        return np.full(len(keys), -1)
-    place = np.searchsorted(ordered, keys).clip(max=len(ordered) - 1)
-    return np.where(ordered[place] == keys, order[place], -1)
+        return np.full(len(studies), -1), []
+    one, other = order[:-1], order[1:]
+    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+    differ = np.zeros(len(twice), bool)
+    for column in table.values():
+        a, b = column[one[twice]], column[other[twice]]
+        both_unknown = np.isnan(a) & np.isnan(b) if column.dtype.kind == "f" else False
+        differ |= (a != b) & ~np.asarray(both_unknown)
+    contradictory = np.unique(ordered[twice[differ]])
+    # The first row of each study, as order is stable.
+    place = np.searchsorted(ordered, studies).clip(max=len(ordered) - 1)
+    doubtful = np.isin(studies, contradictory)
+    rows = np.where((ordered[place] == studies) & ~doubtful, order[place], -1)
+    problems = [
+        Problem(
+            str(study),
+            "no_table_row",
+            "unknown",
+            f"{path.name} has rows with {key} {study} that contradict each other, so what it says of the recording is "
+            "taken as unknown.",
+        )
+        for study in np.unique(studies[doubtful]).tolist()
+    ]
+    return rows, problems
 
 
 def nearest(

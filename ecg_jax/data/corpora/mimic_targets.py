@@ -1,10 +1,12 @@
 """Numbers to predict from a recording of MIMIC-IV-ECG, from the tables beside it (spec §7.5).
 
-All tables are credentialed PhysioNet downloads except machine_measurements.csv, and every one is optional:
-what it gives is unknown without it. Which column means what was read from the published preprocessing code of
+All tables are credentialed PhysioNet downloads (PhysioNet Credentialed Health Data License) except
+machine_measurements.csv, which comes with the recordings (Open Database License), and every one is optional:
+what it gives is unknown without it. What a table says of a recording in two rows that contradict each other is
+unknown, too, and reported. Which column means what was read from the published preprocessing code of
 MIMIC-IV-ECG-ICD (github.com/AI4HealthUOL/ECG-MIMIC), of MDS-ED (github.com/AI4HealthUOL/MDS-ED) and of the
 benchmark of arXiv 2509.25095 (github.com/AI4HealthUOL/ECG-FM-Benchmarking), and from code that reads the
-published files; the files themselves were not at hand. Of mds_ed.csv, the names of the 15 `deterioration_`
+published files; not verified on the published files. Of mds_ed.csv, the names of the 15 `deterioration_`
 columns and the pattern `vitals_..._mean`, `labvalues_..._mean` are confirmed by several readers of version
 1.0.0; that `biometrics_height` and `_weight` are in cm and kg and temperatures in degrees Celsius only by the
 code that writes it.
@@ -23,6 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from ecg_jax.data.corpora.mimic_tables import find_rows, find_table, nearest, read_columns, take
+from ecg_jax.data.recording import Problem
+from ecg_jax.errors import UserError
 
 MACHINE = "machine_measurements.csv"
 MDS = "mds_ed.csv"
@@ -121,7 +125,7 @@ class Recordings:
     time: np.ndarray
 
 
-def read_values(source: Path, recordings: Recordings) -> dict[str, Values]:
+def read_values(source: Path, recordings: Recordings) -> tuple[dict[str, Values], list[Problem]]:
     """The value sets "ecg", "biometrics", "labs", "vitals", "deterioration", "mortality" and "icu".
 
     Biometrics are the nearest of omr.csv within 30 days of the recording, vital signs the nearest of
@@ -134,19 +138,24 @@ def read_values(source: Path, recordings: Recordings) -> dict[str, Values]:
       source: folder with the tables, each as .csv or .csv.gz.
       recordings: n recordings.
 
+    Returns:
+      (value sets, problems): one problem for every recording of which a table has rows that contradict each
+      other; what that table says of it is unknown.
+
     Raises:
       UserError: a table cannot be read or is not the one PhysioNet has.
     """
-    mds = _read_mds(source, recordings)
+    mds, problems = _read_mds(source, recordings)
     nearby = {
         "biometrics": _biometrics(source, recordings),
         "labs": _labs(source, recordings),
         "vitals": _vitals(source, recordings),
     }
-    found = {"ecg": _machine_measurements(source, recordings)}
+    machine, more_problems = _machine_measurements(source, recordings)
+    found = {"ecg": machine}
     found |= {name: mds[name] if values is None else values for name, values in nearby.items()}
     found |= {name: mds[name] for name in OUTCOMES}
-    return found
+    return found, problems + more_problems
 
 
 def ecg_features(columns: dict[str, np.ndarray]) -> np.ndarray:
@@ -176,14 +185,14 @@ def ecg_features(columns: dict[str, np.ndarray]) -> np.ndarray:
     return np.stack([rr, qrs, qt, qt / np.sqrt(rr / 1000), *axes], axis=1)
 
 
-def _machine_measurements(source: Path, recordings: Recordings) -> Values:
+def _machine_measurements(source: Path, recordings: Recordings) -> tuple[Values, list[Problem]]:
     path = find_table(source, MACHINE)
     if path is None:
-        return _unknown(ECG, recordings, f"{MACHINE} was not there")
+        return _unknown(ECG, recordings, f"{MACHINE} was not there"), []
     names = ("rr_interval", "qrs_onset", "qrs_end", "t_end", "p_axis", "qrs_axis", "t_axis")
     columns = read_columns(path, {"study_id": "int", **dict.fromkeys(names, "float")})
-    rows = find_rows(recordings.study, columns["study_id"], path, "study_id")
-    return Values(ECG, ecg_features({name: take(columns[name], rows) for name in names}))
+    rows, problems = find_rows(recordings.study, columns, "study_id", path)
+    return Values(ECG, ecg_features({name: take(columns[name], rows) for name in names})), problems
 
 
 def _biometrics(source: Path, recordings: Recordings) -> Values | None:
@@ -266,13 +275,14 @@ def _nearest_of_each(recordings, columns, when, values, item, items, within) -> 
     return np.stack(found, axis=1)
 
 
-def _read_mds(source: Path, recordings: Recordings) -> dict[str, Values]:
-    """All sets mds_ed.csv can give; unknown without it."""
+def _read_mds(source: Path, recordings: Recordings) -> tuple[dict[str, Values], list[Problem]]:
+    """All sets mds_ed.csv can give, unknown without it, and the recordings it contradicts itself about."""
     path = find_table(source, MDS)
     labs = {name: f"{name}, {unit}" for name, (_, unit) in LABS.items()}
     sets = {"biometrics": BIOMETRICS, "labs": labs, "vitals": VITALS, **OUTCOMES}
     if path is None:
-        return {name: _unknown(names, recordings, "its table was not there") for name, names in sets.items()}
+        why = "its table was not there"
+        return {name: _unknown(names, recordings, why) for name, names in sets.items()}, []
     column = {("biometrics", name): f"biometrics_{name}" for name in BIOMETRICS}
     column |= {("vitals", name): f"vitals_{name}_mean" for name in VITALS}
     for name in LABS:
@@ -280,9 +290,9 @@ def _read_mds(source: Path, recordings: Recordings) -> dict[str, Values]:
             column["labs", name] = f"labvalues_{name.lower().replace(' ', '_')}_mean"
     for kind, names in OUTCOMES.items():
         column |= {(kind, name): f"deterioration_{name}" for name in names}
-    # As "float": pandas writes whole numbers as 40689238.0 where a column once had a gap.
+    # Ids as "float": pandas writes whole numbers as 40689238.0 where a column once had a gap.
     table = read_columns(path, {"general_study_id": "float", **dict.fromkeys(column.values(), "float")})
-    rows = find_rows(recordings.study, table["general_study_id"].astype(np.int64), path, "general_study_id")
+    rows, problems = find_rows(recordings.study, _with_whole_ids(table, path), "general_study_id", path)
     found = {}
     for kind, names in sets.items():
         matrix = np.full((len(rows), len(names)), np.nan)
@@ -299,7 +309,26 @@ def _read_mds(source: Path, recordings: Recordings) -> dict[str, Values]:
     temperature[:] = temperature * 9 / 5 + 32
     for name in _NOT_IN_MDS:
         found["labs"].names[name] = f"{labs[name]}; unknown: {MDS} does not have it"
-    return found
+    return found, problems
+
+
+def _with_whole_ids(table: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+    """The rows of mds_ed.csv that are about a recording, with its id as int64; a stay without one has none.
+
+    Raises:
+      UserError: an id is no whole number.
+    """
+    ids = table["general_study_id"]
+    known = ~np.isnan(ids)
+    # From 2^53 on, float64 does not tell whole numbers apart.
+    wrong = known & ((np.trunc(ids) != ids) | (np.abs(ids) >= 2.0**53))
+    if wrong.any():
+        raise UserError(
+            f"{path}: general_study_id {ids[wrong][0]} is no whole number; take the file as PhysioNet has it."
+        )
+    return {name: column[known] for name, column in table.items()} | {
+        "general_study_id": ids[known].astype(np.int64)
+    }
 
 
 def _unknown(names: dict[str, str], recordings: Recordings, why: str) -> Values:

@@ -6,13 +6,13 @@ Wagner et al., Sci Data 7:154 (2020), https://doi.org/10.13026/kfzx-aw45 for 1.0
 from __future__ import annotations
 
 import ast
-import csv
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ecg_jax.data.corpora.entries import complete
 from ecg_jax.data.corpora.listing import N_FOLDS, Entry, Listing, drop_repeated
+from ecg_jax.data.readers.rows import age_or_none, convert_cell, not_empty, read_rows
 from ecg_jax.data.readers.wfdb import read_wfdb
-from ecg_jax.data.recording import Problem, Recording, cannot_read
+from ecg_jax.data.recording import Problem, Recording
 from ecg_jax.errors import UserError
 
 RATES = (500, 100)
@@ -56,6 +56,8 @@ _NAMES = {
     },
 }
 
+_PUBLISHER = "PhysioNet"
+
 # PTB-XL writes 300 for everybody over 89.
 _HIDDEN_AGE, _AGE_SHOWN = 300.0, 90.0
 
@@ -89,7 +91,7 @@ def list_records(source: Path, rate: int | None) -> Listing:
     classes = {name: sorted(set(mapping.values())) for name, mapping in sets.items()}
     column = "filename_hr" if rate == 500 else "filename_lr"
     columns = ("ecg_id", "patient_id", "age", "sex", "scp_codes", "strat_fold", column)
-    entries = [_entry(row, column, sets, database) for row in _rows(database, columns)]
+    entries = [_entry(row, column, sets, database) for row in read_rows(database, columns, _PUBLISHER)]
     entries.sort(key=lambda entry: int(entry.record_id))
     entries, problems = drop_repeated(entries)
     return Listing(entries, problems, LABEL_SETS, classes, descriptions, "strat_fold of ptbxl_database.csv")
@@ -108,11 +110,14 @@ def read_statements(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, di
     descriptions: dict[str, dict[str, str]] = {name: {} for name in LABEL_SETS} | _NAMES
     marks = (("diag", "diagnostic"), ("form", "form"), ("rhythm", "rhythm"))
     columns = ("", "description", "diagnostic_subclass", "diagnostic_class", *(column for _, column in marks))
-    for row in _rows(path, columns):
+    for row in read_rows(path, columns, _PUBLISHER):
         code, text = row[""], row["description"]
         sets["all"][code] = code
         for name, column in marks:
-            if row[column] and _convert(path, row, f"code {code}", column, float, "1.0 or nothing") == 1.0:
+            if (
+                row[column]
+                and convert_cell(path, f"code {code}", row, column, float, "1.0 or nothing") == 1.0
+            ):
                 sets[name][code] = code
         if code in sets["diag"]:
             sets["sub"][code] = row["diagnostic_subclass"]
@@ -130,62 +135,14 @@ def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
       BadRecording: it cannot be used.
     """
     recording = read_wfdb(source / entry.file, entry.record_id, assume_gain=assume_gain)
-    recording.patient_id, recording.fold = entry.patient_id, entry.fold
-    recording.labels, recording.age, recording.sex = entry.labels, entry.age, entry.sex
-    recording.problems.extend(entry.problems)
-    return recording
-
-
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """The rows of a table that has these columns and at least one row.
-
-    Raises:
-      UserError: it cannot be read or is not such a table.
-    """
-    foreign = f"{path} is not PTB-XL's table"
-    advice = "take the file as PhysioNet has it"
-    try:
-        # utf-8-sig: Excel begins a file with a byte order mark.
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [repr(column) for column in columns if column not in (reader.fieldnames or ())]
-            if missing and reader.fieldnames:
-                raise UserError(f"{foreign}: it has no column {', '.join(missing)}; {advice}.")
-            row = None
-            for row in reader:
-                # DictReader keeps surplus cells under None and fills missing ones with None.
-                if None in row or None in row.values():
-                    raise UserError(
-                        f"{foreign}: line {reader.line_num} has another number of cells than its first line; "
-                        f"{advice}."
-                    )
-                yield row
-            if row is None:
-                raise UserError(f"{foreign}: it has no rows; {advice}.")
-    except OSError as error:
-        raise cannot_read(path, error) from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{foreign}: {error}; {advice}.") from error
-
-
-def _convert(path: Path, row: dict[str, str], where: str, column: str, convert: Callable, expected: str):
-    """A cell as what it must be.
-
-    Raises:
-      UserError: it is not; names the row and the column.
-    """
-    try:
-        return convert(row[column])
-    # literal_eval raises the last three on text that is no literal or is nested too deeply.
-    except (ValueError, KeyError, OverflowError, SyntaxError, TypeError, MemoryError, RecursionError):
-        value = row[column] if len(row[column]) <= 80 else row[column][:80] + "..."
-        raise UserError(
-            f"{path}: {where} has {value!r} in column {column}, which must be {expected}; correct that row."
-        ) from None
+    return complete(recording, entry)
 
 
 def _scp_codes(text: str) -> list[str]:
-    codes = ast.literal_eval(text)
+    try:
+        codes = ast.literal_eval(text)
+    except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError from error  # it is no literal, or nested too deeply
     if not isinstance(codes, dict) or not all(isinstance(code, str) for code in codes):
         raise ValueError
     return list(codes)
@@ -198,17 +155,11 @@ def _fold(text: str) -> int:
     return fold
 
 
-def _not_empty(text: str) -> str:
-    if not text.strip():
-        raise ValueError
-    return text
-
-
 def _entry(row: dict[str, str], column: str, sets: dict[str, dict[str, str]], path: Path) -> Entry:
-    record_id = str(_convert(path, row, "a row", "ecg_id", int, "a whole number"))
+    record_id = str(convert_cell(path, "", row, "ecg_id", int, "a whole number"))
 
-    def cell(name: str, convert: Callable, expected: str):
-        return _convert(path, row, f"ecg_id {record_id}", name, convert, expected)
+    def cell(name: str, convert, expected: str):
+        return convert_cell(path, f"ecg_id {record_id}", row, name, convert, expected)
 
     codes = cell("scp_codes", _scp_codes, "a dict of codes, e.g. {'NORM': 100.0}")
     unknown = sorted(code for code in codes if code not in sets["all"])
@@ -219,13 +170,13 @@ def _entry(row: dict[str, str], column: str, sets: dict[str, dict[str, str]], pa
     labels = {
         name: sorted({mapping[code] for code in codes if code in mapping}) for name, mapping in sets.items()
     }
-    age = cell("age", float, "a number or nothing") if row["age"] else None
+    age = cell("age", age_or_none, "a number or nothing")
     patient_id = None
     if row["patient_id"]:
         patient_id = str(cell("patient_id", lambda text: int(float(text)), "a number or nothing"))
     return Entry(
         record_id=record_id,
-        file=cell(column, _not_empty, "the name of a file") + ".hea",
+        file=cell(column, not_empty, "the name of a file") + ".hea",
         patient_id=patient_id,
         fold=cell("strat_fold", _fold, f"a fold from 1 to {N_FOLDS}"),
         labels=labels,

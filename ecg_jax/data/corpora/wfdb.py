@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
+from ecg_jax.data.corpora.entries import refuse_rate
 from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, find_files
 from ecg_jax.data.readers.wfdb import read_wfdb
 from ecg_jax.data.recording import Recording
@@ -29,8 +30,7 @@ def list_records(source: Path, rate: int | None) -> Listing:
             f"{source} is PTB-XL, which holds each recording at two rates and has its own folds and labels; use "
             f"`ecg-jax prepare ptbxl {source} STORE`."
         )
-    if rate is not None:
-        raise UserError("--source-rate is for corpora that come at several rates; WFDB headers give theirs.")
+    refuse_rate(rate, "WFDB")
     entries = []
     for path in find_files(source, (".hea",)):
         file = PurePosixPath(path.relative_to(source).as_posix())

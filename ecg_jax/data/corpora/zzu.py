@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ecg_jax.data.corpora.entries import refuse_rate
+from ecg_jax.data.corpora.entries import complete, refuse_rate
 from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated
 from ecg_jax.data.readers.rows import age_or_none, convert_cell, not_empty, read_rows, sex_or_none
 from ecg_jax.data.readers.wfdb import read_wfdb
@@ -76,10 +76,7 @@ def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
       BadRecording: it cannot be used.
     """
     recording = read_wfdb(source / entry.file, entry.record_id, assume_gain=assume_gain)
-    recording.patient_id, recording.labels = entry.patient_id, entry.labels
-    recording.age, recording.sex = entry.age, entry.sex
-    recording.problems.extend(entry.problems)
-    return recording
+    return complete(recording, entry)
 
 
 def _read_codes(path: Path) -> tuple[dict[str, str], set[str]]:

@@ -31,7 +31,8 @@ def read_rows(path: Path, columns: Sequence[str], publisher: str) -> Iterator[di
     rows = _xlsx_rows(path, advice) if path.suffix.lower() == ".xlsx" else _csv_rows(path, advice)
     _, names = next(rows, (0, []))
     names = [name.strip() for name in names]
-    missing = [name for name in columns if name not in names]
+    # The first column of a table that pandas wrote has no name.
+    missing = [name or "''" for name in columns if name not in names]
     if missing:
         found = ", ".join(name for name in names if name) or "no columns"
         raise UserError(f"{path} has no column {', '.join(missing)} (found: {found}); {advice}.")
