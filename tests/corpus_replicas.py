@@ -233,13 +233,18 @@ def write_ptb(folder: Path, n: int, seconds: float = 10.0) -> dict[str, np.ndarr
     return signals
 
 
-def write_echonext(folder: Path, n: int, no_split: int = 2) -> dict[str, np.ndarray]:
+def write_echonext(
+    folder: Path, n: int, no_split: int = 2, standard_deviation: float | None = None
+) -> dict[str, np.ndarray]:
     """EchoNext: echonext_metadata_100k.csv and EchoNext_{split}_waveforms.npy [N, 1, 2500, 12], z-scores at 250 Hz.
 
     Of five patients the first is in val, the second in test, the others in train; `no_split` further recordings
-    of the first patients are in no_split. The rows of the splits are mixed in the table.
+    of the first patients are in no_split. The rows of the splits are mixed in the table. `standard_deviation`, in
+    millivolts, is divided out of all leads; None takes PTB-XL's of each lead.
     """
     sd = np.array([PTBXL_SD_MV[lead] for lead in CANONICAL_LEADS])
+    if standard_deviation is not None:
+        sd = np.full(12, standard_deviation)
     signals, rows = {}, []
     arrays: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": [], "no_split": []}
     for i in range(n + no_split):

@@ -13,6 +13,7 @@ from ecg_jax.data.corpora.listing import hash_fold
 from ecg_jax.data.preprocessing import resample
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import Store
+from ecg_jax.errors import UserError
 from ecg_jax.prepare import prepare
 
 
@@ -247,10 +248,64 @@ def test_echonext(tmp_path):
     ]
 
 
+MEAN_SD_MV = np.mean(list(echonext.PTBXL_SD_MV.values()))
+
+
+def test_echonext_of_one_standard_deviation_keeps_the_limb_lead_identities(tmp_path):
+    signals = replicas.write_echonext(tmp_path / "source", 6, no_split=0, standard_deviation=MEAN_SD_MV)
+    store = make("echonext", tmp_path)
+    assert_signals(store, signals, 250)
+    for i in range(len(store)):
+        one, two, three = store.read(i)[:, :3].astype(int).T
+        assert np.abs(two - one - three).max() <= 2
+    details = [p["detail"] for p in problems(store) if p["kind"] == "standardised_unit"]
+    assert len(details) == 3
+    assert all(
+        "by one standard deviation (" in detail and "x 0.2244, the mean" in detail for detail in details
+    )
+
+
+def test_echonext_of_one_standard_deviation_per_lead(tmp_path):
+    replicas.write_echonext(tmp_path / "source", 6, no_split=0)
+    found = CORPORA["echonext"].list_records(tmp_path / "source", None).problems
+    details = [problem.detail for problem in found if problem.kind == "standardised_unit"]
+    assert len(details) == 3
+    assert all("by one standard deviation per lead (" in detail for detail in details)
+
+
+@pytest.mark.parametrize(("clip", "noise"), [(None, 0.0), (2.5, 0.05)])
+def test_echonext_standardisation_is_told_in_clipped_and_noisy_scores(clip, noise):
+    """Both ways of standardising, with the sample of PTB-XL: real ECGs, other spreads than PTBXL_SD_MV."""
+    sample = Path(ecg_jax.__file__).parent / "assets" / "ptbxl_sample"
+    entries = ptbxl.list_records(sample, None).entries[:40]
+    limb = np.concatenate([ptbxl.read(sample, entry, None).signal[:, :6] for entry in entries])
+    for sd, common in ((limb.std(), True), (limb.std(axis=0), False)):
+        scores = limb / sd + noise * np.random.default_rng(0).standard_normal(limb.shape)
+        deviation, explained = echonext.limb_leads(scores if clip is None else scores.clip(-clip, clip))
+        assert (deviation <= echonext._MAX_DEVIATION) == common, deviation
+        assert explained > 0.9
+
+
+def test_echonext_in_another_lead_order_is_refused(tmp_path):
+    replicas.write_echonext(tmp_path / "source", 6, no_split=0)
+    path = tmp_path / "source" / "EchoNext_train_waveforms.npy"
+    array = np.load(path)
+    # The order of the reference's list of standard deviations, and that of MIMIC-IV-ECG, with aVF before aVL.
+    for order in ([0, 1, 6, 7, 8, 9, 10, 11, 2, 3, 4, 5], [0, 1, 2, 3, 5, 4, *range(6, 12)]):
+        np.save(path, array[..., order])
+        with pytest.raises(
+            UserError, match=r"EchoNext_train_waveforms\.npy: its leads are not in the order I, II"
+        ):
+            CORPORA["echonext"].list_records(tmp_path / "source", None)
+    np.save(path, 0 * array)
+    with pytest.raises(UserError, match="unit of its z-scores cannot be told, for a limb lead is constant"):
+        CORPORA["echonext"].list_records(tmp_path / "source", None)
+
+
 def test_echonext_training_folds_are_fixed_and_even():
     # Constants: a fold that changed with a release would make two stores incomparable.
-    assert [echonext._train_fold(patient) for patient in ("pt00002", "pt00003", "1")] == [4, 5, 1]
-    counts = np.bincount([echonext._train_fold(f"p{i}") for i in range(4000)], minlength=8)
+    assert [hash_fold(patient, 8, 0) for patient in ("pt00002", "pt00003", "1")] == [4, 5, 1]
+    counts = np.bincount([hash_fold(f"p{i}", 8, 0) for i in range(4000)], minlength=8)
     assert counts.min() > 400
     assert counts.max() < 600
 
