@@ -4,7 +4,7 @@
         --checkpoint=runs/cpc --store=stores/ptbxl --workdir=probes/cpc_super
 
 Arguments: mode=linear|frozen|finetune|supervised; task=NAME of `ecg-jax tasks`, or task=all for every task that the
-store can serve; legacy=half counts a class without positives or negatives 0.5, as the published intervals do.
+store can serve; legacy=half counts a class without positives or negatives 0.5 and resamples recordings, as the published intervals do.
 """
 
 from ml_collections import ConfigDict
@@ -52,6 +52,8 @@ def get_config(arg=""):
     config.frozen.learning_rates = (1e-3,)  # trained side by side, the best on validation
     config.frozen.seeds = 1  # heads of each learning rate
     config.frozen.weight_decay = 1e-3
+    config.frozen.attention_heads = 16
+    config.frozen.token_dtype = "float16"  # or "float32", of the tokens on disk
     config.frozen.token_cache_gb = (
         8.0  # tokens are kept on disk if they take no more, else encoded in every epoch
     )
@@ -61,6 +63,7 @@ def get_config(arg=""):
     config.finetune.epochs = 100
     config.finetune.batch_size = 64
     config.finetune.head = "linear"  # or "attention"
+    config.finetune.attention_heads = 16  # of the latter
     config.finetune.learning_rate = 1e-3
     config.finetune.backbone_factor = 0.1  # times the learning rate
     config.finetune.stem_factor = 0.01
@@ -77,6 +80,7 @@ def get_config(arg=""):
 
     config.bootstrap = ConfigDict()
     config.bootstrap.resamples = 1000
+    config.bootstrap.unit = "record" if arg.legacy == "half" else "patient"  # drawn where known
     config.bootstrap.level = 0.95  # of confidence
     config.bootstrap.interval = "percentile"  # or "bca"
     # A class without positives or negatives: "exclude" it from the macro mean, or count it "half" (0.5) as

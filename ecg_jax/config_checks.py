@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ecg_jax.config_flags import closest, load_config, with_argument
+from ecg_jax.config_flags import load_config, with_argument
 from ecg_jax.data.recording import CANONICAL_LEADS
-from ecg_jax.errors import UserError
+from ecg_jax.errors import UserError, closest
 from ecg_jax.models import convolution
 from ecg_jax.models.encoder import BACKBONES, build_encoder, tokens_of
 from ecg_jax.models.inputs import NORMALISATIONS

@@ -7,7 +7,6 @@ a run is declared there; the command line can only change declared fields, to va
 
 import argparse
 import ast
-import difflib
 import importlib.util
 import sys
 import traceback
@@ -18,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ecg_jax.errors import UserError
+from ecg_jax.errors import UserError, closest
 
 CONFIG_HELP = """\
 config:
@@ -35,12 +34,6 @@ def shipped_configs() -> Path:
     package = Path(__file__).parent
     in_wheel = package / "shipped"
     return in_wheel if in_wheel.is_dir() else package.parent
-
-
-def closest(word: str, known) -> str:
-    """The end of a sentence that refuses `word`: the known one that is like it, or all that are known."""
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"
 
 
 def parse_arg(arg: str, **choices: tuple[str, ...]) -> SimpleNamespace:

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 import ecg_jax
 from ecg_jax.config_checks import MOST_SAMPLES, check_config
-from ecg_jax.config_flags import closest, load_config, override, split_overrides, with_argument
-from ecg_jax.errors import UserError
+from ecg_jax.config_flags import load_config, override, split_overrides, with_argument
+from ecg_jax.errors import UserError, closest
 from ecg_jax.files import write_atomic
 from ecg_jax.models.encoder import BACKBONES
 from ecg_jax.run_setup import CONFIGS, DTYPES, flatten

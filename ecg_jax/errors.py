@@ -1,5 +1,8 @@
 """What ends a command on purpose: a mistake the user can fix, or being asked to stop."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake in what the user asked for or handed over: a config field, a file, a folder, a checkpoint.
@@ -19,3 +22,9 @@ class Stopped(Exception):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses `word`: the known one that is like it, or all that are known."""
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"

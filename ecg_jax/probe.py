@@ -87,16 +87,13 @@ def probe_all(config, workdir, checkpoint: str, store, test_store=None) -> dict[
     encoder, store, test_store = _open(config, checkpoint, store, test_store)
     results, refused = {}, {}
     for task in tasks.fitting(store.corpus, list(store.classes), list(store.values)):
+        folder = Path(workdir) / task.name
         try:
-            examples = choose_examples(
-                task, store, test_store, encoder.preprocessing.window_samples, config.min_count
-            )
-            check_scorable(examples)
-        except UserError as error:
+            results[task.name] = _probe_task(config, folder, task, encoder, store, test_store)
+        except tasks.TaskUnavailable as error:
             refused[task.name] = str(error)
             print(f"{task.name}: left out. {error}", flush=True)
             continue
-        results[task.name] = _probe_task(config, Path(workdir) / task.name, task, encoder, store, test_store)
         print(summary(results[task.name]), flush=True)
     if not results:
         reason = next(iter(refused.values()), "no task is known for its corpus and labels.")
@@ -120,7 +117,12 @@ def _open(config, checkpoint: str, store, test_store) -> tuple[RestoredEncoder, 
 def _probe_task(
     config, workdir: Path, task: tasks.Task, encoder: RestoredEncoder, store: Store, test_store: Store | None
 ) -> dict[str, Any]:
-    """One task, or its results if they are there already."""
+    """One task, or its results if they are there already.
+
+    Raises:
+        TaskUnavailable: the stores cannot serve the task.
+        UserError: anything else.
+    """
     identity = plain(_identity(config, task, encoder, store, test_store))
     if before := _finished(workdir, identity):
         return before
@@ -136,6 +138,7 @@ def _probe_task(
             f"cannot write into --workdir={workdir}: {error.strerror}; name another folder."
         ) from error
     folder = Path(config.features).expanduser() if config.features else cache_folder() / "features"
+    verdict = _leakage(config, encoder, examples, folder)
     fitted = fit(config, encoder, examples, workdir, folder)
     baselines = Baselines(
         random_init=np.stack(
@@ -146,7 +149,7 @@ def _probe_task(
         majority=majority_guess(examples),
     )
     settings = Settings(**config.bootstrap.to_dict(), seed=config.seed)
-    scores = Scores(examples, fitted, baselines, settings)
+    scores = Scores(examples, fitted, config.mode, baselines, settings)
     packages = ("ecg-jax", "jax", "flax", "numpy", "scipy")
     results = plain(
         {
@@ -158,15 +161,15 @@ def _probe_task(
             "mode": config.mode,
             "model": _model_name(config, encoder),
             **scores.report(),
-            "layers": fitted.report.get("layers"),
-            "fit": fitted.report,
-            "leakage": _leakage(config, encoder, examples, folder),
+            "layers": fitted.report["layers"] if config.mode == "linear" else None,
+            "fit": {name: value for name, value in fitted.report.items() if name != "layers"},
+            "leakage": verdict,
             "classes_dropped": examples.classes_dropped,
             "split": examples.split,
             "records_excluded": examples.excluded,
-            "encoder_parameters": encoder.n_parameters,
+            "encoder_parameters": None if config.mode == "supervised" else encoder.n_parameters,
             "preprocessing": encoder.preprocessing.to_dict(),
-            "pretraining_config": encoder.config,
+            "pretraining_config": None if config.mode == "supervised" else encoder.config,
             **identity,
             "seed": config.seed,
             "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
@@ -192,25 +195,18 @@ def _probe_task(
 
 def _model_name(config, encoder: RestoredEncoder) -> str:
     """What the probed model is called in tables."""
-    if config.mode == "supervised":
-        same = config.supervised.architecture == "same"
-        return f"supervised {encoder.config['model']['backbone']}" if same else "supervised S4, 100 Hz"
-    return config.name or encoder.run.resolve().name
+    if config.mode != "supervised" or config.name:
+        return config.name or encoder.run.resolve().name
+    same = config.supervised.architecture == "same"
+    return f"supervised {encoder.config['model']['backbone']}" if same else "supervised S4, 100 Hz"
 
 
 def _leakage(config, encoder: RestoredEncoder, examples: Examples, folder: Path) -> dict[str, Any]:
     """What of the test records was trained on, or pretrained on if that store is still there."""
     pretraining, rows, problem = None, None, None
-    if config.mode != "supervised" and encoder.config["store"] is not None:
-        data = encoder.config["data"]
+    if config.mode != "supervised":
         try:
-            pretraining = Store(encoder.config["store"])
-            rows = select_records(
-                pretraining,
-                window_samples=encoder.preprocessing.window_samples,
-                val_folds=data["val_folds"],
-                max_records=data["max_records"],
-            ).train
+            pretraining, rows = _pretrained_on(encoder)
         except UserError as error:
             problem = str(error)
     verdict = leakage.verdict(
@@ -227,13 +223,39 @@ def _leakage(config, encoder: RestoredEncoder, examples: Examples, folder: Path)
     return verdict | {"pretraining_problem": problem}
 
 
+def _pretrained_on(encoder: RestoredEncoder) -> tuple[Store, np.ndarray]:
+    """The store that an encoder was pretrained on, and the rows of it that were trained on.
+
+    Raises:
+        UserError: it is not known, not there any more, or holds something else now.
+    """
+    path, data = encoder.config["store"], encoder.config["data"]
+    if encoder.store_fingerprint is None or path is None:
+        raise UserError("an imported checkpoint does not say which recordings it was pretrained on.")
+    store = Store(path)
+    if store.fingerprint != encoder.store_fingerprint:
+        raise UserError(f"the store {path} is not the one that {encoder.run} was pretrained on any more.")
+    selection = select_records(
+        store,
+        window_samples=encoder.preprocessing.window_samples,
+        val_folds=data["val_folds"],
+        max_records=data["max_records"],
+    )
+    return store, selection.train
+
+
 def _identity(
     config, task: tasks.Task, encoder: RestoredEncoder, store: Store, test_store: Store | None
 ) -> dict[str, Any]:
     """What makes two probes the same probe."""
 
     def described(store: Store) -> dict[str, str]:
-        return {"path": str(store.path.resolve()), "corpus": store.corpus, "fingerprint": store.fingerprint}
+        return {
+            "path": str(store.path.resolve()),
+            "corpus": store.corpus,
+            "fingerprint": store.fingerprint,
+            "table": store.table_digest(),
+        }
 
     fields = {name: value for name, value in config.to_dict().items() if name not in _FREE_FIELDS}
     return {

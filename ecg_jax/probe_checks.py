@@ -9,6 +9,8 @@ _CHOICES = {
     "finetune.head": ("linear", "attention"),
     "supervised.architecture": ("same", "s4_100hz"),
     "linear.solver": ("auto", "lbfgs", "vmap"),
+    "frozen.token_dtype": ("float16", "float32"),
+    "bootstrap.unit": ("patient", "record"),
     "bootstrap.undefined": ("exclude", "half"),
     "bootstrap.interval": ("percentile", "bca"),
 }
@@ -19,6 +21,8 @@ _AT_LEAST_ONE = (
     "frozen.epochs",
     "frozen.batch_size",
     "frozen.seeds",
+    "frozen.attention_heads",
+    "finetune.attention_heads",
     "finetune.epochs",
     "finetune.batch_size",
     "supervised.epochs",

@@ -36,6 +36,7 @@ def fit(config, encoder: RestoredEncoder, examples: Examples, workdir: Path, fol
             layer_decay=settings.layer_decay,
             weight_decay=settings.weight_decay,
             head=settings.head,
+            attention_heads=settings.attention_heads,
             seed=config.seed,
             folder=workdir / "fit",
             label="finetune",
@@ -86,6 +87,8 @@ def _fit_frozen(
         weight_decay=settings.weight_decay,
         token_cache_bytes=int(settings.token_cache_gb * 1e9),
         cache_folder=folder,
+        token_dtype=settings.token_dtype,
+        attention_heads=settings.attention_heads,
         folder=state,
         label=label,
     )

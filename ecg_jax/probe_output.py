@@ -55,6 +55,8 @@ def summary(results: dict[str, Any]) -> str:
     def line(name: str, entry: dict[str, Any]) -> str:
         if entry[metric] is None:
             return f"  {name:<34}undefined"
+        if entry["ci_low"] is None:
+            return f"  {name:<34}{entry[metric]:.3f}   no interval: undefined in every resample"
         return f"  {name:<34}{entry[metric]:.3f}   {entry['ci_low']:.3f} to {entry['ci_high']:.3f}"
 
     unit, level = results["bootstrap"]["unit"], 100 * results["bootstrap"]["level"]
@@ -73,22 +75,29 @@ def summary(results: dict[str, Any]) -> str:
         line(f"random initialisation x{n}{how}", baselines["random_init"]),
         line("simple ECG features", baselines["ecg_features"]),
         line("majority guess", baselines["majority"]),
-        line(f"{ours} - random", results["difference_to_random_init"]),
-        f"  {_chosen(results)}, chosen on {results['split']['n_val']} validation records",
     ]
-    for key, what in (
-        ("classes_dropped", "left out"),
-        ("classes_undefined_in_test", "undefined in the test records"),
-        ("classes_with_few_positives", f"with fewer than {FEW_POSITIVES} positive test records"),
-    ):
-        names = list(results.get(key, ()))
+    if results["difference_to_random_init"] is not None:
+        lines.append(line(f"{ours} - random", results["difference_to_random_init"]))
+    lines.append(f"  {_chosen(results)}, chosen on {results['split']['n_val']} validation records")
+    notes = {
+        "classes_dropped": "left out",
+        "classes_undefined_in_test": "undefined in the test records",
+    }
+    if not regression:
+        notes["classes_with_few_positives"] = f"with fewer than {FEW_POSITIVES} positive test records"
+    for key, what in notes.items():
+        names = list(results[key])
         if names:
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             lines.append(f"  {len(names)} classes {what}: {shown}")
-    if not results["fit"].get("converged", True):
+    if results["mode"] == "linear" and not results["fit"]["converged"]:
         lines.append("  WARNING: the solver did not reach its tolerance; raise --config.linear.max_steps")
     if not results["leakage"]["clean"]:
         lines.append(f"  WARNING: {results['leakage']['verdict']}")
+    elif results["leakage"]["pretraining_problem"]:
+        lines.append(
+            f"  not checked for leakage from pretraining: {results['leakage']['pretraining_problem']}"
+        )
     return "\n".join(lines)
 
 

@@ -150,6 +150,11 @@ def _load_run(entry: dict[str, Any]) -> Run:
     for field in ("task", "linear", "bootstrap", "seed"):
         if field not in probe_config:
             raise UserError(f"probe={entry['probe']} is no config for `ecg-jax probe`: it has no {field}")
+    if probe_config.mode not in ("linear", "frozen"):
+        raise UserError(
+            f"probe={entry['probe']} has mode={probe_config.mode}; a sweep compares with random encoders under "
+            "the same probe, so it takes mode=linear or mode=frozen"
+        )
     for field, value in entry["overrides"].items():
         override(config, str(field), str(value))
     if config.store is not None:

@@ -193,7 +193,7 @@ def test_config_of_another_command_is_refused(capsys):
     args = ["--checkpoint=x", "--store=x", "--workdir=x"]
     assert cli.main(["probe", "--config=configs/cpc.py", *args]) == 2
     err = capsys.readouterr().err
-    assert "lacks the fields bootstrap.level, " in err
+    assert "lacks the fields baseline_seeds, bootstrap.interval, " in err
     assert "is it a config for `ecg-jax probe`?" in err
 
 

@@ -12,7 +12,9 @@ from ecg_jax.evaluation.examples import Fitted
 from ecg_jax.evaluation.probe_scores import Baselines, Scores, Settings, check_scorable, majority_guess
 from ecg_jax.evaluation.tasks import get_task
 
-SETTINGS = Settings(resamples=50, level=0.9, interval="percentile", undefined="exclude", seed=3)
+SETTINGS = Settings(
+    unit="patient", resamples=50, level=0.9, interval="percentile", undefined="exclude", seed=3
+)
 
 
 def _examples(task, classes, seed=0, n=60):
@@ -38,7 +40,7 @@ def _examples(task, classes, seed=0, n=60):
     )
 
 
-def _scores(examples, settings=SETTINGS, seeds=2):
+def _scores(examples, settings=SETTINGS, seeds=2, mode="linear"):
     rng = np.random.default_rng(1)
     shape = examples.test.targets.shape
     noisy = [
@@ -48,7 +50,7 @@ def _scores(examples, settings=SETTINGS, seeds=2):
     val = rng.uniform(size=examples.val.targets.shape)
     baselines = Baselines(np.stack(noisy[2:]), "linear", noisy[1], majority_guess(examples))
     fitted = Fitted(val, noisy[0], {})
-    return Scores(examples, fitted, baselines, settings), fitted, baselines
+    return Scores(examples, fitted, mode, baselines, settings), fitted, baselines
 
 
 def test_every_number_of_a_classification_follows_from_the_predictions():
@@ -88,7 +90,7 @@ def test_every_number_of_a_classification_follows_from_the_predictions():
 def test_bca_intervals_are_others_around_the_same_points():
     examples = _examples("ptbxl_super", ["A", "B"])
     percentile = _scores(examples)[0].report()
-    bca = _scores(examples, Settings(50, 0.9, "bca", "exclude", 3))[0].report()
+    bca = _scores(examples, Settings("patient", 50, 0.9, "bca", "exclude", 3))[0].report()
     assert bca["macro_auroc"] == percentile["macro_auroc"]
     assert bca["bootstrap"]["interval"] == "bca"
     assert (bca["ci_low"], bca["ci_high"]) != (percentile["ci_low"], percentile["ci_high"])
@@ -100,8 +102,10 @@ def test_undefined_classes_are_listed_and_legacy_counts_them_half():
     report = _scores(examples)[0].report()
     assert report["classes_undefined_in_test"] == ["B"]
     assert report["macro_auroc"] == report["per_class"]["A"]["auroc"]
-    legacy = _scores(examples, Settings(50, 0.9, "percentile", "half", 3))[0].report()
+    assert report["bootstrap"]["unit"] == "patient"
+    legacy = _scores(examples, Settings("record", 50, 0.9, "percentile", "half", 3))[0].report()
     assert legacy["macro_auroc"] == pytest.approx((report["macro_auroc"] + 0.5) / 2)
+    assert legacy["bootstrap"]["unit"] == "record"
     examples.test.targets[1:, 0] = 1.0
     with pytest.raises(UserError, match="No class of task ptbxl_super has both"):
         check_scorable(examples)
@@ -137,4 +141,19 @@ def test_every_number_of_a_regression_follows_from_the_predictions():
     assert report["baselines"]["majority"]["mae"] == pytest.approx(np.mean(np.abs(truth - median)), abs=1e-12)
     examples.test.targets[:] = np.nan
     with pytest.raises(UserError, match="No number of task mimic_labs is known for the 60 test records"):
+        check_scorable(examples)
+
+
+def test_what_is_trained_end_to_end_is_not_compared_with_a_linear_probe():
+    examples = _examples("ptbxl_super", ["A", "B"])
+    scores = _scores(examples, mode="finetune")[0]
+    assert scores.report()["difference_to_random_init"] is None
+    assert list(scores.picture()["models"]) == ["pretrained", "random initialisation, linear"]
+    assert next(iter(_scores(examples, mode="supervised")[0].picture()["macro"])) == "from scratch"
+
+
+def test_nothing_to_choose_by_is_told_before_anything_is_fitted():
+    examples = _examples("ptbxl_super", ["A"])
+    examples.val.targets[1:] = 0.0
+    with pytest.raises(UserError, match="among the 60 validation records"):
         check_scorable(examples)

@@ -367,3 +367,22 @@ def test_values_come_back_in_order_with_nan_where_unknown(tmp_path):
     np.testing.assert_array_equal(store.value_matrix("vitals"), [[nan], [71.0], [nan]])
     with pytest.raises(UserError, match=r"no value set 'height'; it has labs, vitals"):
         store.value_matrix("height")
+
+
+def test_other_labels_have_another_digest_and_the_same_fingerprint(tmp_path):
+    stores = []
+    for name, codes in (("one", ["AF"]), ("two", ["SR"])):
+        path = tmp_path / name
+        (path / PARTIAL).mkdir(parents=True)
+        with UnitWriter(path, 0, "test") as writer:
+            recording, _ = synthetic_recording(0, 0, 3.0, 240.0)
+            recording.fold, recording.labels = 1, {"dx": codes}
+            writer.append(recording, Preprocessing().apply(recording), "")
+            writer.finish()
+        finalise(
+            path, n_units=1, preprocessing=Preprocessing(), attributes={"corpus": "test", "fold_source": ""},
+            label_sets=("dx",), classes=None, descriptions={}, first_problems=[], drop_duplicates=False, strict=False,
+        )  # fmt: skip
+        stores.append(Store(path))
+    assert stores[0].fingerprint == stores[1].fingerprint
+    assert stores[0].table_digest() != stores[1].table_digest()

@@ -159,6 +159,13 @@ class Store:
         out[:] = column.to_pylist()
         return out
 
+    def table_digest(self) -> str:
+        """SHA-256 of `records.parquet`: unlike the fingerprint, which is of signals, it tells other labels, folds,
+        patients and values from those.
+        """
+        with open(self.path / "records.parquet", "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     def value_matrix(self, name: str) -> np.ndarray:
         """The numbers of one value set.
 

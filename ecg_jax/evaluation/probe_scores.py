@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, challenge_score, metrics
 from ecg_jax.evaluation.bootstrap import Interval, Scored
 from ecg_jax.evaluation.examples import Examples, Fitted
 from ecg_jax.evaluation.plots import FEW_POSITIVES
 from ecg_jax.evaluation.scoring import score
+from ecg_jax.evaluation.tasks import TaskUnavailable
 
 #: Metric of a task -> the name `scoring.score` knows it by.
 SCORED_AS = {"macro_auroc": "auroc", "mae": "mae"}
@@ -38,6 +38,8 @@ class Baselines:
 class Settings:
     """How intervals are made, see `bootstrap`."""
 
+    unit: str
+    """What is drawn: "patient" where known, or "record"."""
     resamples: int
     level: float
     interval: str
@@ -65,46 +67,59 @@ def mean_of(scored: Sequence[Scored]) -> Scored:
 
 
 def check_scorable(examples: Examples) -> None:
-    """Raises UserError where no class has positives and negatives, or no number is known, among the test records."""
-    task, targets, n = examples.task, examples.test.targets, len(examples.test.rows)
-    if task.kind == "regression":
-        if np.isnan(targets).all():
-            raise UserError(
-                f"No number of task {task.name} is known for the {n} test records; use more data."
+    """Refuses examples that leave nothing to choose or to score by.
+
+    Raises:
+        TaskUnavailable: no class has positives and negatives, or no number is known, among the validation or the test
+            records.
+    """
+    task = examples.task
+    for name, part in (("validation", examples.val), ("test", examples.test)):
+        n = len(part.rows)
+        if task.kind == "regression":
+            if np.isnan(part.targets).all():
+                raise TaskUnavailable(
+                    f"No number of task {task.name} is known for the {n} {name} records; use more data."
+                )
+        elif not metrics.has_both_kinds(part.targets).any():
+            raise TaskUnavailable(
+                f"No class of task {task.name} has both positives and negatives among the {n} {name} "
+                "records, so there is nothing to score; use more data."
             )
-    elif not metrics.has_both_kinds(targets).any():
-        raise UserError(
-            f"No class of task {task.name} has both positives and negatives among the {n} test "
-            "records, so there is nothing to score; use more data."
-        )
 
 
 class Scores:
     """Scores of a probe and of its baselines.
 
+    Intervals and p-values are about other patients, given these randomly initialised encoders.
+
     Args:
         examples: what was predicted.
         fitted: the probe.
+        mode: of the probe.
         baselines: what stands beside it.
         settings: of the intervals.
 
     Raises:
-        UserError: nothing can be scored: no class has positives and negatives, or no number is known, among the test
-            records.
+        TaskUnavailable: see `check_scorable`.
     """
 
-    def __init__(self, examples: Examples, fitted: Fitted, baselines: Baselines, settings: Settings):
+    def __init__(
+        self, examples: Examples, fitted: Fitted, mode: str, baselines: Baselines, settings: Settings
+    ):
         self.examples, self.fitted, self.settings = examples, fitted, settings
         self.metric = examples.task.metric
         self.targets = examples.test.targets
         check_scorable(examples)
         patients = examples.test.column("patient_id")
         self.n_patients = len({p for p in patients if p}) or None
-        codes, self.unit = bootstrap.units(patients, len(self.targets))
+        codes, self.unit = bootstrap.units(
+            patients if settings.unit == "patient" else None, len(self.targets)
+        )
         self.counts = bootstrap.draw(codes, settings.resamples, settings.seed)
         self.left_out = bootstrap.leave_one_out(codes) if settings.interval == "bca" else None
         self.ours = self._score(fitted.test)
-        self.random_mode = baselines.random_mode
+        self.mode, self.random_mode = mode, baselines.random_mode
         self.random_seeds = [self._score(p) for p in baselines.random_init]
         self.random_init = mean_of(self.random_seeds)
         self.ecg_features, self.majority = (
@@ -125,9 +140,6 @@ class Scores:
 
     def report(self) -> dict[str, Any]:
         """The part of results.json about scores; see the README for its fields."""
-        difference = bootstrap.compare(
-            self.ours, self.random_init, self.settings.undefined, self.settings.level, self.settings.interval
-        )
         details = self._regression() if self.metric == "mae" else self._classification()
         return {
             **self._named(self._macro(self.ours)),
@@ -146,10 +158,7 @@ class Scores:
                 "ecg_features": self._named(self._macro(self.ecg_features)),
                 "majority": self._named(self._macro(self.majority)),
             },
-            "difference_to_random_init": {
-                **self._named(difference.difference),
-                "p_value": difference.p_value,
-            },
+            "difference_to_random_init": self._difference(),
             "bootstrap": {
                 "unit": self.unit,
                 "resamples": self.settings.resamples,
@@ -158,6 +167,15 @@ class Scores:
                 "interval": self.settings.interval,
             },
         }
+
+    def _difference(self) -> dict[str, float] | None:
+        """What pretraining adds; None where random encoders were probed in another mode, which adds something too."""
+        if self.mode != self.random_mode:
+            return None
+        found = bootstrap.compare(
+            self.ours, self.random_init, self.settings.undefined, self.settings.level, self.settings.interval
+        )
+        return {**self._named(found.difference), "p_value": found.p_value}
 
     def _classification(self) -> dict[str, Any]:
         predictions = self.fitted.test
@@ -240,14 +258,11 @@ class Scores:
 
     def picture(self) -> Mapping[str, Any]:
         """Keyword arguments of `plots.auroc_forest`."""
+        how = "" if self.mode == self.random_mode else f", {self.random_mode}"
+        ours = "from scratch" if self.mode == "supervised" else "pretrained"
+        named = {ours: self.ours, f"random initialisation{how}": self.random_init}
         return {
             "n_pos": metrics.class_counts(self.targets)[0],
-            "models": {
-                "pretrained": np.array(self._per_class(self.ours)),
-                "random initialisation": np.array(self._per_class(self.random_init)),
-            },
-            "macro": {
-                "pretrained": self._macro(self.ours),
-                "random initialisation": self._macro(self.random_init),
-            },
+            "models": {name: np.array(self._per_class(scored)) for name, scored in named.items()},
+            "macro": {name: self._macro(scored) for name, scored in named.items()},
         }

@@ -321,6 +321,7 @@ class StoredEncoder:
         config: of the pretraining run, nested plain dict.
         preprocessing: the contract, with `window_s` and `normalisation` of the run.
         variables: `params`, `batch_stats` and, unless they were trained, `ssm` of the encoder; numpy arrays.
+        store_fingerprint: of the store it was pretrained on, None if it was imported.
     """
 
     run: Path
@@ -328,6 +329,7 @@ class StoredEncoder:
     config: dict[str, Any]
     preprocessing: Preprocessing
     variables: dict[str, Any]
+    store_fingerprint: str | None
 
 
 def read_encoder(run: Path, step: int, abstract_encoder) -> StoredEncoder:
@@ -382,4 +384,5 @@ def read_encoder(run: Path, step: int, abstract_encoder) -> StoredEncoder:
         config=meta["config"],
         preprocessing=preprocessing,
         variables={collection: subtree["encoder"] for collection, subtree in tree.items()},
+        store_fingerprint=meta["store_fingerprint"],
     )

@@ -33,6 +33,7 @@ class RestoredEncoder:
         preprocessing: the contract, with `window_s` and `normalisation`.
         variables: `params`, `batch_stats`, and `ssm` and `basis` unless the state matrices were trained.
         n_parameters: trainable parameters of the encoder.
+        store_fingerprint: of the store it was pretrained on; None of an imported one.
     """
 
     run: Path
@@ -41,6 +42,7 @@ class RestoredEncoder:
     preprocessing: Preprocessing
     variables: dict[str, Any]
     n_parameters: int
+    store_fingerprint: str | None = None
 
 
 def _init_encoder(
@@ -83,6 +85,7 @@ def restore_encoder(run: str | Path, step: int | None = None) -> RestoredEncoder
         preprocessing=stored.preprocessing,
         variables=_with_basis(stored.variables, stored.config, stored.preprocessing),
         n_parameters=count_parameters(stored.variables["params"]),
+        store_fingerprint=stored.store_fingerprint,
     )
 
 
