@@ -1,6 +1,7 @@
 """`ecg-jax tasks [STORE...]`: the tasks there are, and what of each a store holds."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import tasks
 from ecg_jax.evaluation.examples import choose_examples
+from ecg_jax.evaluation.targets import known_value_sets
 
 DESCRIPTION = """\
 Prints the 26 tasks of the study on 10 datasets and those beside them; of each STORE also how many recordings and
@@ -23,9 +25,21 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def _split(task: tasks.Task) -> str:
+    """How a task is split, in a few words."""
+    if task.split == "corpus_folds":
+        text = "the corpus' folds"
+        return (
+            text if task.held_out is None else f"{text}, {task.held_out[0]} and {task.held_out[1]} held out"
+        )
+    by = "labels" if task.stratify_by is None else f"labels of set {task.stratify_by}"
+    by += ", age and sex" if task.age_bins else ""
+    known = "by recording, patients unknown" if task.corpus in tasks.WITHOUT_PATIENTS else "whole patients"
+    return f"stratified by {by}; {known}"
+
+
 def catalogue() -> list[str]:
     """One line for each task."""
-    splits = {"corpus_folds": "the corpus' folds", "stratified": "stratified by labels, whole patients"}
     rows = [
         (
             task.name,
@@ -34,7 +48,7 @@ def catalogue() -> list[str]:
             f"{task.label_set} ({task.source})",
             task.kind,
             task.metric,
-            splits[task.split],
+            _split(task),
         )
         for task in tasks.TASKS.values()
     ]
@@ -44,14 +58,14 @@ def catalogue() -> list[str]:
 def in_store(store: Store, window_s: float, min_count: int) -> list[str]:
     """What of each task a store holds, one line each."""
     rows, refused = [], []
-    for task in tasks.fitting(store.corpus, list(store.classes), list(store.values)):
+    for task in tasks.fitting(store.corpus, list(store.classes), known_value_sets(store)):
         try:
             examples = choose_examples(task, store, None, round(window_s * store.rate_hz), min_count)
-        except UserError as error:
+        except tasks.TaskUnavailable as error:
             refused.append(f"  {task.name}: {error}")
             continue
         sizes = [str(len(part.rows)) for part in (examples.train, examples.val, examples.test)]
-        rows.append((task.name, *sizes, str(len(examples.classes)), str(len(examples.classes_dropped))))
+        rows.append((task.name, *sizes, str(len(examples.classes)), str(examples.n_dropped)))
     lines = [f"{store.path}: {len(store)} records of {store.corpus}"]
     if rows:
         header = ("task", "train", "validation", "test", "classes", "dropped")
@@ -80,11 +94,13 @@ def main(argv: list[str]) -> int:
         type=int,
         default=0,
         metavar="N",
-        help="positive recordings below which a class is dropped (default: the task's own number)",
+        help="positive recordings below which a class is dropped (default: the task's own number; "
+        "1 keeps every class that can be trained)",
     )
     options = parser.parse_args(argv)
-    if options.window <= 0 or options.min_count < 0:
-        raise UserError("--window must be above 0 and --min-count at least 0.")
+    # NaN compares false.
+    if not 0 < options.window < math.inf or options.min_count < 0:
+        raise UserError("--window must be a number above 0 and --min-count at least 0.")
     lines = [] if options.stores else catalogue()
     for path in options.stores:
         lines += in_store(Store(path), options.window, options.min_count)

@@ -47,12 +47,17 @@ def test_store_must_fit_the_task():
         tasks.check_store(task, "ptbxl", [], [], "a.zarr")
     with pytest.raises(UserError, match=r"value set 'age', but a.zarr has only sex"):
         tasks.check_store(tasks.get_task("mimic_age"), "mimic", ["age"], ["sex"], "a.zarr")
+    with pytest.raises(tasks.TaskUnavailable, match=r"value set 'protocol', but a.zarr has only age"):
+        tasks.check_store(tasks.get_task("mimic_age"), "mimic", [], ["age"], "a.zarr")
 
 
 def test_tasks_that_a_store_can_serve():
-    names = [task.name for task in tasks.fitting("chapman", ["rhythm"], [])]
-    assert names == ["chapman_rhythm"]
-    assert [task.name for task in tasks.fitting("mimic", [], ["age", "sex"])] == ["mimic_sex", "mimic_age"]
+    assert [task.name for task in tasks.fitting("chapman", ["all"], [])] == ["chapman"]
+    names = [task.name for task in tasks.fitting("chapman", ["rhythm", "all"], [])]
+    assert names == ["chapman", "chapman_rhythm"]
+    names = [task.name for task in tasks.fitting("mimic", [], ["age", "sex", "protocol"])]
+    assert names == ["mimic_sex", "mimic_age"]
+    assert tasks.fitting("mimic", [], ["age", "sex"]) == [], "who is evaluated is not known"
     assert tasks.fitting("wfdb", ["dx"], []) == []
 
 

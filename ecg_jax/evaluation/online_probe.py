@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ecg_jax.data.folds import highest_folds
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import metrics, tasks
-from ecg_jax.evaluation.examples import is_labelled, target_matrix
+from ecg_jax.evaluation.targets import is_labelled, target_matrix
 from ecg_jax.models.inputs import to_model_input
 from ecg_jax.training import parallel
 from ecg_jax.training.collapse import student_tokens
@@ -98,7 +99,7 @@ def choose_slice(
         )
 
     folds, labels = store.column("fold"), store.column(f"labels_{chosen.label_set}")
-    highest = np.unique(folds)[1:][-1:]  # a store of one fold keeps it
+    highest = highest_folds(folds, 2)[1:]  # a store of one fold keeps it
     rows = train_rows[~np.isin(folds[train_rows], highest)]
     if chosen.unlabelled == "exclude":
         rows = rows[is_labelled(labels[rows])]
