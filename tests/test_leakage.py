@@ -7,7 +7,10 @@ import pytest
 
 from ecg_jax.data.synthetic import synthetic_recording
 from ecg_jax.errors import UserError
+from ecg_jax.evaluation import leakage, near_duplicates
+from ecg_jax.evaluation import signatures as signatures_module
 from ecg_jax.evaluation.leakage import find_overlap, identical_pairs, shared_patients, verdict
+from ecg_jax.evaluation.signatures import signatures
 from store_files import write_store
 
 
@@ -55,6 +58,7 @@ def test_verdict_counts_each_kind(store, pretraining, tmp_path):
             "same_patients": None,
             "records_test": ["same patient", "clean"],
         },
+        "examined": {"identical": True, "near_identical": True, "pretraining": True},
         "clean": False,
     }
     assert sentence == (
@@ -69,9 +73,11 @@ def test_clean_and_unexamined(store):
     found = verdict(store, np.array([9]), TRAIN, None, near=True, pretrained=False)
     assert found["clean"]
     assert found["pretraining"] is None
+    assert found["examined"] == {"identical": True, "near_identical": True, "pretraining": None}
     assert found["verdict"].endswith("there was no pretraining.")
     assert found["patients_train_test"] is None  # the one test recording has no patient id
     found = verdict(store, np.array([9]), TRAIN, None, near=True)
+    assert found["examined"]["pretraining"] is False
     assert found["verdict"].endswith("pretraining recordings were not examined.")
 
 
@@ -80,7 +86,50 @@ def test_without_near_nothing_is_claimed_about_it(store, pretraining):
     assert found["near_identical_train_test"] is None
     assert found["pretraining"]["near_identical_test"] is None
     assert found["records_train_test"] == ["copy"]
-    assert found["verdict"].count("near-identical ones were not looked for") == 2
+    assert found["examined"] == {"identical": True, "near_identical": False, "pretraining": True}
+    assert found["verdict"].count("near-identical ones were not looked for)") == 2
+
+
+def test_of_too_many_only_identical_ones_are_looked_for(store, pretraining, monkeypatch):
+    """The side that is small enough is still searched in full, and the sentence says what was not."""
+    monkeypatch.setattr(near_duplicates, "MAX_RECORDINGS", 5)
+    described = []
+    monkeypatch.setattr(
+        leakage,
+        "signatures",
+        lambda of, rows, cache: described.append(of.path) or signatures(of, rows, cache),
+    )
+    found = verdict(store, TEST, TRAIN, pretraining, near=True)
+    assert described == [store.path, pretraining.path]
+    assert found["near_identical_train_test"] is None
+    assert found["pretraining"]["near_identical_test"] == 1
+    assert found["examined"] == {"identical": True, "near_identical": False, "pretraining": True}
+    assert (
+        "(near-identical ones were not looked for: 6 recordings are more than 5), patients"
+        in found["verdict"]
+    )
+    monkeypatch.setattr(near_duplicates, "MAX_RECORDINGS", 2)
+    described.clear()
+    found = verdict(store, np.array([9]), TRAIN, pretraining, near=True)
+    assert described == []
+    assert found["clean"]
+    assert not found["examined"]["near_identical"]
+
+
+def test_signatures_cover_what_is_compared_and_nothing_else(store, monkeypatch):
+    """Row 5 takes no part; the test and training recordings of a store are described together, once each."""
+    described, describe = [], signatures_module.describe_signal
+    monkeypatch.setattr(
+        signatures_module, "describe_signal", lambda x, *rest: described.append(x) or describe(x, *rest)
+    )
+    verdict(store, np.array([9]), np.array([2, 3, 4]), store, near=True, pretraining_rows=np.array([2, 3, 9]))
+    np.testing.assert_array_equal(described, [store.read(row) / np.float32(1000.0) for row in (2, 3, 4, 9)])
+
+
+def test_recordings_without_beats_are_told(tmp_path, store):
+    short = write_store(tmp_path / "short", [("a", None, 1, signal(3)[:300]), ("b", None, 1, signal(40))])
+    found = verdict(store, np.arange(2), TRAIN, None, near=True, test_store=short)
+    assert "0 near-identical (1 of the test recordings, too short or without beats, were" in found["verdict"]
 
 
 def test_only_pretraining_rows_count(store):
@@ -118,7 +167,8 @@ def test_pairs_and_patients(store, pretraining):
 def test_identical_and_near_are_not_counted_twice(store, tmp_path):
     records = [("a", None, 1, signal(0)), ("b", None, 1, 1.3 * signal(0))]
     other = write_store(tmp_path / "other", records)
-    overlap = find_overlap(store, np.array([0]), other, np.arange(2), near=True)
+    described = signatures(store, np.array([0])), signatures(other)
+    overlap = find_overlap(store, np.array([0]), other, np.arange(2), described)
     assert (overlap.identical, overlap.near, overlap.rows) == ([0], [], [0])
 
 

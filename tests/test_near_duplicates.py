@@ -1,7 +1,5 @@
 """Copies of recordings are found; other recordings, of the same patient too, are not taken for copies."""
 
-import shutil
-
 import numpy as np
 import pytest
 from scipy import signal as sp
@@ -10,9 +8,11 @@ from ecg_files import SHARED
 from ecg_jax.data.store import Store
 from ecg_jax.data.synthetic import synthetic_recording
 from ecg_jax.errors import UserError
-from ecg_jax.evaluation import near_duplicates
+from ecg_jax.evaluation import kept_rows, near_duplicates
+from ecg_jax.evaluation import signatures as signatures_module
 from ecg_jax.evaluation.delineation import band_pass, r_peaks
-from ecg_jax.evaluation.near_duplicates import beats_agree, compare, is_match, near_identical, signatures
+from ecg_jax.evaluation.near_duplicates import beats_agree, compare, is_match, near_identical
+from ecg_jax.evaluation.signatures import signatures
 from ecg_jax.prepare import prepare
 from store_files import write_store
 from test_corpora import SAMPLE
@@ -82,7 +82,7 @@ def copied(sample, tmp_path_factory):
 @pytest.fixture(scope="module")
 def matches(sample, copied, cache):
     _, store = copied
-    return near_identical(sample, every(sample), store, every(store), cache)
+    return near_identical(signatures(sample, cache=cache), signatures(store))
 
 
 @pytest.mark.parametrize("kind", COPIES)
@@ -117,10 +117,7 @@ def _known_pair(sample, a, b):
 def test_precision_and_recall_within_the_sample(sample, cache):
     """46,056 pairs of 304 real recordings, many of one patient: the three known copies and nothing else."""
     ids = sample.column("record_id")
-    found = {
-        (ids[m.row_a], ids[m.row_b])
-        for m in near_identical(sample, every(sample), sample, every(sample), cache)
-    }
+    found = {(ids[m.row_a], ids[m.row_b]) for m in near_identical(*2 * [signatures(sample, cache=cache)])}
     assert found == {("137", "138"), ("143", "144"), ("145", "463")}
     patients = sample.column("patient_id")
     assert len(patients) - len(set(patients)) > 20  # so the claim about patients is not empty
@@ -130,7 +127,7 @@ def test_other_recordings_of_a_patient_are_no_copies(tmp_path):
     """Two pieces of one long, regular recording: everything the same except what does not repeat."""
     long = synthetic_recording(2, 3, seconds=24.0, rate=RATE)[0].signal
     halves = write_store(tmp_path / "s", [("a", "p", 1, long[:2400]), ("b", "p", 2, long[2640:5040])])
-    assert near_identical(halves, np.array([0]), halves, np.array([1])) == []
+    assert near_identical(signatures(halves, np.array([0])), signatures(halves, np.array([1]))) == []
 
 
 def test_regular_rhythm_correlates_but_its_residual_does_not():
@@ -169,26 +166,140 @@ def test_beats_must_fall_on_each_other():
     assert not beats_agree(beats, np.arange(100, 2400, 240), 0, (2400, 2400), RATE)
 
 
-def test_signatures_are_kept(sample, cache, monkeypatch, tmp_path):
-    path = cache / f"signatures-v{near_duplicates.VERSION}-{sample.fingerprint}.npz"
-    fresh = signatures(sample, cache=cache)
-    assert path.is_file()
-    some = np.array([5, 17, 200])
-    direct = signatures(sample, some)
-    monkeypatch.setattr(near_duplicates, "_compute", lambda *_: pytest.fail("computed again"))
-    kept = signatures(sample, some, cache)
-    for name in ("beat_row", "beat", "row", "position", "descriptor", "without"):
-        np.testing.assert_array_equal(getattr(kept, name), getattr(direct, name))
-    assert set(kept.row) == set(some)
-    assert len(fresh.of(some).row) == len(kept.row)
-    np.testing.assert_array_equal(fresh.beats_of(17), kept.beats_of(17))
+FIELDS = ("rows", "beat_row", "beat", "row", "position", "descriptor", "without")
 
-    shutil.copy(path, tmp_path)
-    broken = tmp_path / path.name
-    for damage in (b"no signatures", b"", path.read_bytes()[:5000]):
-        broken.write_bytes(damage)
-        with pytest.raises(UserError, match="remove it"):
-            signatures(sample, some, tmp_path)
+
+def assert_same(one, other):
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_signatures_are_kept_for_the_rows_asked_for(sample, monkeypatch, tmp_path):
+    monkeypatch.setattr(kept_rows, "PART_RECORDS", 100)
+    folder = tmp_path / f"signatures-v{signatures_module.VERSION}-{sample.fingerprint}"
+    direct = signatures(sample)
+    some = np.array([5, 17, 200])
+    assert_same(signatures(sample, some, tmp_path), direct.of(some))
+    assert sorted(path.name for path in folder.iterdir()) == ["000000.npz", "000002.npz"]
+
+    read = []
+    monkeypatch.setattr(
+        Store, "read", lambda self, row, read_one=Store.read: read.append(row) or read_one(self, row)
+    )
+    more = np.array([3, 5, 17, 150])
+    assert_same(signatures(sample, more, tmp_path), direct.of(more))
+    assert read == [3, 150]  # the others are kept
+    both = np.union1d(some, more)
+    assert_same(signatures(sample, both, tmp_path), direct.of(both))
+    assert read == [3, 150]
+    np.testing.assert_array_equal(direct.of(some).beats_of(17), direct.beats_of(17))
+
+    path = folder / "000000.npz"
+    whole = path.read_bytes()
+    for damage in (b"no signatures", b"", whole[:5000]):
+        path.write_bytes(damage)
+        read.clear()
+        assert_same(signatures(sample, both, tmp_path), direct.of(both))
+        assert read == [3, 5, 17]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(sample, monkeypatch, tmp_path):
+    monkeypatch.setattr(kept_rows, "PART_RECORDS", 10)
+    read, read_one = [], Store.read
+
+    def read_some(self, row):
+        if row == 25:
+            raise KeyboardInterrupt
+        return read_one(self, row)
+
+    monkeypatch.setattr(Store, "read", read_some)
+    with pytest.raises(KeyboardInterrupt):
+        signatures(sample, np.arange(40), tmp_path)
+    monkeypatch.setattr(Store, "read", lambda self, row: read.append(row) or read_one(self, row))
+    found = signatures(sample, np.arange(40), tmp_path)
+    assert read == list(range(20, 40))
+    assert_same(found, signatures(sample, np.arange(40)))
+
+
+def test_processes_compute_the_same(sample, monkeypatch, tmp_path):
+    rows = np.arange(0, 120, 3)
+    direct = signatures(sample, rows)
+    monkeypatch.setattr(kept_rows, "PROCESSES_FROM", 10)
+    monkeypatch.setattr(kept_rows.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(signatures_module, "describe_signal", lambda *_: pytest.fail("computed here"))
+    assert_same(signatures(sample, rows), direct)
+
+
+def test_a_cache_that_cannot_be_written(sample, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot keep signatures in"):
+        signatures(sample, np.array([1]), tmp_path / "file")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_candidates_are_those_of_all_pairs(sample, cache, monkeypatch, same):
+    """Small blocks, cut down often, give what one comparison of everything with everything gives."""
+    whole = signatures(sample, cache=cache)
+    wide = whole.descriptor.astype(np.float32)
+    i, j = np.nonzero(wide @ wide.T >= near_duplicates.MIN_COSINE)
+    rows = np.stack([whole.row[i], whole.row[j]], axis=1)
+    expected = {tuple(pair) for pair in (rows[rows[:, 0] < rows[:, 1]] if same else rows).tolist()}
+    for block in (4096, 60):
+        monkeypatch.setattr(near_duplicates, "_BLOCK", block)
+        monkeypatch.setattr(near_duplicates, "_GATHERED", 10 * block)
+        found = list(near_duplicates.candidates(whole, whole, same))
+        assert len(set(found)) == len(found)
+        assert {(p, q) for p, q, _ in found} == expected
+        assert set(np.unique([(p, q) for p, q, _ in found], axis=0, return_counts=True)[1]) <= {1, 2, 3}
+
+
+def test_a_store_with_itself_is_half_the_square(sample, cache, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "_BLOCK", 100)
+    products, multiply = [], near_duplicates._agreeing
+
+    def counted(a, b, *rest):
+        products.append(a.size * b.size)
+        return multiply(a, b, *rest)
+
+    monkeypatch.setattr(near_duplicates, "_agreeing", counted)
+    whole = signatures(sample, cache=cache)
+    counts = {}
+    for same in (True, False):
+        products.clear()
+        list(near_duplicates.candidates(whole, whole, same))
+        counts[same] = sum(products)
+    assert counts[False] == whole.descriptor.size**2
+    assert 0.5 <= counts[True] / counts[False] < 0.55
+
+
+def test_the_best_of_many_hits(monkeypatch):
+    monkeypatch.setattr(near_duplicates, "MAX_PARTNERS", 2)
+    hits = np.array(
+        [
+            # row of a, row of b, shift, 100 cosine
+            (1, 7, 0, 91), (1, 8, 0, 95), (1, 9, 0, 93),  # 7 is one partner too many
+            (2, 7, 0, 92), (2, 7, 5, 99), (2, 7, 14, 91), (2, 7, 100, 94), (2, 7, 200, 93),
+        ]
+    ).T  # fmt: skip
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        row_a, row_b, shift, cosine = hits[:, rng.permutation(hits.shape[1])]
+        found = np.stack(near_duplicates.best_shifts(row_a, row_b, shift, cosine))
+        assert found.T.tolist() == [
+            [1, 8, 0, 95], [1, 9, 0, 93], [2, 7, 5, 99], [2, 7, 100, 94], [2, 7, 200, 93]
+        ]  # fmt: skip
+
+
+def test_hits_of_one_product_are_bounded(sample, cache, monkeypatch):
+    """A thousand times the same beat: every descriptor keeps a few of them, and memory stays small."""
+    monkeypatch.setattr(near_duplicates, "_HITS", 5)
+    one = signatures(sample, cache=cache).descriptor[:1].astype(np.float32)
+    block, wide = np.repeat(one, 50, axis=0), np.repeat(one, 1000, axis=0)
+    i, _, _ = near_duplicates._agreeing(block, wide, np.arange(50), np.arange(1000), same=False)
+    assert np.bincount(i).tolist() == [5] * 50
+    i, j, _ = near_duplicates._agreeing(block, block, np.arange(50), np.arange(50), same=True)
+    assert (i < j).all()
+    assert np.bincount(i).tolist() == [5] * 45 + [4, 3, 2, 1]
 
 
 def test_short_flat_and_odd_recordings(tmp_path, synthetic_store):
@@ -202,15 +313,15 @@ def test_short_flat_and_odd_recordings(tmp_path, synthetic_store):
     ]
     store = write_store(tmp_path / "s", records)
     assert set(signatures(store).without) >= {0, 1, 2, 3}
-    assert near_identical(store, every(store), store, every(store)) == []
-    assert near_identical(store, every(store)[:0], store, every(store)) == []
+    assert near_identical(*2 * [signatures(store)]) == []
+    assert near_identical(signatures(store, every(store)[:0]), signatures(store)) == []
 
 
 def test_missing_leads_in_both_are_no_hindrance(tmp_path, sample):
     signal = sample.read(0).copy()
     signal[:, 7:] = 0  # five of the eight leads that are compared
     store = write_store(tmp_path / "s", [("a", None, 1, signal), ("b", None, 2, 1.2 * signal[120:] / 1000.0)])
-    (match,) = near_identical(store, every(store), store, every(store))
+    (match,) = near_identical(*2 * [signatures(store)])
     assert (match.row_a, match.row_b, match.shift_s) == (0, 1, 0.5)
 
 
@@ -219,7 +330,7 @@ def test_clusters_of_copies_stay_bounded(tmp_path, sample, monkeypatch):
     signal = sample.read(0) / 1000.0
     monkeypatch.setattr(near_duplicates, "MAX_PARTNERS", 3)
     store = write_store(tmp_path / "s", [(str(i), None, 1, signal * (1 + 0.01 * i)) for i in range(12)])
-    found = near_identical(store, every(store), store, every(store))
+    found = near_identical(*2 * [signatures(store)])
     assert {row for match in found for row in (match.row_a, match.row_b)} == set(range(12))
     assert len(found) <= 12 * 3
 
@@ -227,7 +338,7 @@ def test_clusters_of_copies_stay_bounded(tmp_path, sample, monkeypatch):
 def test_other_rate_is_refused(tmp_path, sample):
     other = write_store(tmp_path / "s", [("a", None, 1, np.zeros((900, 12), np.int16))], rate=100.0)
     with pytest.raises(UserError, match=r"240 samples per second.* has 100"):
-        near_identical(sample, every(sample), other, every(other))
+        near_identical(signatures(sample), signatures(other))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the larger set of real recordings is not here")
@@ -239,7 +350,10 @@ def test_known_copies_across_corpora(tmp_path, sample, cache):
 
     def found(a, b):
         ids = a.column("record_id"), b.column("record_id")
-        return {(ids[0][m.row_a], ids[1][m.row_b]) for m in near_identical(a, every(a), b, every(b), cache)}
+        return {
+            (ids[0][m.row_a], ids[1][m.row_b])
+            for m in near_identical(signatures(a, cache=cache), signatures(b, cache=cache))
+        }
 
     copies = {record for record in challenge.column("record_id") if record.startswith("HR")}
     in_sample = {f"HR{int(record):05d}" for record in sample.column("record_id")}

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ecg_jax.data.store import Store
-from ecg_jax.evaluation.near_duplicates import Match, near_identical
+from ecg_jax.evaluation.near_duplicates import near_identical, too_many
+from ecg_jax.evaluation.signatures import Signatures, signatures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,14 @@ class Overlap:
     Attributes:
       identical: rows of the test recordings that occur there bit for bit, increasing.
       near: those that occur there near-identical and not bit for bit, increasing; None if not looked for.
+      bit_for_bit_only: test recordings that could be looked for bit for bit only, as they are too short or show no
+        beat; 0 where `near` is None.
       patients: known patients that are in both, sorted; None across corpora and where ids are unknown.
     """
 
     identical: list[int]
     near: list[int] | None
+    bit_for_bit_only: int
     patients: list[str] | None
 
     @property
@@ -68,7 +72,11 @@ def shared_patients(a: Store, rows_a: np.ndarray, b: Store, rows_b: np.ndarray) 
 
 
 def find_overlap(
-    test: Store, test_rows: np.ndarray, other: Store, rows: np.ndarray, near: bool, cache: Path | None = None
+    test: Store,
+    test_rows: np.ndarray,
+    other: Store,
+    rows: np.ndarray,
+    described: tuple[Signatures, Signatures] | None,
 ) -> Overlap:
     """Looks for test recordings and their patients among other recordings.
 
@@ -77,21 +85,20 @@ def find_overlap(
       test_rows: int [n], which they are.
       other: where to look; may be the same store.
       rows: int [m], which of its recordings count.
-      near: look for near-identical recordings too.
-      cache: folder that keeps signatures of whole stores, see `near_duplicates.signatures`.
+      described: signatures of both, to look for near-identical recordings too; None looks for identical ones only.
 
     Raises:
-      UserError: stores of different rates with `near`, or a damaged one.
+      UserError: signatures of stores of different rates, or a damaged store.
     """
     identical = {a for a, _ in identical_pairs(test, test_rows, other, rows)}
     if test.path.resolve() == other.path.resolve():
         identical.update(np.intersect1d(test_rows, rows).tolist())  # trained on the test recording itself
     identical = sorted(identical)
-    found = None
-    if near:
-        matches: list[Match] = near_identical(test, test_rows, other, rows, cache)
-        found = sorted({match.row_a for match in matches} - set(identical))
-    return Overlap(identical, found, shared_patients(test, test_rows, other, rows))
+    found, bit_for_bit_only = None, 0
+    if described is not None:
+        found = sorted({match.row_a for match in near_identical(*described)} - set(identical))
+        bit_for_bit_only = len(described[0].without)
+    return Overlap(identical, found, bit_for_bit_only, shared_patients(test, test_rows, other, rows))
 
 
 def verdict(
@@ -114,35 +121,47 @@ def verdict(
       train_rows: int [m], recordings trained and validated on.
       pretraining_store: the encoder was pretrained on; None if it was not pretrained or the store is not at hand,
         and the verdict says that this was not examined.
-      near: look for near-identical recordings too, not only for identical ones.
+      near: look for near-identical recordings too, not only for identical ones, where there are no more than
+        `near_duplicates.MAX_RECORDINGS`.
       test_store: of the test rows, if it is another one.
       pretraining_rows: int, the recordings the encoder was pretrained on; None takes all of the store.
       pretrained: whether there was any pretraining.
-      cache: folder that keeps signatures of whole stores.
+      cache: folder that keeps signatures of the recordings that were compared.
 
     Returns:
       {"identical_train_test", "near_identical_train_test": numbers of test recordings, "patients_train_test": number
       of patients, "records_train_test": ids of those test recordings, "pretraining": None or {"store", "fingerprint",
-      "identical_test", "near_identical_test", "same_patients", "records_test"}, "clean": bool, "verdict": a
-      sentence}. Numbers that were not looked for, or cannot be known, are None.
+      "identical_test", "near_identical_test", "same_patients", "records_test"}, "examined": {"identical": True,
+      "near_identical": whether those were looked for in all that was examined, "pretraining": whether its recordings
+      were examined, None without any}, "clean": whether nothing was found in what was examined, "verdict": a sentence
+      that also says what was not examined}. Numbers that were not looked for, or cannot be known, are None.
 
     Raises:
       UserError: stores of different rates with `near`, or a damaged one.
     """
     tested = store if test_store is None else test_store
     ids = tested.column("record_id")
-    training = find_overlap(tested, test_rows, store, train_rows, near, cache)
-    sentences = [_sentence(training, len(test_rows), "the training and validation recordings")]
-    overlaps, pretraining = [training], None
+    sides = [(store, np.asarray(train_rows), "the training and validation recordings")]
+    if pretraining_store is not None:
+        rows = np.arange(len(pretraining_store)) if pretraining_rows is None else np.asarray(pretraining_rows)
+        sides.append((pretraining_store, rows, f"the {len(rows)} pretraining recordings"))
+    described = (
+        _described(tested, test_rows, [(store, rows) for store, rows, _ in sides], cache) if near else {}
+    )
+
+    overlaps, sentences = [], []
+    for number, (other, rows, where) in enumerate(sides):
+        overlap = find_overlap(tested, test_rows, other, rows, described.get(number))
+        overlaps.append(overlap)
+        too_large = too_many(len(test_rows), len(rows)) if near else None
+        sentences.append(_sentence(overlap, len(test_rows), where, too_large))
+    training, pretraining = overlaps[0], None
     if pretraining_store is None:
         sentences.append(
             "pretraining recordings were not examined" if pretrained else "there was no pretraining"
         )
     else:
-        rows = np.arange(len(pretraining_store)) if pretraining_rows is None else pretraining_rows
-        overlap = find_overlap(tested, test_rows, pretraining_store, rows, near, cache)
-        overlaps.append(overlap)
-        sentences.append(_sentence(overlap, len(test_rows), f"the {len(rows)} pretraining recordings"))
+        overlap = overlaps[1]
         pretraining = {
             "store": str(pretraining_store.path),
             "fingerprint": pretraining_store.fingerprint,
@@ -158,21 +177,59 @@ def verdict(
         "patients_train_test": _count(training.patients),
         "records_train_test": [str(ids[row]) for row in training.rows],
         "pretraining": pretraining,
+        "examined": {
+            "identical": True,
+            "near_identical": all(overlap.near is not None for overlap in overlaps),
+            "pretraining": pretraining is not None if pretrained else None,
+        },
         "clean": not any(overlap.rows or overlap.patients for overlap in overlaps),
         "verdict": text[0].upper() + text[1:],
     }
+
+
+def _described(
+    tested: Store, test_rows: np.ndarray, sides: list[tuple[Store, np.ndarray]], cache: Path | None
+) -> dict[int, tuple[Signatures, Signatures]]:
+    """Signatures of the test recordings and of each of the sides that is not too large, by its place.
+
+    Those of one store are made together, once for each of its recordings.
+    """
+    compared = {
+        place: (store, rows)
+        for place, (store, rows) in enumerate(sides)
+        if too_many(len(test_rows), len(rows)) is None
+    }
+    if not compared:
+        return {}
+    needed: dict[Path, tuple[Store, list[np.ndarray]]] = {}
+    for store, rows in ((tested, test_rows), *compared.values()):
+        needed.setdefault(store.path.resolve(), (store, []))[1].append(rows)
+    of_store = {
+        path: signatures(store, np.concatenate(rows), cache) for path, (store, rows) in needed.items()
+    }
+
+    def of(store: Store, rows: np.ndarray) -> Signatures:
+        return of_store[store.path.resolve()].of(rows)
+
+    return {place: (of(tested, test_rows), of(*side)) for place, side in compared.items()}
 
 
 def _count(found: list | None) -> int | None:
     return None if found is None else len(found)
 
 
-def _sentence(overlap: Overlap, n_test: int, where: str) -> str:
+def _sentence(overlap: Overlap, n_test: int, where: str, too_large: str | None) -> str:
     """What of the test recordings is found there, and what was not looked for."""
     if overlap.near is None:
-        recordings = f"{len(overlap.identical)} bit for bit (near-identical ones were not looked for)"
+        why = f": {too_large}" if too_large else ""
+        recordings = f"{len(overlap.identical)} bit for bit (near-identical ones were not looked for{why})"
     else:
         recordings = f"{len(overlap.identical)} bit for bit and {len(overlap.near)} near-identical"
+        if overlap.bit_for_bit_only:
+            recordings += (
+                f" ({overlap.bit_for_bit_only} of the test recordings, too short or without beats, were looked for "
+                "bit for bit only)"
+            )
     patients = (
         "patients cannot be compared (other corpora, or no ids)"
         if overlap.patients is None

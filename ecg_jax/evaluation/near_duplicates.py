@@ -1,10 +1,9 @@
 """The same recording in two places: found again under another gain, filter, rate, shift or crop.
 
-Three steps. (1) Every QRS complex gives a descriptor, the 3.5 s around it in four leads, band-passed to 2-15 Hz
-and scaled to length one in every lead, so that gain and offset drop out and a shift by any time moves whole
-descriptors. Matrix products of descriptors give candidates with the shift between them. (2) The beats of both must
-fall on each other. (3) The two are laid over each other, and two correlations are taken per lead, of which the
-median over leads decides: of the signals, and of what is left when the average beat is taken away.
+Three steps. (1) Every QRS complex gives a descriptor (`signatures`). Matrix products of descriptors give candidates
+with the shift between them. (2) The beats of both must fall on each other. (3) The two are laid over each other, and
+two correlations are taken per lead, of which the median over leads decides: of the signals, and of what is left when
+the average beat is taken away.
 
 The second correlation is what tells a copy from another recording of the same patient: regular rhythms correlate
 up to 0.99 ten seconds later, but muscle noise, breathing and irregularity do not repeat. Measured on 918 real
@@ -17,31 +16,27 @@ Of copies made of 193 of them, found: all with other gain, offset or mains hum, 
 noise in every lead; 90 % clipped at 0.8 mV; but 74 % with 30 uV of noise, 31 % with 50 uV, 19 % where one lacks V2.
 Not found at all: leads permuted or turned round, another speed, and pieces that share less than 5 s.
 
-Signatures take about 3 kB a recording, in memory and on disk.
+Time grows with the product of the numbers of recordings, memory with their sum, so that only sets of up to
+`MAX_RECORDINGS` are compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
-from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
-from ecg_jax.evaluation.delineation import band_pass, r_peaks
-from ecg_jax.files import write_atomic
+from ecg_jax.evaluation.delineation import band_pass
+from ecg_jax.evaluation.signatures import Signatures
 
-#: Seconds of a descriptor, and how much of it lies before the R peak.
-DESCRIPTOR_S, LEAD_IN_S = 3.5, 0.25
-#: Leads of a descriptor: I, II, V2, V5. Of a comparison: the eight that are independent.
-DESCRIPTOR_LEADS, COMPARED_LEADS = (0, 1, 7, 10), (0, 1, 6, 7, 8, 9, 10, 11)
-DESCRIPTOR_BAND_HZ, COMPARED_BAND_HZ = (2.0, 15.0), (3.0, 30.0)
-#: Numbers of a descriptor after a random projection, which keeps cosines near 0.95 to 0.03.
-DIMENSIONS = 96
+#: Recordings on either side of a comparison; of more only identical signals are looked for, and verdicts say so.
+#: Signatures of so many take 0.6 GB.
+MAX_RECORDINGS = 200_000
+#: The eight leads that are independent.
+COMPARED_LEADS = (0, 1, 6, 7, 8, 9, 10, 11)
+COMPARED_BAND_HZ = (3.0, 30.0)
 #: Cosine of two descriptors that makes the recordings candidates.
 MIN_COSINE = 0.90
 #: Share of beats of each that must fall on a beat of the other, within so many seconds.
@@ -54,48 +49,13 @@ MIN_BEATS, MIN_CORRELATION_FEW_BEATS = 4, 0.98
 #: Partners looked at per recording, the most alike first: about one in 700 other recordings of a large store is
 #: alike enough to be looked at, but test signals of a simulator match tens of thousands.
 MAX_PARTNERS = 128
-#: Part of the cache's file name: raise it when descriptors change.
-VERSION = 1
+#: Shifts tried for a pair, and samples by which they must differ.
+MAX_SHIFTS, SHIFTS_APART = 3, 8
 
-_BLOCK = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class Signatures:
-    """Beats of the recordings of a store, P in all, and descriptors of the A of them that have room for one.
-
-    Attributes:
-      beat_row: int64 [P], row of the store, increasing.
-      beat: int64 [P], sample of the R peak within the recording.
-      row, position: int64 [A], the same of those with a descriptor.
-      descriptor: float16 [A, DIMENSIONS], of length one.
-      without: int64 [n], rows without a descriptor: shorter than one, or without a QRS complex; they are
-        compared by checksum only.
-    """
-
-    beat_row: np.ndarray
-    beat: np.ndarray
-    row: np.ndarray
-    position: np.ndarray
-    descriptor: np.ndarray
-    without: np.ndarray
-
-    def of(self, rows: np.ndarray) -> Signatures:
-        """Those of some rows."""
-        keep, beats = np.isin(self.row, rows), np.isin(self.beat_row, rows)
-        return Signatures(
-            self.beat_row[beats],
-            self.beat[beats],
-            self.row[keep],
-            self.position[keep],
-            self.descriptor[keep],
-            self.without[np.isin(self.without, rows)],
-        )
-
-    def beats_of(self, row: int) -> np.ndarray:
-        """int64 [n], R peaks of one recording."""
-        first, last = np.searchsorted(self.beat_row, (row, row + 1))
-        return self.beat[first:last]
+#: Descriptors multiplied at a time, and agreeing ones kept of each of them from one product.
+_BLOCK, _HITS = 4096, 256
+#: Agreeing descriptors gathered before they are cut down to the best.
+_GATHERED = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,160 +79,139 @@ class Match:
     residual_correlation: float
 
 
-def signatures(store: Store, rows: np.ndarray | None = None, cache: Path | None = None) -> Signatures:
-    """Descriptors of recordings of a store.
-
-    Args:
-      store: open store.
-      rows: int [n], whose; None takes all.
-      cache: folder that keeps those of whole stores under their fingerprints; made if needed. None keeps
-        nothing and computes only `rows`.
-
-    Raises:
-      UserError: the store is damaged, or the cache cannot be written.
-    """
-    every = np.arange(len(store))
-    rows = every if rows is None else np.unique(np.asarray(rows, np.int64))
-    if cache is None:
-        return _compute(store, rows)
-    path = Path(cache) / f"signatures-v{VERSION}-{store.fingerprint}.npz"
-    if not path.is_file():
-        computed = _compute(store, every)
-        _save(path, computed)
-    else:
-        computed = _load(path)
-    return computed if len(rows) == len(store) else computed.of(rows)
-
-
-def _save(path: Path, computed: Signatures) -> None:
-    import io
-
-    buffer = io.BytesIO()
-    np.savez(buffer, **vars(computed))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path.parent}: {error.strerror}") from error
-    write_atomic(path, buffer.getvalue())
-
-
-def _load(path: Path) -> Signatures:
-    try:
-        with np.load(path) as file:
-            return Signatures(**{field.name: file[field.name] for field in dataclasses.fields(Signatures)})
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a file of signatures; remove it, it will be made anew") from error
-
-
-def _projection(inputs: int) -> np.ndarray:
-    """float32 [inputs, DIMENSIONS], random directions, the same in every version of NumPy."""
-    return np.random.RandomState(0).standard_normal((inputs, DIMENSIONS)).astype(np.float32)
-
-
-def _compute(store: Store, rows: np.ndarray) -> Signatures:
-    step = max(round(store.rate_hz / 40.0), 1)
-    width = int(DESCRIPTOR_S * store.rate_hz / step)
-    projection = _projection(width * len(DESCRIPTOR_LEADS))
-
-    def describe(row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        signal = store.read(row).astype(np.float32) / 1000.0
-        return describe_signal(signal, store.rate_hz, step, width, projection)
-
-    found = []
-    with ThreadPoolExecutor() as pool:
-        for begin in range(
-            0, len(rows), _BLOCK
-        ):  # millions of waiting tasks would need more memory than results
-            found += pool.map(describe, rows[begin : begin + _BLOCK].tolist())
-    beats, positions, descriptors = zip(*found, strict=True) if found else ((), (), ())
-    counts = np.array([len(each) for each in positions], np.int64)
-    none = np.zeros(0, np.int64)
-    return Signatures(
-        beat_row=np.repeat(rows, np.array([len(each) for each in beats], np.int64)),
-        beat=np.concatenate([none, *beats]),
-        row=np.repeat(rows, counts),
-        position=np.concatenate([none, *positions]),
-        descriptor=np.concatenate([np.zeros((0, DIMENSIONS), np.float16), *descriptors]),
-        without=rows[counts == 0],
-    )
-
-
-def describe_signal(
-    signal: np.ndarray, rate_hz: float, step: int, width: int, projection: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Descriptors of one recording.
-
-    Args:
-      signal: float32 [T, 12] millivolts, canonical leads.
-      rate_hz: samples per second.
-      step: every step-th sample is used.
-      width: samples of a descriptor in each lead, at that step.
-      projection: float32 [4 * width, DIMENSIONS].
-
-    Returns:
-      (int64 [m] samples of all R peaks, int64 [n] of those with a descriptor, float16 [n, DIMENSIONS]).
-    """
-    beats = r_peaks(signal, rate_hz)
-    first = beats - round(LEAD_IN_S * rate_hz)
-    inside = (first >= 0) & (first + step * width <= len(signal))
-    peaks, first = beats[inside], first[inside]
-    if not len(peaks):
-        return beats, peaks, np.zeros((0, DIMENSIONS), np.float16)
-    band = band_pass(signal[:, DESCRIPTOR_LEADS], rate_hz, *DESCRIPTOR_BAND_HZ)
-    pieces = band[first[:, None] + step * np.arange(width)]
-    pieces = pieces - pieces.mean(axis=1, keepdims=True)
-    norm = np.linalg.norm(pieces, axis=1, keepdims=True)
-    pieces = np.where(norm > 1e-3, pieces / np.maximum(norm, 1e-3), 0.0)
-    flat = pieces.reshape(len(pieces), -1).astype(np.float32) @ projection
-    length = np.linalg.norm(flat, axis=1)
-    alive = length > 1.0
-    flat = flat[alive] / length[alive, None]
-    return beats, peaks[alive], flat.astype(np.float16)
+def too_many(*numbers: int) -> str | None:
+    """Why sets of so many recordings are not looked through for near-identical ones; None if they are."""
+    most = max(numbers)
+    return f"{most} recordings are more than {MAX_RECORDINGS}" if most > MAX_RECORDINGS else None
 
 
 def candidates(a: Signatures, b: Signatures, same: bool) -> Iterator[tuple[int, int, int]]:
     """Pairs of rows whose descriptors agree.
 
     Args:
-      a, b: signatures; of one store if `same`, then every pair comes once and none with itself.
-      same: whether rows of a and b mean the same recordings.
+      a, b: signatures; of the same recordings if `same`, then every pair comes once and none with itself.
+      same: whether a and b are the same.
 
     Yields:
-      (row of a, row of b, samples by which b begins after a), up to three shifts for a pair, best first.
+      (row of a, row of b, samples by which b begins after a), up to `MAX_SHIFTS` shifts for a pair, best first, and up
+      to `MAX_PARTNERS` rows of b for a row of a.
     """
-    wide = b.descriptor.astype(np.float32)
-    for begin in range(0, len(a.row), _BLOCK):
-        block = a.descriptor[begin : begin + _BLOCK].astype(np.float32)
-        hits = []
-        for at in range(0, len(wide), _BLOCK):
-            cosine = block @ wide[at : at + _BLOCK].T
-            flat = np.flatnonzero(cosine >= MIN_COSINE)
-            i, j = np.divmod(flat, cosine.shape[1])
-            hits.append((i + begin, j + at, cosine.reshape(-1)[flat]))
-        i, j, cosine = (np.concatenate(parts) for parts in zip(*hits, strict=True)) if hits else ([], [], [])
-        if not len(i):
-            continue
-        keep = a.row[i] < b.row[j] if same else np.ones(len(i), bool)
-        yield from _best_shifts(
-            a.row[i[keep]], b.row[j[keep]], a.position[i[keep]] - b.position[j[keep]], cosine[keep]
-        )
+    from tqdm import tqdm
+
+    # A recording's descriptors are in one block, so that its partners are counted once.
+    starts = _block_starts(a.row)
+    n_products = sum(len(range(begin if same else 0, len(b.row), _BLOCK)) for begin, _ in starts)
+    with tqdm(
+        total=n_products, desc=f"{a.store.path.name} in {b.store.path.name}", unit="block", delay=5.0, leave=False,
+        disable=None,
+    ) as bar:  # fmt: skip
+        for begin, end in starts:
+            block = a.descriptor[begin:end].astype(np.float32)
+            hits = _Hits()
+            for at in range(begin if same else 0, len(b.row), _BLOCK):
+                i, j, cosine = _agreeing(
+                    block, b.descriptor[at : at + _BLOCK], a.row[begin:end], b.row[at:], same
+                )
+                hits.add(a.row[begin + i], b.row[at + j], a.position[begin + i] - b.position[at + j], cosine)
+                bar.update()
+            yield from hits.pairs()
 
 
-def _best_shifts(row_a, row_b, shift, cosine) -> Iterator[tuple[int, int, int]]:
-    partners: dict[int, set[int]] = {}
-    shifts: dict[tuple[int, int], list[int]] = {}
-    order = np.argsort(-cosine, kind="stable")
-    for p, q, s in zip(row_a[order].tolist(), row_b[order].tolist(), shift[order].tolist(), strict=True):
-        known = partners.setdefault(p, set())
-        if q not in known and len(known) >= MAX_PARTNERS:
-            continue
-        known.add(q)
-        tried = shifts.setdefault((p, q), [])
-        if len(tried) < 3 and all(abs(s - other) > 8 for other in tried):
-            tried.append(s)
-    for p, q in sorted(shifts):
-        for each in shifts[p, q]:
-            yield p, q, each
+def _block_starts(row: np.ndarray) -> list[tuple[int, int]]:
+    """(begin, end) of blocks of about `_BLOCK` descriptors that part no recording."""
+    bounds, begin = [], 0
+    while begin < len(row):
+        # At least one recording, however many beats it has.
+        last = row[min(begin + _BLOCK, len(row)) - 1]
+        end = len(row) if begin + _BLOCK >= len(row) else int(np.searchsorted(row, last))
+        end = end if end > begin else int(np.searchsorted(row, last, side="right"))
+        bounds.append((begin, end))
+        begin = end
+    return bounds
+
+
+def _agreeing(block: np.ndarray, wide: np.ndarray, row_a: np.ndarray, row_b: np.ndarray, same: bool):
+    """(i, j, cosine) of descriptors of a block [n, D] and another [m, D] that agree, up to `_HITS` for each i.
+
+    Of the same recordings only those in later ones.
+    """
+    cosine = block @ wide.astype(np.float32).T
+    if same and row_b[0] <= row_a[-1]:
+        cosine[row_a[:, None] >= row_b[None, : len(wide)]] = -1.0
+    agree = cosine >= MIN_COSINE
+    if len(many := np.flatnonzero(agree.sum(axis=1) > _HITS)):
+        best = np.argpartition(cosine[many], -_HITS, axis=1)[:, -_HITS:]
+        agree[many] = False
+        agree[many[:, None], best] = True
+    i, j = np.nonzero(agree)
+    return i, j, cosine[i, j]
+
+
+class _Hits:
+    """Agreeing descriptors of some recordings, cut down to the best now and then."""
+
+    def __init__(self):
+        self._parts: list[tuple[np.ndarray, ...]] = []
+        self._n = 0
+
+    def add(self, *hits: np.ndarray) -> None:
+        """Row of a, row of b, shift, cosine, [n] each."""
+        self._parts.append(hits)
+        self._n += len(hits[0])
+        if self._n > _GATHERED:
+            self._parts = [best_shifts(*self._joined())]
+            self._n = len(self._parts[0][0])
+
+    def _joined(self) -> list[np.ndarray]:
+        return [np.concatenate(arrays) for arrays in zip(*self._parts, strict=True)]
+
+    def pairs(self) -> Iterator[tuple[int, int, int]]:
+        """(row of a, row of b, shift), by rows, the best shift of a pair first."""
+        if self._n:
+            row_a, row_b, shift, _ = best_shifts(*self._joined())
+            yield from zip(row_a.tolist(), row_b.tolist(), shift.tolist(), strict=True)
+
+
+def best_shifts(
+    row_a: np.ndarray, row_b: np.ndarray, shift: np.ndarray, cosine: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of agreeing descriptors [n] those to be looked at.
+
+    Returns:
+      (row of a, row of b, shift, cosine), sorted by rows, then by falling cosine: of every row of a the
+      `MAX_PARTNERS` rows of b of highest cosine, of each pair the `MAX_SHIFTS` best shifts that are more than
+      `SHIFTS_APART` samples apart.
+    """
+    order = np.lexsort((-cosine, row_b, row_a))
+    row_a, row_b, shift, cosine = (array[order] for array in (row_a, row_b, shift, cosine))
+    first = _starts(row_a, row_b)
+    pair = np.cumsum(first) - 1  # of each hit
+    at = np.flatnonzero(first)  # of each pair, its best hit
+    ranked = np.lexsort((-cosine[at], row_a[at]))
+    begins = np.flatnonzero(_starts(row_a[at]))  # of each row of a, its first pair
+    rank = np.empty(len(at), np.int64)
+    rank[ranked] = np.arange(len(at)) - np.repeat(begins, np.diff([*begins, len(at)]))
+    left = (rank < MAX_PARTNERS)[pair]
+    chosen = np.zeros(len(row_a), bool)
+    for _ in range(MAX_SHIFTS):
+        # The first that is left of every pair, which takes those beside it with it.
+        candidate = np.flatnonzero(left)
+        if not len(candidate):
+            break
+        of_pair, place = np.unique(pair[candidate], return_index=True)
+        best = candidate[place]
+        chosen[best] = True
+        taken = np.full(len(at), np.iinfo(np.int64).max // 2)
+        taken[of_pair] = shift[best]
+        left &= np.abs(shift - taken[pair]) > SHIFTS_APART
+    return row_a[chosen], row_b[chosen], shift[chosen], cosine[chosen]
+
+
+def _starts(*keys: np.ndarray) -> np.ndarray:
+    """bool [n], where in sorted keys [n] another begins."""
+    starts = np.ones(len(keys[0]), bool)
+    starts[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
+    return starts
 
 
 def beats_agree(a: np.ndarray, b: np.ndarray, shift: int, lengths: tuple[int, int], rate_hz: float) -> bool:
@@ -366,52 +305,48 @@ def is_match(correlation: float, residual: float) -> bool:
     return correlation >= MIN_CORRELATION and residual >= MIN_RESIDUAL_CORRELATION
 
 
-def near_identical(
-    a: Store, rows_a: np.ndarray, b: Store, rows_b: np.ndarray, cache: Path | None = None
-) -> list[Match]:
+def near_identical(a: Signatures, b: Signatures) -> list[Match]:
     """Recordings of one store found again in another, or in the same one, other than bit for bit.
 
     Args:
-      a, b: stores of one rate and lead order.
-      rows_a, rows_b: int [n], [m], which recordings to compare. The same rows of one store twice: every pair
-        comes once.
-      cache: see `signatures`.
+      a, b: of the recordings to compare, of stores of one rate. The same rows of one store twice: every pair comes
+        once.
 
     Returns:
       Matches in order of rows; pairs of equal checksums are left out.
 
     Raises:
-      UserError: the stores differ in rate, one is damaged, or the cache cannot be written.
+      UserError: the stores differ in rate, or one is damaged.
     """
-    if a.rate_hz != b.rate_hz:
+    rate_hz = a.store.rate_hz
+    if rate_hz != b.store.rate_hz:
         raise UserError(
-            f"The store {a.path} has {a.rate_hz:g} samples per second and {b.path} has {b.rate_hz:g}; recordings can "
-            "only be compared at one rate, so prepare both at the same."
+            f"The store {a.store.path} has {rate_hz:g} samples per second and {b.store.path} has "
+            f"{b.store.rate_hz:g}; recordings can only be compared at one rate, so prepare both at the same."
         )
-    same = a.path.resolve() == b.path.resolve() and np.array_equal(rows_a, rows_b)
-    of_a = signatures(a, rows_a, cache)
-    of_b = of_a if same else signatures(b, rows_b, cache)
-    sums = a.column("checksum"), b.column("checksum")
-    lengths = a.column("length"), b.column("length")
+    one_store = a.store.path.resolve() == b.store.path.resolve()
+    same = one_store and np.array_equal(a.rows, b.rows)
+    sums, lengths = ([side.store.column(name) for side in (a, b)] for name in ("checksum", "length"))
     banded: dict[tuple[int, int], np.ndarray] = {}
 
-    def signal(which: int, store: Store, row: int) -> np.ndarray:
+    def signal(which: int, row: int) -> np.ndarray:
+        which = 0 if one_store else which
         if (which, row) not in banded:
             if len(banded) > 64:
                 banded.pop(next(iter(banded)))
-            raw = store.read(row)[:, COMPARED_LEADS].astype(np.float32) / 1000.0
-            banded[which, row] = band_pass(raw, store.rate_hz, *COMPARED_BAND_HZ)
+            raw = (a, b)[which].store.read(row)[:, COMPARED_LEADS].astype(np.float32) / 1000.0
+            banded[which, row] = band_pass(raw, rate_hz, *COMPARED_BAND_HZ)
         return banded[which, row]
 
     found: dict[tuple[int, int], Match] = {}
-    for p, q, shift in candidates(of_a, of_b, same):
+    for p, q, shift in candidates(a, b, same):
         if (p, q) in found or sums[0][p] == sums[1][q]:
             continue
-        peaks, both = of_a.beats_of(p), (int(lengths[0][p]), int(lengths[1][q]))
-        if not beats_agree(peaks, of_b.beats_of(q), shift, both, a.rate_hz):
+        peaks, both = a.beats_of(p), (int(lengths[0][p]), int(lengths[1][q]))
+        if not beats_agree(peaks, b.beats_of(q), shift, both, rate_hz):
             continue
-        compared = compare(signal(0, a, p), signal(0 if same else 1, b, q), shift, peaks, a.rate_hz)
+        compared = compare(signal(0, p), signal(1, q), shift, peaks, rate_hz)
         if compared is not None and is_match(*compared[2:]):
             s, overlap, correlation, residual = compared
-            found[p, q] = Match(p, q, s / a.rate_hz, overlap / a.rate_hz, correlation, residual)
+            found[p, q] = Match(p, q, s / rate_hz, overlap / rate_hz, correlation, residual)
     return [found[key] for key in sorted(found)]

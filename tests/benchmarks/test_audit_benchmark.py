@@ -15,6 +15,7 @@ from ecg_jax.data.store import Store
 from ecg_jax.evaluation import near_duplicates
 from ecg_jax.evaluation.ecg_features import store_features
 from ecg_jax.evaluation.leakage import verdict
+from ecg_jax.evaluation.signatures import signatures
 from ecg_jax.prepare import prepare
 from store_files import write_store
 from test_corpora import SAMPLE
@@ -48,7 +49,7 @@ def per_thousand(benchmark, n):
 
 def test_signatures(benchmark, store):
     rows = np.arange(1000)
-    benchmark.pedantic(near_duplicates.signatures, (store, rows), rounds=3)
+    benchmark.pedantic(signatures, (store, rows), rounds=3)
     per_thousand(benchmark, len(rows))
 
 
@@ -60,10 +61,10 @@ def test_features(benchmark, store):
 
 def test_verdict_with_kept_signatures(benchmark, store, tmp_path):
     test, train = np.arange(N_TEST), np.arange(N_TEST, N_RECORDS)
-    near_duplicates.signatures(store, cache=tmp_path)
+    signatures(store, cache=tmp_path)
     result = benchmark.pedantic(verdict, (store, test, train, None, True), {"cache": tmp_path}, rounds=3)
     per_thousand(benchmark, N_RECORDS)
-    whole = near_duplicates.signatures(store, cache=tmp_path)
+    whole = signatures(store, cache=tmp_path)
     pairs = {(a, b) for a, b, _ in near_duplicates.candidates(whole.of(test), whole.of(train), False)}
     benchmark.extra_info["pairs_kept_per_million"] = round(1e6 * len(pairs) / (len(test) * len(train)), 1)
     benchmark.extra_info["near_identical"] = result["near_identical_train_test"]
