@@ -8,28 +8,30 @@ number of processes.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
 
+from ecg_jax.data.attempt import check_same_job, partial_folder, refuse_another_job
 from ecg_jax.data.conversion import Job, convert
 from ecg_jax.data.corpora import CORPORA
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.readers.gains import check_assume_gain
 from ecg_jax.data.recording import KINDS, Problem, strict_error
 from ecg_jax.data.store import PARTIAL, Store, read_attributes
-from ecg_jax.data.writer import disk_errors, finalise, unit_size, write_in_store
+from ecg_jax.data.writer import disk_errors, finalise, unit_size
 from ecg_jax.errors import UserError
 
 # A lower --clip-mv would cut off ordinary QRS complexes, and nothing after it would notice.
 MIN_CLIP_MV = 0.5
+
+HELP_WIDTH = 105
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +128,25 @@ def prepare(
     started = time.monotonic()
     source, store = Path(source), Path(store)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    job = _job(corpus, source, store, rate, workers, strict, clip_mv, duplicates, assume_gain)
+    rate = _check_arguments(corpus, source, store, rate, workers, clip_mv, duplicates, assume_gain)
+    settings = {
+        "corpus": corpus,
+        "source": str(source.resolve()),
+        "source_rate": rate,
+        "clip_mv": clip_mv,
+        "duplicates": duplicates,
+        "assume_gain": assume_gain,
+    }
+    # Twice: before the listing, which takes minutes for a corpus with big tables, and with what the listing says,
+    # for only that tells whether labels and recordings of SOURCE still are what the store was made from.
+    with disk_errors(store):
+        refuse_another_job(store, settings)
+    job = _job(source, store, strict, settings)
     if (store / "zarr.json").exists():
-        _check_same_job(store, read_attributes(store), job.settings)
+        check_same_job(store, read_attributes(store), job.settings)
         shutil.rmtree(store / PARTIAL, ignore_errors=True)
         return _summary(job, started, already_complete=True)
-    with disk_errors(store), _partial_folder(store, job.settings):
+    with disk_errors(store), partial_folder(store, job.settings):
         convert(job, workers, progress)
         finalise(
             store,
@@ -149,7 +164,8 @@ def prepare(
     return _summary(job, started, already_complete=False)
 
 
-def _job(corpus, source, store, rate, workers, strict, clip_mv, duplicates, assume_gain) -> Job:
+def _check_arguments(corpus, source, store, rate, workers, clip_mv, duplicates, assume_gain) -> int | None:
+    """Refuses arguments that cannot be right; returns the rate as a number."""
     if corpus not in CORPORA:
         raise UserError(f"There is no corpus {corpus!r}; there are {', '.join(CORPORA)}.")
     if duplicates not in ("keep", "drop"):
@@ -173,76 +189,25 @@ def _job(corpus, source, store, rate, workers, strict, clip_mv, duplicates, assu
         raise UserError(f"STORE {store} lies inside SOURCE {source}; choose a folder outside it.")
     if store.exists() and not store.is_dir():
         raise UserError(f"STORE {store} is a file; choose a folder.")
-    listing = CORPORA[corpus].list_records(source, rate)
+    return rate
+
+
+def _job(source: Path, store: Path, strict: bool, settings: dict) -> Job:
+    listing = CORPORA[settings["corpus"]].list_records(source, settings["source_rate"])
+    # In the order in which stores have always had them: their bytes depend on it.
     settings = {
-        "corpus": corpus,
-        "source": str(source.resolve()),
-        "source_rate": rate,
+        **{key: settings[key] for key in ("corpus", "source", "source_rate")},
         "source_digest": listing.digest(),
-        "clip_mv": clip_mv,
-        "duplicates": duplicates,
-        "assume_gain": assume_gain,
+        **{key: settings[key] for key in ("clip_mv", "duplicates", "assume_gain")},
         "fold_source": listing.fold_source,
     }
     if strict and listing.problems:
         raise strict_error(listing.problems[0])
     n = unit_size(len(listing.entries))
     units = [listing.entries[i : i + n] for i in range(0, len(listing.entries), n)]
-    preprocessing = Preprocessing(clip_mv=clip_mv)
+    preprocessing = Preprocessing(clip_mv=settings["clip_mv"])
+    corpus, assume_gain = settings["corpus"], settings["assume_gain"]
     return Job(corpus, source, store, strict, assume_gain, preprocessing, listing, settings, units)
-
-
-def _check_same_job(store: Path, found: dict, settings: dict) -> None:
-    """Refuses to touch a store that was made from something else.
-
-    Raises:
-      UserError: names what differs.
-    """
-    for key, wanted in settings.items():
-        if key not in found or found[key] != wanted:
-            what = "the list of recordings" if key == "source_digest" else key.replace("_", " ")
-            values = "" if key == "source_digest" else f" ({found.get(key)!r} there, {wanted!r} now)"
-            raise UserError(
-                f"{store} holds a store of another job: {what} differs{values}; give another STORE or remove "
-                "it first."
-            )
-
-
-@contextlib.contextmanager
-def _partial_folder(store: Path, settings: dict):
-    """The folder of unfinished work, locked against a second writer."""
-    # problems.jsonl alone is what an attempt leaves that could not read any recording.
-    others = {path.name for path in store.iterdir()} - {"problems.jsonl"} if store.is_dir() else set()
-    if others and PARTIAL not in others:
-        raise UserError(f"STORE {store} is not empty and not a store; choose another folder.")
-    partial = store / PARTIAL
-    partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another `ecg-jax prepare` is writing {store} now.") from None
-        for leftover in partial.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
-        plan = partial / "plan.json"
-        if plan.exists():
-            _check_same_job(store, _read_plan(store, plan), settings)
-        else:
-            write_in_store(store, plan, json.dumps(settings, indent=1).encode())
-        yield
-
-
-def _read_plan(store: Path, plan: Path) -> dict:
-    try:
-        found = json.loads(plan.read_bytes())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(
-            f"{plan} is damaged, so nobody knows which job {store} was begun for; remove {store} and run the same "
-            "command again."
-        )
-    return found
 
 
 def _read_problems(store: Path) -> list[Problem]:
@@ -296,10 +261,23 @@ def _summary(job: Job, started: float, already_complete: bool) -> Summary:
     )
 
 
+def _item(name: str, text: str, width: int) -> str:
+    """An item of a list in --help, its text in a column of its own."""
+    start = f"  {name:<{width}} "
+    return textwrap.fill(
+        text,
+        HELP_WIDTH,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of `ecg-jax prepare`."""
-    kinds = "\n".join(f"  {kind:<22} {meaning}" for kind, meaning in KINDS.items())
-    expects = "\n".join(f"  {name:<10} {module.EXPECTS}" for name, module in CORPORA.items())
+    kinds = "\n".join(_item(kind, meaning, 22) for kind, meaning in KINDS.items())
+    expects = "\n".join(_item(name, module.EXPECTS, 10) for name, module in CORPORA.items())
     result = argparse.ArgumentParser(
         prog="ecg-jax prepare",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -563,6 +563,23 @@ def test_store_of_another_job_is_refused(source, tmp_path):
     assert files_of(store) == before
 
 
+def test_another_job_is_refused_before_recordings_are_listed(source, tmp_path, monkeypatch):
+    """Listing a corpus with big tables takes minutes; it must not be waited for in vain."""
+    prepare("wfdb", source, tmp_path / "complete", workers=1, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_finalisation(source, tmp_path / "begun")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("precious")
+    monkeypatch.setattr("ecg_jax.data.corpora.wfdb.list_records", None)
+    for store, message in (
+        ("complete", "clip mv differs"),
+        ("begun", "clip mv differs"),
+        ("foreign", "not empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare("wfdb", source, tmp_path / store, clip_mv=3.0, progress=False)
+
+
 def test_partial_of_another_job_is_refused(source, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupt_finalisation(source, tmp_path / "s")
@@ -622,8 +639,8 @@ def test_strict_passes_a_clean_source(tmp_path):
 
 def test_arguments_that_cannot_be_right(source, tmp_path):
     store = tmp_path / "s"
-    with pytest.raises(UserError, match="no corpus 'mimic'"):
-        prepare("mimic", source, store)
+    with pytest.raises(UserError, match="no corpus 'ptbxxl'"):
+        prepare("ptbxxl", source, store)
     with pytest.raises(UserError, match="is not a folder"):
         prepare("wfdb", tmp_path / "none", store)
     with pytest.raises(UserError, match="not a PTB-XL folder"):

@@ -1,10 +1,11 @@
 """Chapman-Shaoxing as on figshare: 10 646 patients, one recording each, 10 s at 500 Hz, rhythm and beat labels.
 
-Zheng et al., Sci Data 7:48 (2020), figshare collection 4560497. Published files: Diagnostics.xlsx, ECGData/
-and ECGDataDenoised/ with FileName.csv: 5000 lines of twelve columns in microvolts. Files as published and as
-public code reads them, not checked on the published files: the raw ones begin with a line of lead names, the
-denoised ones do not, and are then taken to be in canonical order (reported). The same recordings in WFDB
-format (PhysioNet ecg-arrhythmia) are read by corpus `challenge`.
+Zheng et al., Sci Data 7:48 (2020), https://doi.org/10.1038/s41597-020-0386-x; figshare collection 4560497, open access
+under the licence there. Published files: Diagnostics.xlsx, ECGData/ and ECGDataDenoised/ with FileName.csv: 5000
+lines of twelve columns in microvolts. Files as published and as public code reads them, not verified on the
+published files: the raw ones begin with a line of lead names, the denoised ones do not, and are then taken to be in
+canonical order (reported). The same recordings in WFDB format (PhysioNet ecg-arrhythmia) are read by corpus
+`challenge`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """CODE-15 %: 345 779 exams of 7 or 10 s at 400 Hz from Minas Gerais, with six diagnoses.
 
-Ribeiro et al., Nat Commun 11:1760 (2020); Zenodo, doi 10.5281/zenodo.4916206. Published files: exams.csv and
-exams_part0.hdf5 to exams_part17.hdf5, each with `tracings`, float32 [N, 4096, 12], and `exam_id`, [N]. Leads
-DI, DII, DIII, AVR, AVL, AVF, V1-V6, zeros before and behind shorter exams, and in every part one more row,
-all zeros with exam_id 0. Columns and arrays as published and as public code reads them; not checked on the
-published parts themselves.
+Ribeiro et al., Nat Commun 11:1760 (2020), https://doi.org/10.1038/s41467-020-15432-4; Zenodo,
+https://doi.org/10.5281/zenodo.4916206, open access under the licence there. Published files: exams.csv and
+exams_part0.hdf5 to exams_part17.hdf5, each with `tracings`, float32 [N, 4096, 12], and `exam_id`, [N]. Leads DI,
+DII, DIII, AVR, AVL, AVF, V1-V6, zeros before and behind shorter exams, and in every part one more row, all zeros
+with exam_id 0. Columns and arrays as published and as public code reads them; not verified on the published files.
 
 The unit is not stated with the arrays; the authors' other files are in 1e-4 V. It is told by amplitude: the
 median over some exams of the median lead's robust range is 1.2 for PTB-XL in millivolts (0.7-2.7 for any

@@ -238,10 +238,9 @@ def _scale(source: Path) -> _Scale:
         ) from error
     if explained < _MIN_EXPLAINED or deviation > _MAX_SCALED_DEVIATION:
         raise UserError(
-            f"{path}: its leads are not in the order I, II, III, aVR, aVL, aVF, V1-V6, for by that order they would "
-            f"follow from each other, and over {len(rows)} rows {explained:.0%} of their variance do, with coefficients "
-            f"{deviation:.0%} from those of the identities; "
-            f"take it as {_PUBLISHER} has it."
+            f"{path}: its leads are not in the order I, II, III, aVR, aVL, aVF, V1-V6, in which the limb leads follow "
+            f"from each other: over {len(rows)} rows {explained:.0%} of their variance do, with coefficients "
+            f"{deviation:.0%} from those of the identities; take it as {_PUBLISHER} has it."
         )
     sd = np.array([PTBXL_SD_MV[lead] for lead in CANONICAL_LEADS])
     common = deviation <= _MAX_DEVIATION

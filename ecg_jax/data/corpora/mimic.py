@@ -1,8 +1,10 @@
 """MIMIC-IV-ECG: 800,000 recordings of 10 s at 500 Hz, diagnoses of MIMIC-IV-ECG-ICD, and numbers to predict.
 
-Gow et al., https://doi.org/10.13026/4nqg-sb35 (recordings). Strodthoff, Lopez Alcaraz, Haverkamp, arXiv
-2312.11050, https://doi.org/10.13026/hdyc-1h77 (diagnoses and folds, records_w_diag_icd10.csv). Lopez Alcaraz,
-Strodthoff, arXiv 2407.17856, https://doi.org/10.13026/p90d-vd84 (outcomes, mds_ed.csv).
+Recordings: Gow et al., https://doi.org/10.13026/4nqg-sb35, Open Database License. Diagnoses and folds
+(records_w_diag_icd10.csv): Strodthoff, Lopez Alcaraz, Haverkamp, arXiv 2312.11050, https://doi.org/10.13026/hdyc-1h77.
+Outcomes (mds_ed.csv): Lopez Alcaraz, Strodthoff, arXiv 2407.17856, https://doi.org/10.13026/p90d-vd84. These two, and
+the tables of MIMIC-IV and MIMIC-IV-ED, are under the PhysioNet Credentialed Health Data License. Files and columns as
+published and as public code reads them; not verified on the published files.
 """
 
 from __future__ import annotations

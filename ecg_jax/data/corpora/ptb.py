@@ -1,8 +1,8 @@
 """PTB Diagnostic ECG Database: 549 recordings of 290 patients at 1000 Hz, with the reason for admission.
 
-Bousseljot et al., Biomed Tech 40:S317 (1995), https://doi.org/10.13026/C28C71. Published files: one folder
-patientNNN per patient with WFDB records of 15 leads; everything clinical stands in the header's comments.
-Checked on a real record.
+Bousseljot et al., Biomed Tech 40:S317 (1995); PhysioNet ptbdb, https://doi.org/10.13026/C28C71, ODC-By 1.0.
+Published files: one folder patientNNN per patient with WFDB records of 15 leads; everything clinical stands in the
+header's comments. Verified on one published record.
 """
 
 from __future__ import annotations

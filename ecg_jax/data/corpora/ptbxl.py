@@ -1,6 +1,7 @@
 """PTB-XL: two tables and WFDB records at 100 and 500 Hz, with official folds and patients.
 
-Wagner et al., Sci Data 7:154 (2020), https://doi.org/10.13026/kfzx-aw45 for 1.0.3.
+Wagner et al., Sci Data 7:154 (2020), https://doi.org/10.1038/s41597-020-0495-6; PhysioNet ptb-xl,
+https://doi.org/10.13026/kfzx-aw45 for 1.0.3, CC BY 4.0. Verified on published files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """SPH, Shandong Provincial Hospital: 25 770 recordings of 10-60 s at 500 Hz with AHA statements.
 
-Liu et al., Sci Data 9:272 (2022), figshare collection 5779802. Published files: metadata.csv, code.csv and
-records/ECG_ID.h5, each with the dataset `ecg`, float16 [12, T] in millivolts, leads in canonical order.
-Checked on real recordings, which lay beside metadata.csv and had ".h5" in ECG_ID: both forms are read.
+Liu et al., Sci Data 9:272 (2022), https://doi.org/10.1038/s41597-022-01403-5; figshare collection 5779802, open
+access under the licence there. Published files: metadata.csv, code.csv and records/ECG_ID.h5, each with the dataset
+`ecg`, float16 [12, T] in millivolts, leads in canonical order. Verified on six published recordings, which lay beside
+metadata.csv and had ".h5" in ECG_ID: both forms are read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Any folder of WFDB records: every .hea below it, whatever the signal format."""
+"""Any folder of WFDB records: every .hea below it, whatever the signal format.
+
+Of no dataset in particular, so licence and paper are those of the folder. The format: WFDB Applications Guide,
+https://physionet.org/physiotools/wag/header-5.htm and signal-5.htm.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """ZZU pECG: 14 190 recordings of 11 643 children, 5-120 s at 500 Hz, with AHA and Chinese statements.
 
-Tan et al., Sci Data 12 (2025), https://doi.org/10.1038/s41597-025-05225-z, figshare 27078763. Published files:
-AttributesDictionary.csv, ECGCode.csv, DiseaseCode.csv, and WFDB records Child_ecg/P00/P00001/P00001_E01 of 12 or
-9 leads (without V2, V4, V6). Columns and cells as public code reads them; not checked on the published files.
+Tan et al., Sci Data 12 (2025), https://doi.org/10.1038/s41597-025-05225-z; figshare 27078763, open access under the
+licence there. Published files: AttributesDictionary.csv, ECGCode.csv, DiseaseCode.csv, and WFDB records
+Child_ecg/P00/P00001/P00001_E01 of 12 or 9 leads (without V2, V4, V6). Columns and cells as public code reads them;
+not verified on the published files.
 """
 
 from __future__ import annotations
