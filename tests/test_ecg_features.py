@@ -1,5 +1,6 @@
 """Simple ECG features: against annotations of cardiologists, known synthetic signals, and their own definitions."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ from ecg_jax.data.readers.wfdb import read_wfdb
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import Store
 from ecg_jax.data.synthetic import synthetic_recording
+from ecg_jax.evaluation import ecg_features as ecg_features_module
 from ecg_jax.evaluation.delineation import NO_WAVES, band_pass, delineate, median_beat, moving_mean, r_peaks
 from ecg_jax.evaluation.ecg_features import (
     FEATURE_NAMES,
@@ -264,6 +266,16 @@ def test_no_ecg_gives_nan_and_no_warning(signal):
         assert np.isnan(found).all()
 
 
+def test_p_wave_is_unknown_where_no_beat_can_be_told(monkeypatch):
+    """Not "no P wave": that is an absent P before a beat that was found."""
+    signal = synthetic_recording(1, 0, 10.0, RATE)[0].signal
+    monkeypatch.setattr(ecg_features_module, "delineate", lambda *_: NO_WAVES)
+    assert np.isnan(named(ecg_features(signal, RATE))["p_found"])
+    absent = dataclasses.replace(NO_WAVES, qrs_on=-0.05, qrs_off=0.05)
+    monkeypatch.setattr(ecg_features_module, "delineate", lambda *_: absent)
+    assert named(ecg_features(signal, RATE))["p_found"] == 0.0
+
+
 @pytest.mark.parametrize(
     ("signal", "rate", "message"),
     [
@@ -291,6 +303,7 @@ def test_of_a_store(synthetic_store):
     assert features.shape == (3, len(FEATURE_NAMES))
     for row, values in zip(rows, features, strict=True):
         np.testing.assert_array_equal(values, ecg_features(store.read(row), store.rate_hz))
+    np.testing.assert_array_equal(store_features(store, rows[[1, 1, 0]]), features[[1, 1, 0]])
     assert store_features(store, rows[:0]).shape == (0, len(FEATURE_NAMES))
 
 
@@ -378,9 +391,17 @@ def test_table_merges_marks_that_say_the_same():
     assert table.names == ("p", "q", "r", "s", "p_missing")
 
 
+def test_table_without_a_feature_that_varies():
+    table = FeatureTable.fit(np.ones((5, 2)), ("a", "b"))
+    assert table.names == ()
+    assert table.transform(np.random.default_rng(0).standard_normal((3, 2))).shape == (3, 0)
+    # That a constant is missing here and there is still something that varies.
+    table = FeatureTable.fit(np.array([[7.0, 1.0], [np.nan, 1.0]]), ("a", "b"))
+    assert table.names == ("a_missing",)
+    np.testing.assert_array_equal(table.transform(np.array([[5.0, 2.0], [np.nan, 2.0]])), [[0], [1]])
+
+
 def test_refused_tables():
-    with pytest.raises(ValueError, match="no feature varies"):
-        FeatureTable.fit(np.ones((5, 2)), ("a", "b"))
     with pytest.raises(ValueError, match="shape"):
         FeatureTable.fit(np.ones((5, 3)), ("a", "b"))
     table = FeatureTable.fit(np.arange(6.0).reshape(3, 2), ("a", "b"))

@@ -11,13 +11,14 @@ of PR -5 and 14 ms, of QT -11 and 26 ms; a P wave found in 104 of 106 recordings
 from __future__ import annotations
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import Store
 from ecg_jax.evaluation.delineation import NO_WAVES, Waves, band_pass, delineate, median_beat, r_peaks
+from ecg_jax.evaluation.kept_rows import measured
 
 #: The band of a diagnostic ECG without wander and mains hum, in which amplitudes are measured.
 BAND_HZ = (0.5, 40.0)
@@ -62,8 +63,8 @@ def ecg_features(signal: np.ndarray, rate_hz: float) -> np.ndarray:
       rate_hz: samples per second, at least 100.
 
     Returns:
-      float64 [F], in order of `FEATURE_NAMES`; NaN where something is not defined: intervals without beats, P
-      without P wave, everything of a missing lead.
+      float64 [F], in order of `FEATURE_NAMES`; NaN where something is not defined: intervals and `p_found`
+      without beats, times and amplitudes of P without P wave, everything of a missing lead.
 
     Raises:
       ValueError: another shape or type, NaN or infinite samples, or a rate below 100 Hz.
@@ -138,7 +139,8 @@ def _noise(signal: np.ndarray, clean: np.ndarray, rate_hz: float) -> dict[str, f
 def _intervals(waves: Waves, interval: float) -> dict[str, float]:
     qt = waves.t_off - waves.qrs_on
     return {
-        "p_found": float(not np.isnan(waves.p_peak)),
+        # Without a beat in which waves can be told, whether there is a P wave is unknown.
+        "p_found": np.nan if waves is NO_WAVES else float(not np.isnan(waves.p_peak)),
         "p_ms": 1000.0 * (waves.p_off - waves.p_on),
         "pr_ms": 1000.0 * (waves.qrs_on - waves.p_on),
         "qrs_ms": 1000.0 * (waves.qrs_off - waves.qrs_on),
@@ -204,24 +206,29 @@ def frontal_axis(one: float, avf: float) -> float:
     return float(np.arctan2(avf * 2.0 / np.sqrt(3.0), one))
 
 
-def store_features(store: Store, rows: np.ndarray) -> np.ndarray:
-    """`ecg_features` of some recordings of a store.
+def _row(signal: np.ndarray, rate_hz: float) -> tuple[np.ndarray]:
+    return (ecg_features(signal, rate_hz)[None],)
+
+
+def store_features(store: Store, rows: np.ndarray, folder: Path | None = None) -> np.ndarray:
+    """`ecg_features` of some recordings of a store, in processes if there are many.
 
     Args:
       store: open store.
       rows: int [n].
+      folder: keeps what is computed, of this store and version only; None keeps nothing.
 
     Returns:
       float64 [n, F].
 
     Raises:
-      UserError: the store is damaged.
+      UserError: the store is damaged, or the folder cannot be written to.
     """
-    with ThreadPoolExecutor() as pool:
-        found = list(
-            pool.map(lambda row: ecg_features(store.read(row), store.rate_hz), np.asarray(rows).tolist())
-        )
-    return np.stack(found) if found else np.zeros((0, len(FEATURE_NAMES)))
+    wanted, place = np.unique(np.asarray(rows, np.int64), return_inverse=True)
+    if not len(wanted):
+        return np.zeros((0, len(FEATURE_NAMES)))
+    (features,) = measured(store, wanted, _row, folder, "ECG features")
+    return features.values[place]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +239,7 @@ class FeatureTable:
     missing (one column for all features that are missing in the same training recordings).
 
     Attributes:
-      kept: int [k], columns with at least two different training values.
+      kept: int [k], columns with at least two different training values; k may be 0.
       median, mean, scale: float64 [k], of the training values.
       marked: int [m], columns whose absence has a column of its own.
       names: k + m names of the result's columns.
@@ -254,15 +261,13 @@ class FeatureTable:
           names: F names.
 
         Raises:
-          ValueError: other shapes, or no column varies.
+          ValueError: other shapes.
         """
         train = _checked(train, len(names))
         missing = np.isnan(train)
         filled = np.where(missing, np.inf, train)
         lowest, highest = filled.min(axis=0), np.where(missing, -np.inf, train).max(axis=0)
         kept = np.flatnonzero(lowest < highest)
-        if not len(kept):
-            raise ValueError("no feature varies among the training recordings")
         median = np.nanmedian(train[:, kept], axis=0)
         values = np.where(missing[:, kept], median, train[:, kept])
         some = np.flatnonzero(missing.any(axis=0) & ~missing.all(axis=0))
@@ -270,7 +275,8 @@ class FeatureTable:
         marked = some[np.sort(first)]
         marks = tuple(f"{names[i]}_missing" for i in marked)
         # A feature that is one number but for rounding must not be blown up.
-        deviation = np.maximum(values.std(axis=0), 1e-9 * np.maximum(np.abs(values).max(axis=0), 1e-9))
+        largest = np.abs(values).max(axis=0, initial=0.0)
+        deviation = np.maximum(values.std(axis=0), 1e-9 * np.maximum(largest, 1e-9))
         return cls(
             kept, median, values.mean(axis=0), deviation, marked, tuple(names[i] for i in kept) + marks
         )
@@ -282,7 +288,7 @@ class FeatureTable:
           ValueError: another number of columns.
         """
         features = _checked(features, None)
-        if features.shape[1] <= max(self.kept.max(), *self.marked, 0):
+        if features.shape[1] <= max((*self.kept, *self.marked), default=-1):
             raise ValueError(f"{features.shape[1]} columns are fewer than those the table was fitted on")
         values = features[:, self.kept]
         scores = (np.where(np.isnan(values), self.median, values) - self.mean) / self.scale
