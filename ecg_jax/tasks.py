@@ -27,15 +27,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _split(task: tasks.Task) -> str:
     """How a task is split, in a few words."""
+    unknown = task.corpus in tasks.WITHOUT_PATIENTS
     if task.split == "corpus_folds":
         text = "the corpus' folds"
-        return (
-            text if task.held_out is None else f"{text}, {task.held_out[0]} and {task.held_out[1]} held out"
-        )
+        if task.held_out is not None:
+            text += f", {task.held_out[0]} and {task.held_out[1]} held out"
+        return f"{text}; by recording, patients unknown" if unknown else text
     by = "labels" if task.stratify_by is None else f"labels of set {task.stratify_by}"
     by += ", age and sex" if task.age_bins else ""
-    known = "by recording, patients unknown" if task.corpus in tasks.WITHOUT_PATIENTS else "whole patients"
-    return f"stratified by {by}; {known}"
+    return f"stratified by {by}; {'by recording, patients unknown' if unknown else 'whole patients'}"
 
 
 def catalogue() -> list[str]:
