@@ -24,6 +24,8 @@ CLEAN = {
         "store": "stores/ptbxl", "fingerprint": "5" * 64, "identical_test": 0, "near_identical_test": 0,
         "same_patients": 0, "records_test": [],
     },
+    "pretraining_problem": None,
+    "examined": {"identical": True, "near_identical": True, "pretraining": True},
     "clean": True,
     "verdict": "Of 120 test recordings, the training and validation recordings hold 0 bit for bit.",
 }  # fmt: skip
@@ -145,7 +147,10 @@ def write_result(
     records = np.array([f"rec{i:05d}" for i in range(n)]) if store is None else store.column("record_id")[:n]
     scorer = Scorer(targets, patients, kind)
     ours = predict(task, f"{model} {mode}", targets, kind, quality)
-    seeds = np.stack([predict(task, f"twin {encoder} {s}", targets, kind, 0.2 * (s + 1)) for s in range(3)])
+    # What a supervised or finetuned encoder is compared with is probed linearly.
+    twin_mode = "frozen" if mode == "frozen" else "linear"
+    twins = f"twin {encoder}" if twin_mode == "linear" else f"twin {encoder} {twin_mode}"
+    seeds = np.stack([predict(task, f"{twins} {s}", targets, kind, 0.2 * (s + 1)) for s in range(3)])
     ecg_features = predict(task, "ecg features", targets, kind, 0.7)
     prior = 0.0 if kind == "regression" else np.linspace(0.45, 0.08, K)
     majority = np.broadcast_to(prior, targets.shape)
@@ -196,11 +201,14 @@ def write_result(
         "n_patients": len(set(patients) - {""}) or None,
         "baselines": {
             "random_init": twin
+            | {"mode": twin_mode}
             | {"seeds": [{"seed": s, metric: scorer.macro(p)[metric]} for s, p in enumerate(seeds)]},
             "ecg_features": scorer.macro(ecg_features),
             "majority": scorer.macro(majority),
         },
-        "difference_to_random_init": {metric: whole[metric] - twin[metric], "ci_low": -0.01, "ci_high": 0.02},
+        "difference_to_random_init": {metric: whole[metric] - twin[metric], "ci_low": -0.01, "ci_high": 0.02}
+        if mode == twin_mode
+        else None,
         "layers": None
         if supervised or not layers
         else {
@@ -213,7 +221,8 @@ def write_result(
         "leakage": leakage,
         "classes_dropped": {"TRIGU": "3 positive records, fewer than min_count=10"},
         "classes_undefined_in_test": [name for name, e in per_class.items() if np.isnan(e[score_name])],
-        "split": {"rule": "test = fold 10, validation = fold 9", "n_train": 8 * n, "n_val": n, "n_test": n},
+        "split": {"rule": "test = fold 10, validation = fold 9", "n_train": 8 * n, "n_val": n, "n_test": n}
+        | {"fingerprint": "7" * 64},
         "records_excluded": {"stores/ptbxl": {"shorter_than_window": 2, "without_label_of_the_set": 5}},
         "bootstrap": {
             "unit": scorer.unit,
@@ -229,6 +238,7 @@ def write_result(
             "corpus": "ptbxl",
             "fingerprint": fingerprint,
         },
+        "test_store": None,
         "pretraining_config": None if supervised else {"objective": {"name": model}, "model": {"D": 64}},
         "seed": 0,
         "versions": {"ecg-jax": "0.1", "jax": "0.10.0", "numpy": "2.1", "python": "3.12.1"},
@@ -264,7 +274,8 @@ def write_robustness(
     def condition(label, value, loss):
         point = clean - loss
         return {
-            "label": label, "value": value, "point": point, "low": point - 0.02, "high": point + 0.02,
+            "label": label, "value": value, "padded": value == 1.25, "point": point, "low": point - 0.02,
+            "high": point + 0.02,
             "difference": {"point": -loss, "low": -loss - 0.01, "high": -loss + 0.01},
         }  # fmt: skip
 
@@ -280,6 +291,8 @@ def write_robustness(
         "probe": {"model": model, "mode": "linear"},
         "task": task,
         "metric": "macro_auroc",
+        "n_records": 120,
+        "bootstrap": {"unit": "patient where known, else record", "level": LEVEL},
         "clean": {"point": clean, "low": clean - 0.02, "high": clean + 0.02},
         "families": [
             {"family": name, "unit": unit, "conditions": [condition(*c) for c in conditions]}
@@ -295,22 +308,30 @@ def write_label_efficiency(folder: Path, task: str = "ptbxl_super") -> Path:
     sizes = [16, 32, 64, 128, 256, 512]
     generator = _generator(task, "subsets")
 
-    def scores(C, a, L0):
-        return [(1 - (C * n**-a + L0) + generator.normal(0, 0.01, 3)).tolist() for n in sizes]
+    def model(C, a, L0, fitted=True):
+        points = np.array([1 - (C * n**-a + L0) + generator.normal(0, 0.01, 3) for n in sizes])
+        mean = points.mean(axis=1)
+        return {
+            "scores": points.tolist(), "mean": mean.tolist(), "low": (mean - 0.02).tolist(),
+            "high": (mean + 0.02).tolist(), "fit": {"C": C, "a": a, "L0": L0} if fitted else None,
+        }  # fmt: skip
 
+    half = [0.5] * len(sizes)
+    majority = {"scores": [[0.5]] * len(sizes), "mean": half, "low": half, "high": half, "fit": None}
     document = {
         "task": task,
         "metric": "macro_auroc",
         "sizes": sizes,
+        "n_test": 120,
+        "bootstrap": {"unit": "patient", "level": LEVEL},
         "models": {
-            "cpc": {"scores": scores(0.8, 0.5, 0.1), "fit": {"C": 0.8, "a": 0.5, "L0": 0.1}},
-            "random initialisation": {"scores": scores(0.9, 0.3, 0.1), "fit": None},
+            "cpc": model(0.8, 0.5, 0.1),
+            "random_init": model(0.9, 0.3, 0.1, fitted=False),
+            "majority": majority,
         },
         "saving": {
-            "cpc": {
-                "random initialisation": {"by_size": [{"size": 512, "factor": 0.2, "low": 0.1, "high": 0.4}]}
-            },
-            "random initialisation": {"cpc": {"undefined": "no fit"}},
+            "cpc": {"random_init": {"by_size": [{"size": 512, "factor": 0.2, "low": 0.1, "high": 0.4}]}},
+            "random_init": {"cpc": {"undefined": "no fit"}},
         },
     }
     folder.mkdir(parents=True, exist_ok=True)

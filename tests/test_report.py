@@ -13,6 +13,7 @@ from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.studies.report.load import load
 from report_fixtures import (
+    CLEAN,
     LEAKING,
     write_label_efficiency,
     write_result,
@@ -245,6 +246,13 @@ class TestRefusals:
             ({"store": {"path": "a", "corpus": "b"}}, "store.fingerprint"),
             ({"leakage": LEAKING | {"clean": "no"}}, "leakage.clean"),
             ({"layers": {"chosen": "last"}}, "layers.validation"),
+            ({"split": {"rule": "fold 10"}}, "split.fingerprint"),
+            ({"test_store": "stores/b"}, "test_store"),
+            ({"leakage": CLEAN | {"examined": {"identical": True}}}, "leakage.examined"),
+            (
+                {"baselines": {"random_init": {"macro_auroc": 0.5, "ci_low": 0, "ci_high": 1}}},
+                "random_init.mode",
+            ),
         ],
     )
     def test_fields(self, small, tmp_path, capsys, changes, field):
@@ -292,6 +300,24 @@ class TestRefusals:
         edit(small[0], bootstrap=settings | {"level": 0.9})
         assert "differ in bootstrap" in refusal(small, tmp_path, capsys)
 
+    def test_other_training_records_of_the_same_prevalence(self, small, tmp_path, capsys):
+        split = json.loads((small[0] / "results.json").read_text())["split"]
+        edit(small[0], split=split | {"fingerprint": "8" * 64})
+        assert "differ in split.fingerprint" in refusal(small, tmp_path, capsys)
+
+    def test_another_test_store(self, small, tmp_path, capsys):
+        edit(small[0], test_store={"path": "stores/other", "corpus": "ptbxl", "fingerprint": "6" * 64})
+        assert "differ in test_store" in refusal(small, tmp_path, capsys)
+
+    def test_other_ecg_features(self, small, tmp_path, capsys):
+        edit_arrays(small[0], probabilities_ecg_features=np.full((40, 2), 0.3))
+        assert "differ in probabilities_ecg_features" in refusal(small, tmp_path, capsys)
+
+    def test_intervals_of_another_kind_in_another_task(self, small, tmp_path, capsys):
+        other = write_result(tmp_path / "form", "ptbxl_form", n=40, K=2, interval="bca")
+        message = refusal([*small, other], tmp_path, capsys)
+        assert f"{small[0]} and {other} differ in bootstrap.interval" in message
+
     def test_no_supervised_encoder(self, small, tmp_path, capsys):
         message = refusal(small[:1], tmp_path, capsys)
         assert "Task ptbxl_super has no encoder trained from scratch" in message
@@ -310,19 +336,47 @@ class TestRefusals:
         message = refusal([*small, again], tmp_path, capsys)
         assert f"{small[0]} and {again} both hold task ptbxl_super of the model cpc" in message
 
-    def test_damaged_robustness(self, small, tmp_path, capsys):
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            (lambda c: c["families"][1]["conditions"][0].pop("point"), "families[1].conditions[0].point"),
+            (lambda c: c.update(metric="accuracy"), "the field metric is 'accuracy'"),
+            (lambda c: c["families"].clear(), "the field families is empty"),
+            (lambda c: c["families"][2]["conditions"].clear(), "the field families[2].conditions is empty"),
+            (lambda c: c.pop("bootstrap"), "lacks the field bootstrap"),
+        ],
+    )
+    def test_damaged_robustness(self, small, tmp_path, capsys, damage, said):
         path = write_robustness(small[0]) / "robustness.json"
         content = json.loads(path.read_text())
-        del content["families"][1]["conditions"][0]["point"]
+        damage(content)
         path.write_text(json.dumps(content))
-        assert f"{path} lacks the field families[1].conditions[0].point" in refusal(small, tmp_path, capsys)
+        message = refusal(small, tmp_path, capsys)
+        assert str(path) in message
+        assert said in message
 
-    def test_damaged_label_efficiency(self, small, tmp_path, capsys):
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            (lambda c: c["models"]["cpc"]["scores"].pop(), "models.cpc.scores"),
+            (lambda c: c["models"]["cpc"]["low"].pop(), "models.cpc.low"),
+            (lambda c: c["models"]["cpc"]["scores"][0].clear(), "models.cpc.scores must hold"),
+            (lambda c: c["models"]["cpc"].update(mean=["a"] * 6), "scores that are no numbers"),
+            (lambda c: c.update(metric="accuracy"), "the field metric is 'accuracy'"),
+            (lambda c: c.update(sizes=[]), "the field sizes is empty"),
+            (lambda c: c.update(sizes=[0] * 6), "sizes must hold"),
+            (lambda c: c["saving"].update(cpc=3), "saving.cpc"),
+            (lambda c: c["saving"]["cpc"]["random_init"]["by_size"][0].pop("low"), "by_size[0].low"),
+        ],
+    )
+    def test_damaged_label_efficiency(self, small, tmp_path, capsys, damage, said):
         path = write_label_efficiency(small[0]) / "label_efficiency.json"
         content = json.loads(path.read_text())
-        content["models"]["cpc"]["scores"].pop()
+        damage(content)
         path.write_text(json.dumps(content))
-        assert "models.cpc.scores" in refusal(small, tmp_path, capsys)
+        message = refusal(small, tmp_path, capsys)
+        assert str(path) in message
+        assert said in message
 
 
 class TestNames:

@@ -130,7 +130,7 @@ class TestCurves:
         write_label_efficiency(tmp_path / "a")
         collection = load([tmp_path / "a", write_result(tmp_path / "b", n=40, K=2)])
         text = words(figures.label_efficiency("ptbxl_super", collection.efficiency).data)
-        assert {"16", "512", "cpc", "random initialisation", "fit"} <= set(text)
+        assert {"16", "512", "cpc", "random_init", "fit"} <= set(text)
 
     def test_undefined_scores_leave_a_gap(self):
         svg = report_plots.label_efficiency({"m": ([8, 16], [[np.nan], [0.7]], None)}, "AUROC", False)

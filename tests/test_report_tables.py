@@ -71,6 +71,43 @@ class TestRows:
         names = [row.model for row in rows.all_rows(scores) if row.baseline == rows.RANDOM_INIT]
         assert names == ["random initialisation of cpc, jepa", "random initialisation of hubert"]
 
+    def test_linear_and_frozen_probes_of_a_checkpoint_have_random_initialisations_of_their_own(
+        self, tmp_path
+    ):
+        tasks = ("ptbxl_super", "ptbxl_form")
+        for mode in ("linear", "frozen", "finetune"):
+            for task in tasks:
+                write_result(tmp_path / mode / task, task, n=40, K=2, mode=mode)
+        collection = load([tmp_path / mode for mode in ("linear", "frozen", "finetune")])
+        scores = rows.score_tasks(collection)
+        for task in tasks:
+            entries = scores[task].entries
+            twins = {
+                entry.row.label: entry for entry in entries.values() if entry.row.baseline == rows.RANDOM_INIT
+            }
+            assert set(twins) == {"random initialisation, linear", "random initialisation, frozen"}
+            for result in collection.of_task(task):
+                mode = {"finetune": "linear"}.get(result.mode, result.mode)
+                expected = result.results["baselines"]["random_init"]["macro_auroc"]
+                assert twins[f"random initialisation, {mode}"].point == expected
+            linear, frozen = (twins[f"random initialisation, {mode}"].point for mode in ("linear", "frozen"))
+            assert linear != frozen
+
+    def test_frozen_probes_alone_have_a_frozen_random_initialisation(self, tmp_path):
+        scores = rows.score_tasks(load([write_result(tmp_path, n=40, K=2, mode="frozen")]))
+        labels = [row.label for row in rows.all_rows(scores) if row.baseline == rows.RANDOM_INIT]
+        assert labels == ["random initialisation, frozen"]
+
+    def test_twins_of_one_model_that_differ_between_modes_are_all_rows(self, tmp_path):
+        folders = [
+            write_result(tmp_path / "a", n=40, K=2),
+            write_result(tmp_path / "b", n=40, K=2, mode="finetune", encoder="of another config"),
+        ]
+        names = [row.model for row in rows.all_rows(rows.score_tasks(load(folders)))]
+        assert [name for name in names if name.startswith(rows.RANDOM_INIT)] == [
+            "random initialisation of cpc", "random initialisation of cpc beside finetune"
+        ]  # fmt: skip
+
     def test_random_initialisation_is_the_mean_over_its_seeds(self, loaded):
         task = loaded[1]["ptbxl_super"]
         entry = next(e for e in task.entries.values() if e.row.baseline == rows.RANDOM_INIT)
@@ -230,7 +267,7 @@ class TestTaskTables:
         table = task_tables.saving_table("ptbxl_super", curves)
         assert [cell.plain for cell in table.rows[0]] == [
             "cpc",
-            "random initialisation",
+            "random_init",
             "512",
             "0.20 [0.10, 0.40]",
         ]

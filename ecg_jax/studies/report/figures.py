@@ -16,7 +16,8 @@ from ecg_jax.evaluation import report_plots
 from ecg_jax.evaluation.calibration import reliability
 from ecg_jax.evaluation.plots import ecg_paper
 from ecg_jax.studies.report.cells import SCORES, number
-from ecg_jax.studies.report.load import MODES, Curves
+from ecg_jax.studies.report.load import Curves
+from ecg_jax.studies.report.read import MODES
 from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, Entry, TaskScores, all_rows
 
 # Rows and classes that a picture still shows legibly; the tables hold all of them.

@@ -1,8 +1,5 @@
 """Finds finished probes in workdirs, reads them, and refuses what is damaged or does not belong together."""
 
-import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,31 +9,12 @@ import numpy as np
 
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation.tasks import TASKS
+from ecg_jax.studies.report.read import PREDICTIONS, RESULTS, read_efficiency, read_result, read_robustness
 
-RESULTS, PREDICTIONS = "results.json", "predictions.npz"
 ROBUSTNESS, EFFICIENCY = "robustness.json", "label_efficiency.json"
-MODES = ("linear", "frozen", "finetune", "supervised")
-
-_NUMBER, _TEXT, _DICT, _LIST, _WHOLE = (int, float, type(None)), str, dict, list, int
-_INTERVAL = {"ci_low": _NUMBER, "ci_high": _NUMBER}
-_FIELDS: dict[str, Any] = {
-    "task": _TEXT, "group": _TEXT, "kind": _TEXT, "metric": _TEXT, "mode": _TEXT, "model": _TEXT,
-    **_INTERVAL, "metrics": _DICT, "per_class": _DICT, "n_records": _WHOLE, "n_patients": (int, type(None)),
-    "baselines": _DICT, "layers": (dict, type(None)), "leakage": (dict, type(None)), "classes_dropped": _DICT,
-    "classes_undefined_in_test": _LIST, "split": _DICT, "records_excluded": _DICT, "bootstrap": _DICT,
-    "checkpoint": (dict, type(None)), "store": _DICT, "seed": _WHOLE, "versions": _DICT, "date": _TEXT,
-}  # fmt: skip
-_BOOTSTRAP = {"unit": _TEXT, "resamples": _WHOLE, "level": float, "undefined": _TEXT, "interval": _TEXT}
-_STORE = {"path": _TEXT, "corpus": _TEXT, "fingerprint": _TEXT}
-_CLASS = {"ci_low": _NUMBER, "ci_high": _NUMBER, "description": _TEXT}
-_OF_KIND = {
-    "regression": {"mae": _NUMBER, "r2": _NUMBER, "n": _WHOLE},
-    "multilabel": {"auroc": _NUMBER, "average_precision": _NUMBER, "brier": _NUMBER, "ece": _NUMBER,
-                   "n_pos": _WHOLE, "n_neg": _WHOLE},
-}  # fmt: skip
-_OF_KIND["binary"] = _OF_KIND["multilabel"]
-_TRIPLE = {"point": _NUMBER, "low": _NUMBER, "high": _NUMBER}
-_ARRAYS = ("record_id", "patient_id", "row", "targets", "probabilities", "classes")
+# Predictions that are the same but for the machine that made them differ by less; those of another training set, or
+# of a head with other penalties to choose from, by more.
+_SAME_MAJORITY, _SAME_FEATURES = 1e-6, 1e-3
 
 
 @dataclass(frozen=True)
@@ -85,6 +63,8 @@ class Curves:
     """The probe's label; "" of label efficiency, which names its models itself."""
     task: str
     content: dict[str, Any]
+    names: dict[str, str]
+    """Of label efficiency: model in the file -> its name in the report, which no other file's model of the task has."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +112,9 @@ def load(workdirs: Sequence[str | Path]) -> Collection:
         folders = _folders(workdir)
         found = 0
         for folder in folders:
-            result = None
             if (folder / RESULTS).is_file():
-                result = _read_result(folder, workdir)
+                contents, predictions = read_result(folder)
+                result = Result(folder, workdir, contents["model"], contents, predictions)
                 if any(result.folder.resolve() == other.folder.resolve() for other in results):
                     raise UserError(f"{folder} is given twice; name every folder once.")
                 results.append(result)
@@ -144,14 +124,13 @@ def load(workdirs: Sequence[str | Path]) -> Collection:
                     f"{folder} is incomplete: it has no {RESULTS}; run its `ecg-jax probe` command again."
                 )
             for name, read, into in (
-                (ROBUSTNESS, _check_robustness, robustness),
-                (EFFICIENCY, _check_efficiency, efficiency),
+                (ROBUSTNESS, read_robustness, robustness),
+                (EFFICIENCY, read_efficiency, efficiency),
             ):
                 path = folder / name
                 if path.is_file():
-                    content = _read_json(path)
-                    read(path, content)
-                    into.append(Curves(path, "", content["task"], content))
+                    content = read(path)
+                    into.append(Curves(path, "", content["task"], content, {}))
                     found += 1
         if not found:
             raise UserError(
@@ -163,9 +142,10 @@ def load(workdirs: Sequence[str | Path]) -> Collection:
             f"None of the folders holds a {RESULTS}; give the --workdir of a finished `ecg-jax probe`."
         )
     results = _named(results)
-    collection = Collection(results, _labelled(robustness, results), efficiency)
+    collection = Collection(results, _labelled(robustness, results), _distinct(efficiency))
     for task in collection.tasks:
         _check_comparable(collection.of_task(task))
+    _check_intervals(results)
     return collection
 
 
@@ -178,147 +158,6 @@ def _folders(workdir: Path) -> list[Path]:
         return [workdir, *inside, *(path / "robustness" for path in inside if (path / "robustness").is_dir())]
     except OSError as error:
         raise UserError(f"Cannot read the folder {workdir}: {error.strerror}.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is not JSON ({error}); write it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object; write it again.")
-    return content
-
-
-def _check_fields(path: Path, entry: Any, fields: dict[str, Any], where: str = "") -> None:
-    """Raises UserError naming the first field that is missing or of another type."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{path}: the field {where or 'of the file'} is not an object; was the file edited?")
-    prefix = f"{where}." if where else ""
-    for name, kind in fields.items():
-        if name not in entry:
-            raise UserError(
-                f"{path} lacks the field {prefix}{name}; write it again with this version of ecg_jax."
-            )
-        value = entry[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(
-                f"{path}: the field {prefix}{name} is {value!r}, which it cannot be; was it edited?"
-            )
-
-
-def _read_result(folder: Path, workdir: Path) -> Result:
-    path = folder / RESULTS
-    results = _read_json(path)
-    _check_fields(path, results, _FIELDS)
-    for name, known in (("mode", MODES), ("kind", tuple(_OF_KIND)), ("metric", ("macro_auroc", "mae"))):
-        if results[name] not in known:
-            raise UserError(f"{path}: the field {name} is {results[name]!r}, not one of {', '.join(known)}.")
-    metric = results["metric"]
-    if metric != ("mae" if results["kind"] == "regression" else "macro_auroc"):
-        raise UserError(f"{path}: the fields kind and metric do not fit ({results['kind']}, {metric}).")
-    _check_fields(path, results, {metric: (int, float)})
-    _check_fields(path, results["bootstrap"], _BOOTSTRAP, "bootstrap")
-    _check_fields(path, results["store"], _STORE, "store")
-    if results["leakage"] is not None:
-        _check_leakage(path, results["leakage"])
-    for name, entry in results["metrics"].items():
-        _check_fields(path, entry, _TRIPLE, f"metrics.{name}")
-    for name, entry in results["per_class"].items():
-        _check_fields(path, entry, _CLASS | _OF_KIND[results["kind"]], f"per_class.{name}")
-    for name, entry in results["baselines"].items():
-        if entry is not None:
-            _check_fields(path, entry, {metric: (int, float), **_INTERVAL}, f"baselines.{name}")
-    if results["layers"] is not None:
-        _check_fields(path, results["layers"], {"chosen": _TEXT, "validation": _DICT}, "layers")
-    predictions = _read_predictions(folder / PREDICTIONS, results)
-    return Result(folder, workdir, results["model"], results, predictions)
-
-
-def _check_leakage(path: Path, verdict: dict[str, Any]) -> None:
-    count = (int, type(None))
-    fields = {"verdict": _TEXT, "near_identical_train_test": count, "pretraining": (dict, type(None))}
-    _check_fields(path, verdict, fields, "leakage")
-    if "clean" not in verdict or not isinstance(verdict["clean"], bool):
-        raise UserError(f"{path}: the field leakage.clean must be true or false; probe again.")
-    if verdict["pretraining"] is not None:
-        _check_fields(path, verdict["pretraining"], {"near_identical_test": count}, "leakage.pretraining")
-
-
-def _read_predictions(path: Path, results: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of predictions.npz, checked against each other and against results.json."""
-    if not path.is_file():
-        raise UserError(
-            f"{path.parent} is incomplete: it has no {path.name}; run its `ecg-jax probe` command again."
-        )
-    try:
-        with np.load(path) as file:
-            arrays = dict(file)
-    except OSError as error:
-        raise UserError(
-            f"{path} is damaged and cannot be read; run its `ecg-jax probe` command again."
-        ) from error
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}); run its `ecg-jax probe` command again.") from error
-    for name in _ARRAYS:
-        if name not in arrays:
-            raise UserError(f"{path} lacks the array {name}; run its `ecg-jax probe` command again.")
-    n, K = results["n_records"], len(results["per_class"])
-    shapes = dict.fromkeys(arrays, (n, K)) | dict.fromkeys(("record_id", "patient_id", "row"), (n,))
-    shapes["classes"] = (K,)
-    for name, array in arrays.items():
-        if name.startswith("val_"):
-            continue
-        expected = shapes[name]
-        if array.shape != expected and not (name.endswith("_seeds") and array.shape[1:] == expected):
-            raise UserError(
-                f"{path} does not belong to {RESULTS}: its array {name} is {list(array.shape)}, not "
-                f"{list(expected)}; run the `ecg-jax probe` command again."
-            )
-        if name.startswith("probabilities") and not np.isfinite(array).all():
-            raise UserError(f"{path}: the array {name} holds values that are not finite; probe again.")
-    if arrays["classes"].tolist() != list(results["per_class"]):
-        raise UserError(
-            f"{path} does not belong to {RESULTS}: its array classes differs from the field per_class; run the "
-            "`ecg-jax probe` command again."
-        )
-    return arrays
-
-
-def _check_robustness(path: Path, content: dict[str, Any]) -> None:
-    _check_fields(path, content, {"task": _TEXT, "metric": _TEXT, "clean": _DICT, "families": _LIST})
-    _check_fields(path, content, {"probe": _DICT})
-    _check_fields(path, content["probe"], {"model": _TEXT, "mode": _TEXT}, "probe")
-    _check_fields(path, content["clean"], _TRIPLE, "clean")
-    for i, family in enumerate(content["families"]):
-        where = f"families[{i}]"
-        _check_fields(path, family, {"family": _TEXT, "unit": (str, type(None)), "conditions": _LIST}, where)
-        for j, condition in enumerate(family["conditions"]):
-            inner = f"{where}.conditions[{j}]"
-            _check_fields(
-                path, condition, {"label": _TEXT, "value": _NUMBER, **_TRIPLE, "difference": _DICT}, inner
-            )
-            _check_fields(path, condition["difference"], _TRIPLE, f"{inner}.difference")
-
-
-def _check_efficiency(path: Path, content: dict[str, Any]) -> None:
-    _check_fields(
-        path, content, {"task": _TEXT, "metric": _TEXT, "sizes": _LIST, "models": _DICT, "saving": _DICT}
-    )
-    for name, model in content["models"].items():
-        _check_fields(path, model, {"scores": _LIST, "fit": (dict, type(None))}, f"models.{name}")
-        if len(model["scores"]) != len(content["sizes"]):
-            raise UserError(
-                f"{path}: models.{name}.scores has not one entry for each of sizes; write it again."
-            )
-        if model["fit"] is not None:
-            _check_fields(path, model["fit"], {k: _NUMBER for k in ("C", "a", "L0")}, f"models.{name}.fit")
-    for name, others in content["saving"].items():
-        for other, entry in others.items() if isinstance(others, dict) else ():
-            if "undefined" not in entry:
-                _check_fields(path, entry, {"by_size": _LIST}, f"saving.{name}.{other}")
 
 
 def _named(results: list[Result]) -> list[Result]:
@@ -363,12 +202,25 @@ def _labelled(curves: list[Curves], results: list[Result]) -> list[Curves]:
     return labelled
 
 
+def _distinct(curves: list[Curves]) -> list[Curves]:
+    """Label efficiency whose models have names of their own within a task: folders are added where files share one."""
+    named = []
+    for curve in curves:
+        others = [other for other in curves if other.task == curve.task and other is not curve]
+        shared = {name for other in others for name in other.content["models"]}
+        folders = [other.path.parent.name for other in others]
+        folder = curve.path.parent if curve.path.parent.name in folders else curve.path.parent.name
+        names = {name: f"{name} ({folder})" if name in shared else name for name in curve.content["models"]}
+        named.append(replace(curve, names=names))
+    return named
+
+
 def _check_comparable(results: Sequence[Result]) -> None:
     """Refuses results of one task that were not trained and tested alike.
 
     Raises:
-        UserError: another kind, group, store, training or test records, targets, classes or resampling; names two
-            folders.
+        UserError: another kind, group, store, training, validation or test records, targets, classes, baselines or
+            resampling; names two folders.
     """
     first = results[0]
     for other in results[1:]:
@@ -377,11 +229,17 @@ def _check_comparable(results: Sequence[Result]) -> None:
             for what, same in (
                 ("kind", first.kind == other.kind),
                 ("group", first.results["group"] == other.results["group"]),
-                ("store.fingerprint", _fingerprint(first) == _fingerprint(other)),
+                ("store.fingerprint", _fingerprint(first, "store") == _fingerprint(other, "store")),
+                ("test_store", _fingerprint(first, "test_store") == _fingerprint(other, "test_store")),
+                ("split.fingerprint", _fingerprint(first, "split") == _fingerprint(other, "split")),
                 ("classes", first.classes == other.classes),
                 ("record_id", np.array_equal(*(r.predictions["record_id"] for r in (first, other)))),
-                ("targets", _equal(first, other, "targets")),
-                ("probabilities_majority", _equal(first, other, "probabilities_majority")),
+                ("targets", _equal(first, other, "targets", _SAME_MAJORITY)),
+                ("probabilities_majority", _equal(first, other, "probabilities_majority", _SAME_MAJORITY)),
+                (
+                    "probabilities_ecg_features",
+                    _equal(first, other, "probabilities_ecg_features", _SAME_FEATURES),
+                ),
                 ("bootstrap", first.results["bootstrap"] == other.results["bootstrap"]),
             )
             if not same
@@ -394,13 +252,31 @@ def _check_comparable(results: Sequence[Result]) -> None:
             )
 
 
-def _fingerprint(result: Result) -> str:
-    return result.results["store"]["fingerprint"]
+def _check_intervals(results: Sequence[Result]) -> None:
+    """Refuses tasks whose intervals mean different things, which one table would show alike.
+
+    Raises:
+        UserError: another level, kind of interval or rule for undefined classes; names two folders.
+    """
+    names = ("level", "interval", "undefined")
+    for other in results[1:]:
+        settings = [result.results["bootstrap"] for result in (results[0], other)]
+        if differing := [f"bootstrap.{name}" for name in names if settings[0][name] != settings[1][name]]:
+            raise UserError(
+                f"{results[0].folder} and {other.folder} differ in {', '.join(differing)}, so that their intervals "
+                "cannot stand in one report; probe them with the same config.bootstrap."
+            )
 
 
-def _equal(first: Result, second: Result, name: str) -> bool:
+def _fingerprint(result: Result, name: str) -> str | None:
+    """Of the store, the test store (None where it is the same) or the split."""
+    entry = result.results[name]
+    return None if entry is None else entry["fingerprint"]
+
+
+def _equal(first: Result, second: Result, name: str, tolerance: float) -> bool:
     """Whether an array of predictions.npz is the same in both; one that is in neither is."""
     arrays = [r.predictions[name] for r in (first, second) if name in r.predictions]
     if len(arrays) < 2:
         return True
-    return arrays[0].shape == arrays[1].shape and np.allclose(*arrays, rtol=0, atol=1e-6, equal_nan=True)
+    return arrays[0].shape == arrays[1].shape and np.allclose(*arrays, rtol=0, atol=tolerance, equal_nan=True)

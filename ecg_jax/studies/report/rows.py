@@ -11,14 +11,15 @@ from ecg_jax.evaluation.bootstrap import Scored
 from ecg_jax.evaluation.probe_scores import SCORED_AS, mean_of
 from ecg_jax.evaluation.ranking import Rank, correct, rank_models
 from ecg_jax.evaluation.scoring import score
-from ecg_jax.studies.report.load import MODES, RESULTS, Collection, Result
+from ecg_jax.studies.report.load import Collection, Result
+from ecg_jax.studies.report.read import MODES, RESULTS
 
 SUPERVISED = "supervised from scratch"
 RANDOM_INIT = "random initialisation"
 ECG_FEATURES = "simple ECG features"
 MAJORITY = "majority guess"
-# Random encoders and ECG features are probed linearly, whatever the mode of the probe they stand beside.
-_BASELINE_MODE = "linear"
+# ECG features are probed linearly, whatever the mode of the probe they stand beside.
+_FEATURES_MODE = "linear"
 _BASELINES = (SUPERVISED, RANDOM_INIT, ECG_FEATURES, MAJORITY)
 
 # Largest difference between a score in results.json and the same computed from predictions.npz: predictions are
@@ -150,7 +151,7 @@ def score_tasks(
     Raises:
         UserError: a score in results.json is not that of predictions.npz.
     """
-    twins = _twins(collection)
+    twins = _twin_rows(collection)
     scores, ranks = {}, {}
     for task in collection.tasks:
         say(task)
@@ -179,41 +180,68 @@ def all_rows(scores: dict[str, TaskScores]) -> list[Row]:
     return sorted(rows, key=place)
 
 
-def _twins(collection: Collection) -> dict[int, str]:
-    """Name of the random initialisation of each result (by id): one name for results that share the same.
+@dataclass
+class _Twins:
+    """Randomly initialised encoders that are the same for several probes, in one mode."""
 
-    Checkpoints with the same encoder and input have the same randomly initialised twins; those of different encoders
-    are rows of their own.
+    mode: str
+    models: dict[str, None]
+    """Models they stand beside, in order."""
+    of_task: dict[str, list[np.ndarray]]
+    """Predictions [n, K] of the first seed that were taken for the same."""
+    results: list[Result]
+
+    def include(self, result: Result) -> bool:
+        """Whether a probe's twins are these: alike on a task known to both, or of a model known on other tasks."""
+        if result.task in self.of_task:
+            ours = result.predictions["probabilities_random_init"]
+            return any(
+                other.shape == ours.shape and np.allclose(other, ours, rtol=0, atol=1e-6)
+                for other in self.of_task[result.task]
+            )
+        return result.model in self.models
+
+
+def _twin_mode(result: Result) -> str:
+    """How the randomly initialised encoders beside a probe were probed."""
+    return result.results["baselines"]["random_init"]["mode"]
+
+
+def _twin_rows(collection: Collection) -> dict[int, Row]:
+    """Row of the random initialisation of each result (by id): one row for results that share the same.
+
+    Checkpoints with the same encoder and input have the same randomly initialised twins; those of different encoders,
+    and those probed in another mode, are rows of their own.
     """
-    clusters: list[dict] = []
+    clusters: list[_Twins] = []
     for result in collection.results:
         if result.mode == "supervised":
             continue
-        ours = result.predictions["probabilities_random_init"]
-
-        def same(cluster, result=result, ours=ours):
-            if result.task in cluster["of_task"]:
-                return any(
-                    other.shape == ours.shape and np.allclose(other, ours, rtol=0, atol=1e-6)
-                    for other in cluster["of_task"][result.task]
-                )
-            return result.model in cluster["models"]
-
-        found = next(filter(same, clusters), None)
+        mode = _twin_mode(result)
+        found = next((twins for twins in clusters if twins.mode == mode and twins.include(result)), None)
         if found is None:
-            found = {"models": {}, "of_task": {}, "results": []}
+            found = _Twins(mode, {}, {}, [])
             clusters.append(found)
-        found["models"][result.model] = None
-        found["of_task"].setdefault(result.task, []).append(ours)
-        found["results"].append(result)
-    names = {}
-    for cluster in clusters:
-        name = f"{RANDOM_INIT} of {', '.join(cluster['models'])}" if len(clusters) > 1 else RANDOM_INIT
-        names |= {id(result): name for result in cluster["results"]}
-    return names
+        found.models[result.model] = None
+        found.of_task.setdefault(result.task, []).append(result.predictions["probabilities_random_init"])
+        found.results.append(result)
+    rows: dict[int, Row] = {}
+    taken: set[Row] = set()
+    for twins in clusters:
+        alone = sum(other.mode == twins.mode for other in clusters) == 1
+        row = Row(
+            RANDOM_INIT if alone else f"{RANDOM_INIT} of {', '.join(twins.models)}", twins.mode, RANDOM_INIT
+        )
+        if row in taken:
+            # The same models, differing between their probes' modes: those tell them apart.
+            modes = ", ".join(dict.fromkeys(result.mode for result in twins.results))
+            row = Row(f"{row.model} beside {modes}", twins.mode, RANDOM_INIT)
+        taken.add(row)
+        rows |= {id(result): row for result in twins.results}
+    return rows
 
 
-def _entries(results: Sequence[Result], twins: dict[int, str]) -> list[Entry]:
+def _entries(results: Sequence[Result], twins: dict[int, Row]) -> list[Entry]:
     metric = results[0].metric
 
     def entry(row, figures, arrays, result=None, seeds=None):
@@ -230,15 +258,19 @@ def _entries(results: Sequence[Result], twins: dict[int, str]) -> list[Entry]:
     for result in results:
         if result.mode == "supervised":
             continue
-        row = Row(twins[id(result)], _BASELINE_MODE, RANDOM_INIT)
+        row, arrays = twins[id(result)], result.predictions
         if row not in entries:
-            figures, arrays = result.results["baselines"]["random_init"], result.predictions
+            figures = result.results["baselines"]["random_init"]
             several = arrays["probabilities_random_init_seeds"] if _has_seeds(arrays) else None
             seeds = [arrays["probabilities_random_init"]] if several is None else list(several)
             entries[row] = entry(row, figures, seeds, seeds=len(seeds))
+        elif not np.allclose(
+            entries[row].predictions[0], arrays["probabilities_random_init"], rtol=0, atol=1e-5
+        ):
+            raise ValueError(f"{result.folder}: its random initialisation is not that of the row {row.label}")
     for name, baseline in ((ECG_FEATURES, "ecg_features"), (MAJORITY, "majority")):
         array = results[0].predictions[f"probabilities_{baseline}"]
-        row = Row(name, "" if name == MAJORITY else _BASELINE_MODE, name)
+        row = Row(name, "" if name == MAJORITY else _FEATURES_MODE, name)
         entries[row] = entry(row, results[0].results["baselines"][baseline], [array])
     return list(entries.values())
 

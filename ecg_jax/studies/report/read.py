@@ -1,0 +1,267 @@
+"""Reads the files that a report is made of, and refuses what is damaged, of another version or edited."""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecg_jax.errors import UserError
+
+RESULTS, PREDICTIONS = "results.json", "predictions.npz"
+MODES = ("linear", "frozen", "finetune", "supervised")
+METRICS = ("macro_auroc", "mae")
+
+_NUMBER, _TEXT, _DICT, _LIST, _WHOLE = (int, float, type(None)), str, dict, list, int
+_INTERVAL = {"ci_low": _NUMBER, "ci_high": _NUMBER}
+_FIELDS: dict[str, Any] = {
+    "task": _TEXT, "group": _TEXT, "kind": _TEXT, "metric": _TEXT, "mode": _TEXT, "model": _TEXT,
+    **_INTERVAL, "metrics": _DICT, "per_class": _DICT, "n_records": _WHOLE, "n_patients": (int, type(None)),
+    "baselines": _DICT, "layers": (dict, type(None)), "leakage": (dict, type(None)), "classes_dropped": _DICT,
+    "classes_undefined_in_test": _LIST, "split": _DICT, "records_excluded": _DICT, "bootstrap": _DICT,
+    "checkpoint": (dict, type(None)), "store": _DICT, "test_store": (dict, type(None)), "seed": _WHOLE,
+    "versions": _DICT, "date": _TEXT,
+}  # fmt: skip
+_FINGERPRINT = {"fingerprint": _TEXT}
+_BOOTSTRAP = {"unit": _TEXT, "resamples": _WHOLE, "level": float, "undefined": _TEXT, "interval": _TEXT}
+_STORE = {"path": _TEXT, "corpus": _TEXT, "fingerprint": _TEXT}
+_CLASS = {"ci_low": _NUMBER, "ci_high": _NUMBER, "description": _TEXT}
+_OF_KIND = {
+    "regression": {"mae": _NUMBER, "r2": _NUMBER, "n": _WHOLE},
+    "multilabel": {"auroc": _NUMBER, "average_precision": _NUMBER, "brier": _NUMBER, "ece": _NUMBER,
+                   "n_pos": _WHOLE, "n_neg": _WHOLE},
+}  # fmt: skip
+_OF_KIND["binary"] = _OF_KIND["multilabel"]
+_TRIPLE = {"point": _NUMBER, "low": _NUMBER, "high": _NUMBER}
+_ARRAYS = ("record_id", "patient_id", "row", "targets", "probabilities", "classes")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: it is not JSON ({error}); write it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; write it again.")
+    return content
+
+
+def _check_fields(path: Path, entry: Any, fields: dict[str, Any], where: str = "") -> None:
+    """Raises UserError naming the first field that is missing or of another type."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: the field {where or 'of the file'} is not an object; was the file edited?")
+    prefix = f"{where}." if where else ""
+    for name, kind in fields.items():
+        if name not in entry:
+            raise UserError(
+                f"{path} lacks the field {prefix}{name}; write it again with this version of ecg_jax."
+            )
+        value = entry[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(
+                f"{path}: the field {prefix}{name} is {value!r}, which it cannot be; was it edited?"
+            )
+
+
+def read_result(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What results.json and predictions.npz of a finished probe hold.
+
+    Raises:
+        UserError: names the file and the field.
+    """
+    path = folder / RESULTS
+    results = _read_json(path)
+    _check_fields(path, results, _FIELDS)
+    for name, known in (("mode", MODES), ("kind", tuple(_OF_KIND)), ("metric", METRICS)):
+        _check_known(path, name, results[name], known)
+    metric = results["metric"]
+    if metric != ("mae" if results["kind"] == "regression" else "macro_auroc"):
+        raise UserError(f"{path}: the fields kind and metric do not fit ({results['kind']}, {metric}).")
+    _check_fields(path, results, {metric: (int, float)})
+    _check_fields(path, results["bootstrap"], _BOOTSTRAP, "bootstrap")
+    _check_fields(path, results["store"], _STORE, "store")
+    if results["test_store"] is not None:
+        _check_fields(path, results["test_store"], _STORE, "test_store")
+    _check_fields(path, results["split"], _FINGERPRINT, "split")
+    if results["leakage"] is not None:
+        _check_leakage(path, results["leakage"])
+    for name, entry in results["metrics"].items():
+        _check_fields(path, entry, _TRIPLE, f"metrics.{name}")
+    for name, entry in results["per_class"].items():
+        _check_fields(path, entry, _CLASS | _OF_KIND[results["kind"]], f"per_class.{name}")
+    for name, entry in results["baselines"].items():
+        if entry is not None:
+            _check_fields(path, entry, {metric: (int, float), **_INTERVAL}, f"baselines.{name}")
+        if name == "random_init" and entry is not None:
+            _check_fields(path, entry, {"mode": _TEXT}, "baselines.random_init")
+            _check_known(path, "baselines.random_init.mode", entry["mode"], MODES)
+    if results["layers"] is not None:
+        _check_fields(path, results["layers"], {"chosen": _TEXT, "validation": _DICT}, "layers")
+    return results, _read_predictions(folder / PREDICTIONS, results)
+
+
+def _check_known(path: Path, name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{path}: the field {name} is {value!r}, not one of {', '.join(known)}.")
+
+
+def _check_leakage(path: Path, verdict: dict[str, Any]) -> None:
+    count = (int, type(None))
+    fields = {"verdict": _TEXT, "near_identical_train_test": count, "pretraining": (dict, type(None))}
+    _check_fields(path, verdict, fields, "leakage")
+    if "clean" not in verdict or not isinstance(verdict["clean"], bool):
+        raise UserError(f"{path}: the field leakage.clean must be true or false; probe again.")
+    if verdict["pretraining"] is not None:
+        _check_fields(path, verdict["pretraining"], {"near_identical_test": count}, "leakage.pretraining")
+    if "pretraining_problem" in verdict:
+        _check_fields(path, verdict, {"pretraining_problem": (str, type(None))}, "leakage")
+    if "examined" in verdict:
+        examined = verdict["examined"]
+        names = ("identical", "near_identical", "pretraining")
+        # null: there was no pretraining.
+        if not isinstance(examined, dict) or any(
+            name not in examined or examined[name] not in (True, False, None) for name in names
+        ):
+            raise UserError(f"{path}: leakage.examined must say true, false or null of {', '.join(names)}.")
+
+
+def _read_predictions(path: Path, results: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of predictions.npz, checked against each other and against results.json."""
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} is incomplete: it has no {path.name}; run its `ecg-jax probe` command again."
+        )
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+    except OSError as error:
+        raise UserError(
+            f"{path} is damaged and cannot be read; run its `ecg-jax probe` command again."
+        ) from error
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}); run its `ecg-jax probe` command again.") from error
+    for name in _ARRAYS:
+        if name not in arrays:
+            raise UserError(f"{path} lacks the array {name}; run its `ecg-jax probe` command again.")
+    n, K = results["n_records"], len(results["per_class"])
+    shapes = dict.fromkeys(arrays, (n, K)) | dict.fromkeys(("record_id", "patient_id", "row"), (n,))
+    shapes["classes"] = (K,)
+    for name, array in arrays.items():
+        if name.startswith("val_"):
+            continue
+        expected = shapes[name]
+        if array.shape != expected and not (name.endswith("_seeds") and array.shape[1:] == expected):
+            raise UserError(
+                f"{path} does not belong to {RESULTS}: its array {name} is {list(array.shape)}, not "
+                f"{list(expected)}; run the `ecg-jax probe` command again."
+            )
+        if name.startswith("probabilities") and not np.isfinite(array).all():
+            raise UserError(f"{path}: the array {name} holds values that are not finite; probe again.")
+    if arrays["classes"].tolist() != list(results["per_class"]):
+        raise UserError(
+            f"{path} does not belong to {RESULTS}: its array classes differs from the field per_class; run the "
+            "`ecg-jax probe` command again."
+        )
+    return arrays
+
+
+def read_robustness(path: Path) -> dict[str, Any]:
+    """What a robustness.json holds.
+
+    Raises:
+        UserError: names the file and the field.
+    """
+    content = _read_json(path)
+    fields = {
+        "task": _TEXT,
+        "metric": _TEXT,
+        "clean": _DICT,
+        "families": _LIST,
+        "probe": _DICT,
+        "bootstrap": _DICT,
+    }
+    _check_fields(path, content, fields)
+    _check_known(path, "metric", content["metric"], METRICS)
+    _check_fields(path, content["probe"], {"model": _TEXT, "mode": _TEXT}, "probe")
+    _check_fields(path, content["bootstrap"], {"unit": _TEXT, "level": float}, "bootstrap")
+    _check_fields(path, content["clean"], _TRIPLE, "clean")
+    _check_filled(path, "families", content["families"])
+    for i, family in enumerate(content["families"]):
+        where = f"families[{i}]"
+        _check_fields(path, family, {"family": _TEXT, "unit": (str, type(None)), "conditions": _LIST}, where)
+        _check_filled(path, f"{where}.conditions", family["conditions"])
+        for j, condition in enumerate(family["conditions"]):
+            inner = f"{where}.conditions[{j}]"
+            _check_fields(path, condition, {"label": _TEXT, "value": _NUMBER, **_TRIPLE}, inner)
+            _check_fields(path, condition, {"difference": _DICT}, inner)
+            _check_fields(path, condition["difference"], _TRIPLE, f"{inner}.difference")
+            if "padded" not in condition or not isinstance(condition["padded"], bool):
+                raise UserError(f"{path}: the field {inner}.padded must be true or false; write it again.")
+    return content
+
+
+def read_efficiency(path: Path) -> dict[str, Any]:
+    """What a label_efficiency.json holds.
+
+    Raises:
+        UserError: names the file and the field.
+    """
+    content = _read_json(path)
+    fields = {
+        "task": _TEXT,
+        "metric": _TEXT,
+        "sizes": _LIST,
+        "models": _DICT,
+        "saving": _DICT,
+        "bootstrap": _DICT,
+    }
+    _check_fields(path, content, fields)
+    _check_known(path, "metric", content["metric"], METRICS)
+    _check_fields(path, content["bootstrap"], {"unit": _TEXT, "level": float}, "bootstrap")
+    _check_filled(path, "sizes", content["sizes"])
+    _check_filled(path, "models", content["models"])
+    if not all(isinstance(size, int) and size > 0 for size in content["sizes"]):
+        raise UserError(f"{path}: sizes must hold numbers of records above 0; was it edited?")
+    for name, model in content["models"].items():
+        where = f"models.{name}"
+        of_size = dict.fromkeys(("scores", "mean", "low", "high"), _LIST)
+        _check_fields(path, model, of_size | {"fit": (dict, type(None))}, where)
+        for field in of_size:
+            if len(model[field]) != len(content["sizes"]):
+                raise UserError(
+                    f"{path}: {where}.{field} has not one entry for each of sizes; write it again."
+                )
+        if not all(isinstance(seeds, list) and seeds for seeds in model["scores"]):
+            raise UserError(
+                f"{path}: {where}.scores must hold the scores of at least one seed for every size."
+            )
+        numbers = [value for field in ("mean", "low", "high") for value in model[field]]
+        if not all(isinstance(v, _NUMBER) for v in (*numbers, *(v for of in model["scores"] for v in of))):
+            raise UserError(f"{path}: {where} holds scores that are no numbers; was it edited?")
+        if model["fit"] is not None:
+            _check_fields(path, model["fit"], dict.fromkeys(("C", "a", "L0"), (int, float)), f"{where}.fit")
+    for name, others in content["saving"].items():
+        _check_fields(
+            path, others, dict.fromkeys(others, _DICT) if isinstance(others, dict) else {}, f"saving.{name}"
+        )
+        for other, entry in others.items():
+            if "undefined" in entry:
+                continue
+            where = f"saving.{name}.{other}"
+            _check_fields(path, entry, {"by_size": _LIST}, where)
+            for i, size in enumerate(entry["by_size"]):
+                factor = dict.fromkeys(("factor", "low", "high"), _NUMBER)
+                _check_fields(path, size, {"size": (int, float), **factor}, f"{where}.by_size[{i}]")
+    return content
+
+
+def _check_filled(path: Path, name: str, values: Any) -> None:
+    if not values:
+        raise UserError(
+            f"{path}: the field {name} is empty, so that there is nothing to show; write it again."
+        )
