@@ -14,6 +14,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+# Limits of age groups, years (spec §7.4), see `age_sex_labels`.
 ADULT_BINS = (20, 40, 60, 80)
 PAEDIATRIC_BINS = (1, 5, 12, 18)
 
@@ -27,16 +28,14 @@ def stratified_folds(
     *,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
-    ratios: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """Distributes records over folds so that every fold has its share of every label.
+    """Distributes records over folds so that every fold has an equal share of every label.
 
     The label with the fewest records left comes first. Its groups, those with most of its records first, go
     each to the fold that lacks most records of the label; of several such folds, to the one that lacks most
     records altogether; of several such, to a random one. Groups without any label fill up the folds in the
-    end. Where no record has two labels, every label that n_folds or more groups have is in every fold of
-    equal ratios; with several labels a record this is the rule but not certain, as a group can serve only one
-    of its labels.
+    end. Where no record has two labels, every label that n_folds or more groups have is in every fold; with
+    several labels a record this is the rule but not certain, as a group can serve only one of its labels.
 
     With `groups`, the fold of a group does not depend on the order of the records; without, it does (by the
     random choices only).
@@ -47,21 +46,17 @@ def stratified_folds(
       groups: n keys that can be sorted; records of one group come into the same fold. None: every record is
         its own.
       seed: for the random choices.
-      ratios: F positive shares of the records; None: equal ones. They are divided by their sum.
 
     Returns:
       int64 [n], the fold of each record, 0 to F - 1.
 
     Raises:
-      ValueError: `groups` or `ratios` have a wrong length, a ratio is not positive, or n_folds < 1.
+      ValueError: `groups` has a wrong length, or n_folds < 1.
     """
     if n_folds < 1:
         raise ValueError(f"n_folds must be at least 1, not {n_folds}")
-    shares = np.ones(n_folds) if ratios is None else np.asarray(ratios, np.float64)
-    if shares.shape != (n_folds,) or not (shares > 0).all() or not np.isfinite(shares).all():
-        raise ValueError(f"ratios must be {n_folds} positive numbers, not {ratios}")
     table = _tabulate(labels, groups)
-    folds = _assign(table, shares / shares.sum(), np.random.default_rng(seed))
+    folds = _assign(table, np.full(n_folds, 1 / n_folds), np.random.default_rng(seed))
     return folds[table.group_of]
 
 
