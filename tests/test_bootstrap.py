@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from conftest import load_golden
-from ecg_jax.evaluation import bootstrap, metrics
+from ecg_jax.evaluation import bootstrap, metrics, scoring
 
 GOLDEN = load_golden("metrics")
 
@@ -29,8 +29,8 @@ def test_golden_resamples_and_intervals(golden, undefined, key):
 
 def test_golden_micro_and_difference(golden):
     targets, counts, first, second = golden
-    micro = bootstrap.bootstrap_micro_auroc(targets, GOLDEN["out/prob_aggregated"], counts)
-    np.testing.assert_allclose(micro, GOLDEN["bootstrap/out/micro_point_low_high"], atol=1e-6)
+    micro = scoring.score("micro_auroc", targets, GOLDEN["out/prob_aggregated"], counts)
+    np.testing.assert_allclose(micro.macro(), GOLDEN["bootstrap/out/micro_point_low_high"], atol=1e-6)
     difference = bootstrap.macro_difference(first, second, "half")
     expected = GOLDEN["bootstrap/out/macro_half_difference_point_low_high"]
     np.testing.assert_allclose(difference, expected, atol=1e-6)
@@ -220,7 +220,7 @@ def test_p_value_inverts_the_percentile_interval():
     assert np.isnan(bootstrap.p_value([np.nan]))
 
 
-def test_comparisons_of_macro_and_classes():
+def test_comparisons_of_macro():
     generator = np.random.default_rng(5)
     targets = generator.integers(0, 2, (90, 3))
     codes = np.arange(90) // 3
@@ -234,16 +234,40 @@ def test_comparisons_of_macro_and_classes():
         assert found.difference.low > 0
         assert found.p_value == 2 / 401
         assert found.difference == bootstrap.macro_difference(strong, weak, kind=kind)
-        classes = bootstrap.class_differences(strong, weak, kind=kind)
-        assert len(classes) == 3
-        mean = np.mean([entry.difference.point for entry in classes])
-        assert mean == pytest.approx(found.difference.point, abs=1e-12)
-        one_by_one = bootstrap.interval(
-            strong.per_class[1] - weak.per_class[1],
-            strong.resampled[:, 1] - weak.resampled[:, 1],
-            kind=kind,
-            left_out=strong.left_out[:, 1] - weak.left_out[:, 1],
-        )
-        assert classes[1].difference == one_by_one
+        mean = strong.per_class.mean() - weak.per_class.mean()
+        assert found.difference.point == pytest.approx(mean, abs=1e-12)
     with pytest.raises(ValueError, match="leave_one_out"):
         bootstrap.compare(strong._replace(left_out=None), weak, kind="bca")
+
+
+def test_seed_deviations_are_students_t_and_figures_of_the_same_seeds_deviate_together():
+    from scipy import stats
+
+    points = np.array([0.70, 0.74, 0.78, 0.71])
+    drawn = bootstrap.seed_deviations(points, 100_000, np.random.default_rng(0))
+    expected = points.std(ddof=1) / 2 * stats.t(3).ppf([0.025, 0.25, 0.75, 0.975])
+    np.testing.assert_allclose(np.quantile(drawn, [0.025, 0.25, 0.75, 0.975]), expected, rtol=0.03)
+    both = bootstrap.seed_deviations(
+        np.stack([points, 2 * points + 1, -points]), 50, np.random.default_rng(0)
+    )
+    assert both.shape == (50, 3)
+    np.testing.assert_allclose(both[:, 0], both[:, 1] / 2, atol=1e-12)
+    np.testing.assert_allclose(both[:, 0], -both[:, 2], atol=1e-12)
+    # Models of the same seeds stay paired, and equal ones do not differ.
+    alone = bootstrap.seed_deviations(points, 50, np.random.default_rng(0))
+    np.testing.assert_allclose(alone, both[:, 0], atol=1e-12)
+    assert (bootstrap.seed_deviations(np.full((2, 3), 0.7), 5, np.random.default_rng(0)) == 0).all()
+    single = bootstrap.seed_deviations(np.array([[0.7], [0.8]]), 5, np.random.default_rng(0))
+    np.testing.assert_array_equal(single, np.zeros((5, 2)))
+
+
+def test_interval_over_patients_and_seeds_has_both():
+    generator = np.random.default_rng(1)
+    points = np.array([0.70, 0.74, 0.78])
+    resampled = points[:, None] + 0.05 * generator.normal(size=20_000)
+    deviations = bootstrap.seed_deviations(points, 20_000, generator)
+    both = bootstrap.hierarchical_interval(points, resampled, deviations)
+    patients = bootstrap.hierarchical_interval(points, resampled, np.zeros(20_000))
+    assert both.point == patients.point == pytest.approx(points.mean())
+    assert patients.high - patients.point == pytest.approx(1.96 * 0.05, rel=0.05)
+    assert both.high - both.point > 1.2 * (patients.high - patients.point)

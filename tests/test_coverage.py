@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ecg_jax.evaluation import bootstrap
-from ecg_jax.evaluation.bootstrap import Interval
+from ecg_jax.evaluation.bootstrap import Interval, Scored
 
 N_PATIENTS, PER_PATIENT = 100, 2
 STUDIES, BATCH, RESAMPLES = 2000, 100, 400
@@ -52,7 +52,8 @@ def covered():
         for kind in ("percentile", "bca"):
             intervals = first.class_intervals(kind=kind)
             found.setdefault(("auroc", kind), []).extend(_covers(intervals, truths[0]))
-            differences = [c.difference for c in bootstrap.class_differences(first, second, kind=kind)]
+            difference = Scored("auroc", *(a - b for a, b in zip(first[1:], second[1:], strict=True)))
+            differences = difference.class_intervals(kind=kind)
             found.setdefault(("difference", kind), []).extend(_covers(differences, truths[0] - truths[1]))
         if batch < 5:
             records = bootstrap.draw(np.arange(len(PATIENT)), RESAMPLES, seed=batch)

@@ -299,3 +299,32 @@ def test_class_counts_ignore_unknown():
 def test_bad_input_is_refused(targets, scores, message):
     with pytest.raises(ValueError, match=message):
         metrics.auroc(targets, scores)
+
+
+def test_class_counts_of_any_type_in_blocks(monkeypatch):
+    targets = np.random.default_rng(0).integers(0, 2, (50, 3))
+    expected = metrics.class_counts(targets)
+    np.testing.assert_array_equal(expected[0], targets.sum(axis=0))
+    monkeypatch.setattr(metrics, "_COUNTED_AT_ONCE", 7)
+    for dtype in (bool, np.int8, np.float16, np.float32):
+        np.testing.assert_array_equal(metrics.class_counts(targets.astype(dtype)), expected)
+
+
+@pytest.mark.parametrize("function", [metrics.resampled_micro_auroc, metrics.resampled_average_precision])
+def test_many_positives_are_scored_in_narrow_blocks_with_the_same_result(monkeypatch, function):
+    generator = np.random.default_rng(0)
+    targets, scores = generator.integers(0, 2, (60, 3)), generator.random((60, 3))
+    counts = generator.integers(0, 3, (60, 40))
+    expected, widths = function(targets, scores, counts), []
+    original = metrics._narrower
+
+    def watched(blocks, n_steps):
+        for where, block in original(blocks, n_steps):
+            widths.append(block.shape[1])
+            assert where.stop - where.start == block.shape[1]
+            yield where, block
+
+    monkeypatch.setattr(metrics, "_narrower", watched)
+    monkeypatch.setattr(metrics, "_STEPS_AT_ONCE", 200)
+    np.testing.assert_array_equal(function(targets, scores, counts), expected)
+    assert max(widths) < 20

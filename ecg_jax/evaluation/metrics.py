@@ -16,6 +16,9 @@ import numpy as np
 
 # Resamples handled at once: bounds the memory of running sums over records [n, block].
 _BLOCK = 512
+# Numbers of one array [steps, resamples]: with fewer steps than 8192 a block of resamples stays whole.
+_STEPS_AT_ONCE = 1 << 22
+_COUNTED_AT_ONCE = 1 << 16
 
 #: Thresholds of Fmax, as in the protein function challenges it comes from: 0, 0.01, ..., 1.
 FMAX_THRESHOLDS = np.arange(101) / 100
@@ -42,8 +45,14 @@ def as_matrices(targets, scores) -> tuple[np.ndarray, np.ndarray]:
 
 def class_counts(targets) -> tuple[np.ndarray, np.ndarray]:
     """Positives and negatives per class of [n, K] targets, NaN ignored: (n_pos [K], n_neg [K])."""
-    targets = np.asarray(targets, dtype=np.float64)
-    return (targets == 1).sum(axis=0), (targets == 0).sum(axis=0)
+    targets = np.asarray(targets)
+    n_pos, n_neg = (np.zeros(targets.shape[1:], dtype=np.int64) for _ in range(2))
+    # In blocks and without a cast: targets of a thousand classes may fill much of the memory.
+    for first in range(0, len(targets), _COUNTED_AT_ONCE):
+        block = targets[first : first + _COUNTED_AT_ONCE]
+        n_pos += (block == 1).sum(axis=0)
+        n_neg += (block == 0).sum(axis=0)
+    return n_pos, n_neg
 
 
 def has_both_kinds(targets) -> np.ndarray:
@@ -71,6 +80,15 @@ def count_blocks(counts, n: int, per_record: int = 1) -> list[tuple[slice, np.nd
     return [
         (slice(s, s + _BLOCK), np.ascontiguousarray(counts[:, s : s + _BLOCK], dtype=dtype)) for s in starts
     ]
+
+
+def _narrower(blocks, n_steps: int):
+    """Blocks of `count_blocks` with so few resamples each that [n_steps, resamples] stays small."""
+    width = max(1, _STEPS_AT_ONCE // n_steps)
+    for where, block in blocks:
+        for first in range(0, block.shape[1], width):
+            some = block[:, first : first + width]
+            yield slice(where.start + first, where.start + first + some.shape[1]), some
 
 
 def _sums(step, rows, n_steps: int, n: int, weight=1.0):
@@ -111,7 +129,7 @@ def _auroc_of_one_class(targets, scores, rows, blocks, n_resamples: int) -> np.n
     n_steps = len(steps) + 1  # the last one lies above all positives
     positives = _sums(step_of_positive, rows[positive], n_steps, n)
     negatives = _sums(below, neg_rows, n_steps, n, 0.5) + _sums(above, neg_rows, n_steps, n, 0.5)
-    for where, block in blocks:
+    for where, block in _narrower(blocks, n_steps):
         drawn = (positives @ block).astype(np.float64)
         beaten = np.cumsum(negatives @ block, axis=0, dtype=np.float64)
         with np.errstate(invalid="ignore"):  # 0/0, an undefined class, is NaN and meant to be
@@ -220,7 +238,7 @@ def resampled_average_precision(targets, scores, counts) -> np.ndarray:
         step_of_negative = np.searchsorted(steps, -scores[neg_rows, k], side="left")
         positives = _sums(step_of_positive, pos_rows, n_steps, n)
         negatives = _sums(step_of_negative, neg_rows, n_steps, n)
-        for where, block in blocks:
+        for where, block in _narrower(blocks, n_steps):
             drawn = (positives @ block).astype(np.float64)
             true = np.cumsum(drawn, axis=0)
             false = np.cumsum(negatives @ block, axis=0, dtype=np.float64)

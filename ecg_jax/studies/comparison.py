@@ -16,7 +16,7 @@ import numpy as np
 
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, metrics
-from ecg_jax.evaluation.bootstrap import Interval
+from ecg_jax.evaluation.bootstrap import Interval, hierarchical_interval, seed_deviations
 
 RANDOM_INIT = "random initialisation"
 MAJORITY = "majority guess"
@@ -44,32 +44,6 @@ class FinishedRun(NamedTuple):
     def seed(self) -> int:
         """Of pretraining."""
         return self.results["pretraining_config"]["seed"]
-
-
-def seed_deviations(points: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """How far the mean over all seeds may lie from the mean over S of them, drawn [R] times.
-
-    s / sqrt(S) times Student's t with S - 1 degrees of freedom, s the standard deviation of the figures [S]: resampling
-    a handful of seeds instead would end at the extremes among them, and cover 80 % of the time with three when 95 % are
-    said. 0 for a single seed: its interval knows nothing of other seeds.
-    """
-    S = len(points)
-    if S == 1:
-        return np.zeros(resamples)
-    return np.std(points, ddof=1) / S**0.5 * generator.standard_t(S - 1, size=resamples)
-
-
-def hierarchical_interval(points, resampled, deviations: np.ndarray, level: float = 0.95) -> Interval:
-    """Mean over seeds with its interval over patients and seeds.
-
-    Args:
-        points: [S], one figure for each seed on all test records.
-        resampled: [S, R], the same on every resample of the patients, NaN where it is undefined.
-        deviations: [R], see `seed_deviations`.
-        level: of confidence.
-    """
-    over_patients = np.mean(np.asarray(resampled, dtype=np.float64), axis=0)
-    return bootstrap.interval(np.mean(points), over_patients + deviations, level)
 
 
 def check_comparable(runs: Sequence[FinishedRun]) -> None:
@@ -117,7 +91,15 @@ def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
         return _interval(hierarchical_interval(points, resampled, deviations, level))
 
     ours = {run.name: macro(run.predictions["probabilities"]) for run in runs}
-    twins = {run.name: macro(run.predictions["probabilities_random_init"]) for run in runs}
+    # The mean over a run's twins stands beside it, as in its results.json.
+    each_twin = {
+        run.name: [macro(scores) for scores in run.predictions["probabilities_random_init_seeds"]]
+        for run in runs
+    }
+    twins = {
+        name: tuple(np.mean(values, axis=0) for values in zip(*scored, strict=True))
+        for name, scored in each_twin.items()
+    }
     members: dict[str, list[FinishedRun]] = {}
     for run in runs:
         members.setdefault(run.group, []).append(run)
@@ -144,7 +126,9 @@ def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
         key = json.dumps([pretraining["model"], own[0].results["preprocessing"]], sort_keys=True)
         shared = of_encoder.setdefault(key, {"groups": [], "twins": {}})
         shared["groups"].append(group)
-        shared["twins"] |= {run.results["seed"]: twins[run.name] for run in own}
+        shared["twins"] |= {
+            run.results["seed"] + i: scored for run in own for i, scored in enumerate(each_twin[run.name])
+        }
     for shared in of_encoder.values():
         models = list(shared["twins"].values())
         baselines.append(
