@@ -212,8 +212,8 @@ def seed_deviations(points, n_resamples: int, generator: np.random.Generator) ->
     S = points.shape[-1]
     if S == 1:
         return np.zeros((n_resamples, *points.shape[:-1]))
-    weights = generator.normal(size=(n_resamples, S))
-    weights /= np.sqrt(S * generator.chisquare(S - 1, size=n_resamples))[:, None]
+    spread = generator.chisquare(S - 1, size=n_resamples)
+    weights = generator.normal(size=(n_resamples, S)) / np.sqrt(S * spread)[:, None]
     # From the first seed's figure, so that equal figures deviate by exactly nothing.
     deviations = points - points[..., :1]
     deviations -= deviations.mean(axis=-1, keepdims=True)
