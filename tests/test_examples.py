@@ -23,6 +23,7 @@ from ecg_jax.evaluation.examples import (
     standardised,
     target_matrix,
 )
+from ecg_jax.evaluation.online_probe import choose_slice
 from ecg_jax.evaluation.targets import LabelLists
 from ecg_jax.evaluation.tasks import TaskUnavailable, get_task
 
@@ -291,6 +292,28 @@ def test_unlabelled_and_short_records_are_counted(make):
         "same_signal_as_a_later_part": 0,
         "patient_of_a_later_part": 0,
     }
+
+
+def test_a_store_of_another_corpus_or_a_damaged_one_is_refused_for_every_task(make):
+    store = make(FOLDS, LABELS, corpus="wfdb")
+    with pytest.raises(UserError, match="needs a store of corpus 'ptbxl'") as refused:
+        choose_examples(TASK, store, None, 600)
+    assert not isinstance(refused.value, TaskUnavailable)
+    store = make(FOLDS, LABELS)
+    (store.path / "records.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="missing or damaged") as refused:
+        choose_examples(TASK, store, None, 600)
+    assert not isinstance(refused.value, TaskUnavailable)
+
+
+def test_the_online_probe_takes_unknown_labels_for_no_negatives(make):
+    labels = [["A"], ["B"], None, [], ["A"], ["A", "B"], [], ["B"], ["A"]] * 3
+    folds = [0, 1, 2, 3, -1, 4, 5, 9, 9] * 3
+    store = make(folds, labels, corpus="echonext", label_set="echo", classes=["A", "B"])
+    chosen, _ = choose_slice(store, np.arange(27), task="echonext", every=1, max_records=100)
+    assert sorted(chosen.rows) == [i for i in range(27) if i % 9 in (0, 1, 3, 5, 6)], (
+        "nor is the test fold touched"
+    )
 
 
 def test_the_refusal_quotes_why_records_were_left_out(make):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ecg_jax.data.corpora.entries import UNLABELLED_FOLD
 from ecg_jax.data.folds import highest_folds
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
@@ -103,6 +104,10 @@ def choose_slice(
     rows = train_rows[~np.isin(folds[train_rows], highest)]
     if chosen.unlabelled == "exclude":
         rows = rows[is_labelled(labels[rows])]
+    else:
+        # Unknown labels are no negatives.
+        known = np.array([names is not None for names in labels[rows]], dtype=bool)
+        rows = rows[known & (folds[rows] != UNLABELLED_FOLD)]
     patients, records = store.column("patient_id"), store.column("record_id")
     owner = {row: str(records[row] if patients[row] is None else patients[row]) for row in rows.tolist()}
     order = sorted(
