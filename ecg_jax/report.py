@@ -5,10 +5,11 @@ import csv
 import datetime
 import io
 import os
+import shlex
 from pathlib import Path
 
 from ecg_jax.errors import UserError
-from ecg_jax.studies.report import export, html, load, rows
+from ecg_jax.studies.report import export, figures, html, load, rows
 
 DESCRIPTION = """\
 Puts finished probes side by side: one self-contained page with tables, intervals, ranks, leakage verdicts and
@@ -23,13 +24,16 @@ which come with a probe, and an encoder trained from scratch (mode=supervised) a
 INDEX = "index.csv"
 
 
-def report(workdirs: list[str | Path], output: str | Path, title: str) -> list[Path]:
+def report(
+    workdirs: list[str | Path], output: str | Path, title: str, recordings: str = "open"
+) -> list[Path]:
     """Writes a report.
 
     Args:
         workdirs: of finished probes.
         output: the page, an .html file; its tables go to <name>_tables beside it.
         title: of the page.
+        recordings: which to draw: "open" for those of corpora that may be passed on, "all", "none".
 
     Returns:
         The files written, the page first.
@@ -43,7 +47,10 @@ def report(workdirs: list[str | Path], output: str | Path, title: str) -> list[P
     collection = load.load(workdirs)
     rows.check_baselines(collection)
     scores = rows.score_tasks(collection, lambda task: print(f"  {task}", flush=True))
-    page = html.build(title, collection, scores, datetime.datetime.now(datetime.UTC))
+    options = (f"--output={output}", f"--title={title}", f"--recordings={recordings}")
+    command = shlex.join(["ecg-jax", "report", *map(str, workdirs), *options])
+    now = datetime.datetime.now(datetime.UTC)
+    page = html.build(title, collection, scores, now, command, recordings)
     text = page.html()
     index = io.StringIO()
     lines = csv.writer(index, lineterminator="\n")
@@ -129,8 +136,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folder of a finished probe")
     parser.add_argument("--output", required=True, metavar="FILE.html", help="page to write")
     parser.add_argument("--title", default="ECG encoders compared", help="of the page (default: %(default)s)")
+    parser.add_argument(
+        "--recordings",
+        choices=figures.RECORDINGS,
+        default="open",
+        help=f"whose to draw; open: not those of {' and '.join(figures.CLOSED)}, which must not be passed on "
+        "(default: %(default)s)",
+    )
     options = parser.parse_args(argv)
-    written = report(options.workdirs, options.output, options.title)
+    written = report(options.workdirs, options.output, options.title, options.recordings)
     size = written[0].stat().st_size / 1e6
     print(f"{written[0]} ({size:.1f} MB), {len(written) - 1} files in {_tables_folder(written[0])}")
     return 0

@@ -21,6 +21,7 @@ from ecg_jax.evaluation.finished_probe import FinishedProbe, read_probe
 from ecg_jax.evaluation.robustness import (
     CLEAN,
     UNITS,
+    VERSION,
     Condition,
     Scorer,
     Unavailable,
@@ -114,14 +115,15 @@ class _Parts:
             return
         try:
             before = json.loads(self.path.read_text())
-            differing = [key for key, value in identity.items() if before["identity"][key] != value]
+            kept = before["identity"]
+            differing = [key for key, value in identity.items() if key not in kept or kept[key] != value]
             self.finished = dict(before["finished"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} is damaged; remove it, or choose another --output") from error
         if differing:
             raise UserError(
-                f"{output} holds the robustness of another probe or seed (other {', '.join(differing)}); choose "
-                "another --output"
+                f"{output} holds the robustness of another probe, seed or version (other {', '.join(differing)}); "
+                "choose another --output"
             )
 
     def add(self, key: str, entry: dict) -> None:
@@ -201,6 +203,7 @@ def _identity(config, probe: FinishedProbe) -> dict:
             "bootstrap": probe.results["bootstrap"],
             "probe_seed": probe.results["seed"],
             "seed": config.seed,
+            "corruptions": VERSION,
         }
     )
 

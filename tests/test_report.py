@@ -141,6 +141,13 @@ class TestPage:
         assert "<h1>CPC &lt;&amp; JEPA&gt;</h1>" in page[1]
         assert "<title>CPC &lt;&amp; JEPA&gt;</title>" in page[1]
 
+    def test_says_which_command_made_it(self, page, study):
+        command = f"ecg-jax report {' '.join(map(str, study))} --output={page[0] / 'report.html'} "
+        assert (
+            command + "&#x27;--title=CPC &lt;&amp; JEPA&gt;&#x27; --recordings=open"
+            in page[1].split("<nav")[0]
+        )
+
     def test_says_in_red_what_leaks(self, page):
         top = page[1].split("<nav")[0]
         assert '<div class="verdict bad"' in top
@@ -160,6 +167,12 @@ class TestPage:
         assert page[1].count('src="data:image/png') == 3
         assert "Most confident and right: synthetic" in page[1]
         assert "the store stores/ptbxl cannot be opened here" in page[1]
+
+    def test_shows_no_recordings_where_none_are_asked_for(self, study, tmp_path):
+        assert main(["report", *map(str, study), f"--output={tmp_path / 'r.html'}", "--recordings=none"]) == 0
+        text = (tmp_path / "r.html").read_text()
+        assert "data:image/png" not in text
+        assert text.count("the report was made with <code>--recordings=none</code>") == 2
 
     def test_is_small(self, page):
         assert len(page[1]) < 3e6
@@ -198,8 +211,9 @@ class TestOddStudies:
         assert [line for line in lines if why in line] == [
             f"ptbxl_sub,class undefined in test,{name},{why}" for name in undefined
         ]
-        assert "resampled by record" in text
         assert "Intervals: bca" in text
+        assert "resampled records, as no patient is known" in text
+        assert "resampled patients" not in text
 
 
 class TestRefusals:

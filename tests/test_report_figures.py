@@ -187,7 +187,7 @@ class TestExamples:
 
         store = Store(synthetic_store)
         task = task_of(write_result(tmp_path / "a", n=60, K=3, store=store))
-        found, sentence = figures.examples(task)
+        found, sentence = figures.examples(task, "open")
         assert "cpc, linear" in sentence
         assert [example.heading for example in found] == [
             "Most confident and right", "Most confident and wrong", "Least sure"
@@ -203,7 +203,7 @@ class TestExamples:
             assert len(image.getcolors()) > 4
 
     def test_a_store_that_is_gone(self, task):
-        assert figures.examples(task) == (
+        assert figures.examples(task, "open") == (
             [],
             "No recordings are shown: the store stores/ptbxl cannot be opened here.",
         )
@@ -216,6 +216,20 @@ class TestExamples:
             store=Store(synthetic_store),
             changes={"store": {"path": str(synthetic_store), "corpus": "synthetic", "fingerprint": "0" * 64}},
         )
-        found, sentence = figures.examples(task_of(folder))
+        found, sentence = figures.examples(task_of(folder), "open")
         assert not found
         assert "has changed since the probe" in sentence
+
+    @pytest.mark.parametrize("corpus", ["mimic", "echonext"])
+    def test_recordings_that_must_not_be_passed_on_are_left_out_unless_asked_for(
+        self, tmp_path, synthetic_store, corpus
+    ):
+        store = Store(synthetic_store)
+        described = {"path": str(synthetic_store), "corpus": corpus, "fingerprint": store.fingerprint}
+        changes = {"test_store": described}  # trained on an open corpus
+        task = task_of(write_result(tmp_path, n=60, K=2, store=store, changes=changes))
+        found, sentence = figures.examples(task, "open")
+        assert not found
+        assert f"those of {corpus} are lent under an agreement" in sentence
+        assert len(figures.examples(task, "all")[0]) == 3
+        assert not figures.examples(task, "none")[0]

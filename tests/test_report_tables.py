@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 
 import numpy as np
@@ -137,6 +138,22 @@ class TestMainTable:
         assert cell.text == f"{result['macro_auroc']:.3f}"
         assert cell.interval == f"[{result['ci_low']:.3f}, {result['ci_high']:.3f}]"
 
+    def test_says_what_was_resampled(self, loaded, tmp_path):
+        assert (
+            "from resampled patients, and records whose patient is not known."
+            in tables.main_table(*loaded).caption
+        )
+        folders = [
+            write_result(tmp_path / "a", n=40, K=2),
+            write_result(tmp_path / "b", "ptbxl_form", n=40, K=2, patients_known=False),
+        ]
+        collection = load(folders)
+        caption = tables.main_table(collection, rows.score_tasks(collection)).caption
+        assert (
+            "whose patient is not known (ptbxl_super); resampled records, as no patient is known (ptbxl_form)"
+            in caption
+        )
+
     def test_groups_span_their_tasks(self, loaded):
         table = tables.main_table(*loaded)
         assert list(table.head) == [
@@ -183,7 +200,12 @@ class TestLeakage:
         )
 
     def test_states(self, tmp_path):
-        unexamined = CLEAN | {"pretraining": None, "pretraining_problem": "There is no store at x."}
+        unexamined = CLEAN | {
+            "pretraining": None,
+            "pretraining_problem": "There is no store at x.",
+            "examined": CLEAN["examined"] | {"pretraining": False},
+        }
+        none = {"examined": CLEAN["examined"] | {"pretraining": None}, "pretraining_problem": None}
         assert self.verdict(tmp_path / "a", CLEAN)[0] == "clean"
         assert self.verdict(tmp_path / "b", LEAKING)[0] == "not clean"
         assert self.verdict(tmp_path / "c", None)[0] == "not audited"
@@ -191,9 +213,14 @@ class TestLeakage:
         assert state == "partly examined"
         assert "There is no store at x." in sentence
         # A supervised encoder was never pretrained, so that there is nothing more to examine.
-        assert self.verdict(tmp_path / "e", unexamined, "supervised")[0] == "clean"
-        near = CLEAN | {"near_identical_train_test": None}
+        assert self.verdict(tmp_path / "e", unexamined | none, "supervised")[0] == "clean"
+        near = CLEAN | {"examined": CLEAN["examined"] | {"near_identical": False}}
         assert self.verdict(tmp_path / "f", near)[0] == "partly examined"
+        # Results from before "examined" say it by what is null.
+        before = {key: value for key, value in CLEAN.items() if key != "examined"}
+        assert self.verdict(tmp_path / "g", before)[0] == "clean"
+        near = before | {"near_identical_train_test": None}
+        assert self.verdict(tmp_path / "h", near)[0] == "partly examined"
 
     def test_the_worst_verdict_is_the_task_s(self, tmp_path):
         folders = [
@@ -235,6 +262,28 @@ class TestTaskTables:
         assert cells[-1].text == number(task.ranked[-1].point - task.ranked[0].point, sign=True)
         assert {cell.text for cell in column(table, "p")[1:]} >= {f"≤ {2 / (RESAMPLES + 1):.2g}"}
 
+    def test_p_values_of_percentiles_beside_bca_intervals_are_said(self, tmp_path):
+        folders = [
+            write_result(tmp_path / name, model=name, n=40, K=2, interval="bca") for name in ("a", "b")
+        ]
+        table = task_tables.score_table(rows.score_tasks(load(folders))["ptbxl_super"])
+        assert {"p (percentile)", "p (percentile, Holm)"} <= set(table.head)
+        assert "bca interval of the paired difference" in table.caption
+
+    def test_challenge_scores_are_columns(self, tmp_path):
+        folder = write_result(tmp_path, n=40, K=2)
+        path = folder / "results.json"
+        results = json.loads(path.read_text())
+        for year, point in (("2020", 0.41), ("2021", 0.52)):
+            results["metrics"][f"challenge_{year}"] = {"point": point, "low": 0.3, "high": 0.6}
+        path.write_text(json.dumps(results))
+        table = task_tables.score_table(rows.score_tasks(load([folder]))["ptbxl_super"])
+        said = {row[0].text: dict(zip(table.head, row, strict=True)) for row in table.rows}
+        assert said["cpc"]["Challenge 2020 ↑"].plain == "0.410 [0.300, 0.600]"
+        assert said["cpc"]["Challenge 2021 ↑"].plain == "0.520 [0.300, 0.600]"
+        # It takes thresholds tuned on validation predictions, which baselines come without.
+        assert said["majority guess"]["Challenge 2021 ↑"].plain == "\N{EN DASH}"
+
     def test_baselines_have_every_metric_too(self, loaded):
         table = task_tables.score_table(loaded[1]["ptbxl_super"])
         majority = next(row for row in table.rows if row[0].text == "majority guess")
@@ -260,6 +309,24 @@ class TestTaskTables:
             assert np.argmax(values) == np.argmax(shades)
             assert (min(shades), max(shades)) == (0, 1)
             assert [cell.mark for cell in of_task[task]].index("best") == np.argmax(shades)
+
+    def test_models_whose_names_differ_in_signs_have_layer_tables_of_their_own(self, tmp_path):
+        folders = [
+            write_result(tmp_path / str(i), model=m, n=40, K=2) for i, m in enumerate(("cpc (a)", "cpc_(a)"))
+        ]
+        names = [table.name for table in task_tables.layer_tables(load(folders))]
+        assert len(set(names)) == 2
+
+    def test_label_efficiency_of_several_files_has_a_row_for_every_model(self, tmp_path):
+        folders = [tmp_path / part / "labels" for part in "abc"]
+        for folder in folders:
+            write_label_efficiency(folder)
+        curves = load([write_result(tmp_path / "p", n=40, K=2), *folders]).efficiency
+        table = task_tables.efficiency_table("ptbxl_super", curves)
+        names = [row[0].text for row in table.rows]
+        assert len(set(names)) == 9
+        assert f"random_init ({folders[1]})" in names
+        assert "95 % intervals from resampled patients" in table.caption
 
     def test_label_savings(self, tmp_path):
         write_label_efficiency(write_result(tmp_path, n=40, K=2))
@@ -300,7 +367,7 @@ class TestExport:
     def test_latex_of_every_table_has_as_many_cells_as_columns(self, loaded, tmp_path):
         import datetime
 
-        page = build("title", *loaded, datetime.datetime.now(datetime.UTC))
+        page = build("title", *loaded, datetime.datetime.now(datetime.UTC), "ecg-jax report a b")
         for table in page.tables:
             text = to_latex(table)
             columns = len(re.search(r"\\begin\{tabular\}\{(.*)\}", text)[1])

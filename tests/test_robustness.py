@@ -395,11 +395,20 @@ def test_another_probe_or_seed_in_the_same_folder_is_refused(finished, tmp_path)
     few = {"conditions__noises": "()", "conditions__rates_hz": "()", "conditions__leads": "()"}
     out = tmp_path / "out"
     command.robustness(suite(**few), finished, out, progress=False)
-    with pytest.raises(UserError, match=r"another probe or seed \(other seed\)"):
+    with pytest.raises(UserError, match=r"another probe, seed or version \(other seed\)"):
         command.robustness(suite(seed=1), finished, out, progress=False)
     other = changed(finished, tmp_path / "other", seed=4)
-    with pytest.raises(UserError, match=r"another probe or seed \(other probe_seed\)"):
+    with pytest.raises(UserError, match=r"another probe, seed or version \(other probe_seed\)"):
         command.robustness(suite(**few), other, out, progress=False)
+    # A suite of before a corruption was mended, and one of before versions.
+    kept = json.loads((out / command.PARTS).read_text())
+    for identity in (
+        kept["identity"] | {"corruptions": command.VERSION - 1},
+        {key: value for key, value in kept["identity"].items() if key != "corruptions"},
+    ):
+        (out / command.PARTS).write_text(json.dumps(kept | {"identity": identity}))
+        with pytest.raises(UserError, match=r"another probe, seed or version \(other corruptions\)"):
+            command.robustness(suite(**few), finished, out, progress=False)
     (out / command.PARTS).write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         command.robustness(suite(**few), finished, out, progress=False)

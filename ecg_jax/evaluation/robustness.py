@@ -20,6 +20,10 @@ from ecg_jax.data.store import Store
 from ecg_jax.evaluation import bootstrap, corruptions, scoring
 from ecg_jax.evaluation.features import encode_padded, mean_per_record
 
+#: Of what the conditions do to a recording: to be raised with every change of `corruptions` or `build_conditions` that
+#: changes a result, so that finished conditions of before are not mixed with new ones.
+VERSION = 1
+
 # Recordings that one thread corrupts at a time.
 _GROUP = 32
 

@@ -26,6 +26,11 @@ _CALIBRATED_MODELS, _WORST_CLASSES = 4, 2
 _PANELS = 6
 _COLOURS_OF_PAPER, _PAPER_WIDTH = 24, 1170
 
+#: Which recordings a report draws: those of corpora that everybody may pass on, all, none.
+RECORDINGS = ("open", "all", "none")
+#: Corpora of which no recording may be passed on: who has them signed an agreement.
+CLOSED = ("mimic", "echonext")
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -263,17 +268,36 @@ def choose_examples(targets: np.ndarray, probabilities: np.ndarray) -> dict[str,
     return chosen
 
 
-def examples(task: TaskScores) -> tuple[list[Example], str]:
-    """Recordings that the best probe is most and least sure of, and a sentence: whose, or why there are none."""
-    best = task.best_probe
-    result, predictions = best.result, best.result.predictions
-    tested_on = result.results["store"]
-    if "test_store" in result.results and result.results["test_store"] is not None:
-        tested_on = result.results["test_store"]
+def examples(task: TaskScores, recordings: str) -> tuple[list[Example], str]:
+    """Recordings that the best probe is most and least sure of, and a sentence: whose, or why there are none.
+
+    Args:
+        task: of which.
+        recordings: one of `RECORDINGS`.
+    """
+    results = task.best_probe.result.results
+    tested_on = results["store"] if results["test_store"] is None else results["test_store"]
+    corpus = tested_on["corpus"]
+    if recordings == "none":
+        return [], "No recordings are shown: the report was made with `--recordings=none`."
+    if recordings == "open" and corpus in CLOSED:
+        return [], (
+            f"No recordings are shown: those of {corpus} are lent under an agreement and must not be passed on; a "
+            "report that stays with those who signed it shows them with `--recordings=all`."
+        )
     try:
         store = Store(tested_on["path"])
     except UserError:
         return [], f"No recordings are shown: the store {tested_on['path']} cannot be opened here."
+    try:
+        return _examples(task, store, tested_on)
+    finally:
+        store.close()
+
+
+def _examples(task: TaskScores, store: Store, tested_on: dict[str, str]) -> tuple[list[Example], str]:
+    best = task.best_probe
+    predictions = best.result.predictions
     rows = predictions["row"].astype(np.int64)
     same = rows.max(initial=0) < len(store) and np.array_equal(
         store.column("record_id")[rows].astype(str), predictions["record_id"].astype(str)
@@ -305,7 +329,6 @@ def examples(task: TaskScores) -> tuple[list[Example], str]:
                 listed,
             )
         )
-    store.close()
     return found, f"Recordings that {best.row.label}, the best probe of the task, is most and least sure of."
 
 

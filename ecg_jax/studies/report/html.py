@@ -157,7 +157,14 @@ class Page:
         )
 
 
-def build(title: str, collection: Collection, scores: dict[str, TaskScores], now: datetime.datetime) -> Page:
+def build(
+    title: str,
+    collection: Collection,
+    scores: dict[str, TaskScores],
+    now: datetime.datetime,
+    command: str,
+    recordings: str = "open",
+) -> Page:
     """The page of a report.
 
     Args:
@@ -165,6 +172,8 @@ def build(title: str, collection: Collection, scores: dict[str, TaskScores], now
         collection: what was loaded.
         scores: its rows, of `rows.score_tasks`.
         now: when the report is made.
+        command: that makes it.
+        recordings: one of `figures.RECORDINGS`.
     """
     page = Page(title)
     classified = [task for task in scores.values() if not task.first.regression]
@@ -176,6 +185,7 @@ def build(title: str, collection: Collection, scores: dict[str, TaskScores], now
             f"{now:%Y-%m-%d}.",
             "about",
         ),
+        f'<p class="about">Made by <code>{escape(command)}</code></p>',
         _verdict(scores),
     )
     page.section(
@@ -240,7 +250,7 @@ def build(title: str, collection: Collection, scores: dict[str, TaskScores], now
         or [_paragraph("No robustness.json is among the folders; `ecg-jax robustness` writes one.")],
     )
     if classified:
-        page.section("examples", "Recordings", _by_task(classified, _examples))
+        page.section("examples", "Recordings", _by_task(classified, lambda t: _examples(t, recordings)))
     return page
 
 
@@ -294,28 +304,38 @@ def _versions(collection: Collection) -> list[str]:
 
 def _methods(scores: dict[str, TaskScores]) -> list[str]:
     """How the numbers were made, in a few sentences."""
+    # Level, kind of interval and rule for undefined classes are those of all tasks, see `load`.
     settings = next(iter(scores.values())).first.results["bootstrap"]
+    tasks_of: dict[int, list[str]] = {}
+    for name, task in scores.items():
+        tasks_of.setdefault(task.first.results["bootstrap"]["resamples"], []).append(name)
+    resamples = "; ".join(
+        f"{n} resamples" + (f" ({', '.join(tasks)})" if len(tasks_of) > 1 else "")
+        for n, tasks in tasks_of.items()
+    )
     comparisons = sum(len(task.entries) - 1 for task in scores.values())
-    least = min(1.0, 2 * comparisons / (settings["resamples"] + 1))
+    least = min(1.0, 2 * comparisons / (max(tasks_of) + 1))
     few = (
-        f" With {settings['resamples']} resamples and {comparisons} comparisons no corrected p can be below "
+        f" With {max(tasks_of)} resamples and {comparisons} comparisons no corrected p can be below "
         f"{least:.2g}: use more resamples."
         if least > 0.05
         else ""
     )
     return [
         _paragraph(
-            f"Intervals: {settings['interval']}, {settings['resamples']} resamples; resampled by {settings['unit']}. "
-            f"Undefined classes: {settings['undefined']}. Random initialisations are the mean over their seeds. The "
-            "rows of a task are ranked on the same resamples of the same test records; Holm's correction is over all "
-            f"{comparisons} comparisons with the best of a task.{few}",
+            f"Intervals: {settings['interval']}, {100 * settings['level']:g} %, {resamples}, from "
+            f"{tables.resampled(tables.units(scores))}. Undefined classes: {settings['undefined']}. Intervals and "
+            "p-values are about other test records, not about another seed of training: random initialisations are the "
+            "mean over their seeds, taken as given. The rows of a task are ranked on the same resamples of the same test "
+            "records; Holm's correction is over all "
+            f"{comparisons} comparisons with the best of a task.{task_tables.p_values_are_percentile(settings)}{few}",
             "about",
         )
     ]
 
 
-def _examples(task: TaskScores) -> list[str]:
-    found, sentence = figures.examples(task)
+def _examples(task: TaskScores, recordings: str) -> list[str]:
+    found, sentence = figures.examples(task, recordings)
     parts = [_paragraph(sentence)]
     if found:
         parts.append(f'<div class="examples">{"".join(map(_example, found))}</div>')

@@ -14,6 +14,12 @@ from ecg_jax.errors import UserError
 RESULTS, PREDICTIONS = "results.json", "predictions.npz"
 MODES = ("linear", "frozen", "finetune", "supervised")
 METRICS = ("macro_auroc", "mae")
+#: Unit of resampling, as `bootstrap.units` calls it -> what is resampled.
+UNITS = {
+    "patient": "resampled patients",
+    "record": "resampled records, as no patient is known",
+    "patient where known, else record": "resampled patients, and records whose patient is not known",
+}
 
 _NUMBER, _TEXT, _DICT, _LIST, _WHOLE = (int, float, type(None)), str, dict, list, int
 _INTERVAL = {"ci_low": _NUMBER, "ci_high": _NUMBER}
@@ -84,6 +90,7 @@ def read_result(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise UserError(f"{path}: the fields kind and metric do not fit ({results['kind']}, {metric}).")
     _check_fields(path, results, {metric: (int, float)})
     _check_fields(path, results["bootstrap"], _BOOTSTRAP, "bootstrap")
+    _check_known(path, "bootstrap.unit", results["bootstrap"]["unit"], tuple(UNITS))
     _check_fields(path, results["store"], _STORE, "store")
     if results["test_store"] is not None:
         _check_fields(path, results["test_store"], _STORE, "test_store")
@@ -188,7 +195,7 @@ def read_robustness(path: Path) -> dict[str, Any]:
     _check_fields(path, content, fields)
     _check_known(path, "metric", content["metric"], METRICS)
     _check_fields(path, content["probe"], {"model": _TEXT, "mode": _TEXT}, "probe")
-    _check_fields(path, content["bootstrap"], {"unit": _TEXT, "level": float}, "bootstrap")
+    _check_resampling(path, content["bootstrap"])
     _check_fields(path, content["clean"], _TRIPLE, "clean")
     _check_filled(path, "families", content["families"])
     for i, family in enumerate(content["families"]):
@@ -222,7 +229,7 @@ def read_efficiency(path: Path) -> dict[str, Any]:
     }
     _check_fields(path, content, fields)
     _check_known(path, "metric", content["metric"], METRICS)
-    _check_fields(path, content["bootstrap"], {"unit": _TEXT, "level": float}, "bootstrap")
+    _check_resampling(path, content["bootstrap"])
     _check_filled(path, "sizes", content["sizes"])
     _check_filled(path, "models", content["models"])
     if not all(isinstance(size, int) and size > 0 for size in content["sizes"]):
@@ -250,14 +257,21 @@ def read_efficiency(path: Path) -> dict[str, Any]:
             path, others, dict.fromkeys(others, _DICT) if isinstance(others, dict) else {}, f"saving.{name}"
         )
         for other, entry in others.items():
+            where = f"saving.{name}.{other}"
+            for each in (name, other):
+                _check_known(path, where, each, tuple(content["models"]))
             if "undefined" in entry:
                 continue
-            where = f"saving.{name}.{other}"
             _check_fields(path, entry, {"by_size": _LIST}, where)
             for i, size in enumerate(entry["by_size"]):
                 factor = dict.fromkeys(("factor", "low", "high"), _NUMBER)
                 _check_fields(path, size, {"size": (int, float), **factor}, f"{where}.by_size[{i}]")
     return content
+
+
+def _check_resampling(path: Path, settings: dict[str, Any]) -> None:
+    _check_fields(path, settings, {"unit": _TEXT, "level": float}, "bootstrap")
+    _check_known(path, "bootstrap.unit", settings["unit"], tuple(UNITS))
 
 
 def _check_filled(path: Path, name: str, values: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from ecg_jax.evaluation.ranking import mean_ranks
 from ecg_jax.studies.report.cells import DASH, SCORES, Cell, Table, interval, texts
 from ecg_jax.studies.report.load import Collection, Result
+from ecg_jax.studies.report.read import UNITS
 from ecg_jax.studies.report.rows import Row, TaskScores, all_rows
 
 
@@ -18,6 +19,25 @@ def _sections(rows: Sequence[Row]) -> list[int]:
 def level(scores: dict[str, TaskScores]) -> str:
     """ "95 %" of the intervals."""
     return f"{100 * next(iter(scores.values())).first.results['bootstrap']['level']:g} %"
+
+
+def resampled(units: dict[str, str]) -> str:
+    """What the intervals are made from, in words.
+
+    Args:
+        units: task -> unit of resampling.
+    """
+    of_unit: dict[str, list[str]] = {}
+    for task, unit in units.items():
+        of_unit.setdefault(UNITS[unit], []).append(task)
+    if len(of_unit) == 1:
+        return next(iter(of_unit))
+    return "; ".join(f"{unit} ({', '.join(tasks)})" for unit, tasks in of_unit.items())
+
+
+def units(scores: dict[str, TaskScores]) -> dict[str, str]:
+    """Task -> unit of resampling."""
+    return {name: task.first.results["bootstrap"]["unit"] for name, task in scores.items()}
 
 
 def main_table(collection: Collection, scores: dict[str, TaskScores]) -> Table:
@@ -43,16 +63,16 @@ def main_table(collection: Collection, scores: dict[str, TaskScores]) -> Table:
         for task in tasks
     ]
     some_regression = any(task.first.regression for task in scores.values())
-    units = (
+    errors = (
         " Mean absolute errors (MAE) are in standard deviations of the training targets."
         if some_regression
         else ""
     )
     return Table(
         "main",
-        f"Scores with {level(scores)} intervals from resampled patients. Bold: the best of a task; underlined: not "
-        "told from it (the interval of the paired difference on the same resamples holds 0). "
-        f"↑ higher is better, ↓ lower.{units}",
+        f"Scores with {level(scores)} intervals from {resampled(units(scores))}. Bold: the best of a task; "
+        "underlined: not told from it (the interval of the paired difference on the same resamples holds 0). "
+        f"↑ higher is better, ↓ lower.{errors}",
         ["model", "mode", *heads],
         body,
         2,
@@ -120,12 +140,17 @@ def leakage(result: Result) -> tuple[str, str]:
     if verdict is None:
         return "not audited", "No audit came with the result."
     sentence = verdict["verdict"]
-    if verdict.get("pretraining_problem"):
-        sentence = f"{sentence} {verdict['pretraining_problem']}"
+    pretrained = result.mode != "supervised"
+    problem = pretrained and "pretraining_problem" in verdict and verdict["pretraining_problem"]
+    if problem:
+        sentence = f"{sentence} {problem}"
     if not verdict["clean"]:
         return "not clean", sentence
+    if "examined" in verdict:
+        # null: there was nothing of the kind to examine.
+        unexamined = problem or False in verdict["examined"].values()
+        return "partly examined" if unexamined else "clean", sentence
     pretraining = verdict["pretraining"]
-    pretrained = result.mode != "supervised"
     near = [verdict["near_identical_train_test"]] + (
         [pretraining["near_identical_test"]] if pretraining else []
     )

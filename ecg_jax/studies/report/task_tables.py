@@ -8,12 +8,23 @@ from ecg_jax.evaluation.scoring import score
 from ecg_jax.studies.report.cells import DASH, MINUS, SCORES, Cell, Table, interval, number, p_value, texts
 from ecg_jax.studies.report.load import Collection, Curves, Result
 from ecg_jax.studies.report.rows import MAJORITY, Entry, TaskScores
+from ecg_jax.studies.report.tables import resampled
 
 # Names of the further scores in results.json -> those of `scoring.METRICS`.
 _SCORED_AS = {
     "micro_auroc": "micro_auroc", "macro_auprc": "average_precision", "fmax": "fmax", "brier": "brier", "ece": "ece",
     "r2": "r2",
 }  # fmt: skip
+
+
+def p_values_are_percentile(settings: dict) -> str:
+    """A sentence where intervals and p-values are not of one kind, so that they can disagree."""
+    if settings["interval"] == "percentile":
+        return ""
+    return (
+        f" Ties are told by the {settings['interval']} interval of the paired difference, p-values are from its "
+        "percentiles: near 0.05 the two can disagree."
+    )
 
 
 def score_table(task: TaskScores) -> Table:
@@ -49,9 +60,12 @@ def score_table(task: TaskScores) -> Table:
     return Table(
         f"scores_{task.task}",
         f"{task.task}: all rows from best to worst. Differences to the best are paired, on {resamples} resamples of "
-        "the same test records; p is two-sided, corrected by Holm over all rows and tasks of the report.",
+        "the same test records; p is two-sided, corrected by Holm over all rows and tasks of the report."
+        f"{p_values_are_percentile(results['bootstrap'])}",
         [
-            "model", "mode", SCORES[task.first.metric], "rank", "difference to the best", "p", "p (Holm)",
+            "model", "mode", SCORES[task.first.metric], "rank", "difference to the best",
+            *(("p", "p (Holm)") if results["bootstrap"]["interval"] == "percentile" else
+              ("p (percentile)", "p (percentile, Holm)")),
             *(SCORES[name] for name in extra),
         ],
         rows,
@@ -109,7 +123,7 @@ def layer_tables(collection: Collection) -> list[Table]:
     for result in (result for task in collection.tasks for result in collection.of_task(task)):
         if result.results["layers"] is not None:
             probes.setdefault((result.model, result.mode), []).append(result)
-    tables = []
+    tables, taken = [], set()
     for (model, mode), results in probes.items():
         layers = list(dict.fromkeys(name for r in results for name in r.results["layers"]["validation"]))
         rows = []
@@ -128,7 +142,12 @@ def layer_tables(collection: Collection) -> list[Table]:
                 shade = 1 - share if result.regression else share
                 cells.append(Cell(number(value), mark="best" if name == found["chosen"] else "", shade=shade))
             rows.append([Cell(result.task), *cells])
-        name = "layers_" + "".join(c if c.isalnum() else "_" for c in f"{model}_{mode}")
+        stem = name = "layers_" + "".join(c if c.isalnum() else "_" for c in f"{model}_{mode}")
+        n = 1
+        while name.lower() in taken:
+            n += 1
+            name = f"{stem}_{n}"
+        taken.add(name.lower())
         tables.append(
             Table(
                 name,
@@ -158,11 +177,20 @@ def robustness_table(task: str, curves: Sequence[Curves]) -> Table:
     metric = SCORES[curves[0].content["metric"]]
     return Table(
         f"robustness_{task}",
-        f"{task}: {metric} when the test records are disturbed, and the paired change from the clean ones.",
+        f"{task}: {metric} when the test records are disturbed, and the paired change from the clean ones; "
+        f"{curve_intervals(curves)}.",
         ["model", "disturbance", "condition", metric, "change"],
         rows,
         3,
     )
+
+
+def curve_intervals(curves: Sequence[Curves]) -> str:
+    """ "95 % intervals from resampled patients", each kind once."""
+    settings = dict.fromkeys(
+        (c.content["bootstrap"]["level"], c.content["bootstrap"]["unit"]) for c in curves
+    )
+    return "; ".join(f"{100 * level:g} % intervals from {resampled({'': unit})}" for level, unit in settings)
 
 
 def efficiency_table(task: str, curves: Sequence[Curves]) -> Table:
@@ -172,14 +200,19 @@ def efficiency_table(task: str, curves: Sequence[Curves]) -> Table:
     for curve in curves:
         at = {size: i for i, size in enumerate(curve.content["sizes"])}
         for name, model in curve.content["models"].items():
-            means = [np.mean(np.array(seeds, dtype=np.float64)) for seeds in model["scores"]]
-            cells = [number(means[at[size]]) if size in at else DASH for size in sizes]
+            cells = [
+                interval(*(model[field][at[size]] for field in ("mean", "low", "high")))
+                if size in at
+                else DASH
+                for size in sizes
+            ]
             fit = model["fit"]
             fitted = DASH if fit is None else f"{fit['C']:.3g}·n^{MINUS}{fit['a']:.3g} + {fit['L0']:.3g}"
-            rows.append(texts((name, fitted, *cells)))
+            rows.append(texts((curve.names[name], fitted, *cells)))
     return Table(
         f"label_efficiency_{task}",
-        f"{task}: {SCORES[curves[0].content['metric']]} by number of labelled training records, mean over seeds; "
+        f"{task}: {SCORES[curves[0].content['metric']]} by number of labelled training records, mean over seeds, with "
+        f"{curve_intervals(curves)}; penalty and layer are chosen on the validation records, which are not counted; "
         "fitted: what is left to the best score (1 less AUROC, or the error) as C·n^-a + L0.",
         ["model", "fitted", *(f"n = {size}" for size in sizes)],
         rows,
@@ -193,19 +226,20 @@ def saving_table(task: str, curves: Sequence[Curves]) -> Table:
     for curve in curves:
         for better, others in curve.content["saving"].items():
             for other, entry in others.items():
+                names = curve.names[better], curve.names[other]
                 if "undefined" in entry:
-                    rows.append(texts((better, other, DASH, entry["undefined"])))
+                    rows.append(texts((*names, DASH, entry["undefined"])))
                     continue
                 for size in entry["by_size"]:
                     factor = Cell(DASH, mark="mute")
                     if size["factor"] is not None:
                         factor = interval(size["factor"], size["low"], size["high"], digits=2)
-                    rows.append(texts((better, other, size["size"], factor)))
+                    rows.append(texts((*names, size["size"], factor)))
     rows = rows or [texts((DASH, DASH, DASH, DASH))]
     return Table(
         f"label_saving_{task}",
-        f"{task}: the share of the other model's labelled records that a model needs for the same score, by the fitted "
-        "curves; a dash: not defined.",
+        f"{task}: the share of the other model's labelled training records that a model needs for the same score, by "
+        "the fitted curves; validation records are not counted; a dash: not defined.",
         ["model", "other model", "records of the other", "share needed"],
         rows,
         2,
