@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from clu.parameter_overview import count_parameters
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +19,7 @@ from ecg_jax.evaluation import finetune, head_training
 from ecg_jax.evaluation.finetune import fit_finetune, learning_rate_factors
 from ecg_jax.evaluation.fit_folder import FitFolder
 from ecg_jax.evaluation.metrics import macro_auroc
+from ecg_jax.evaluation.tasks import TaskUnavailable
 from ecg_jax.training.optim import build_optimiser
 from ecg_jax.training.parallel import AXIS
 from tiny_probes import one_device, tiny_encoder, tiny_examples, with_parts
@@ -40,7 +42,16 @@ def test_rhythm_is_learnt(synthetic_store):
     assert report["validation"] == curve[report["best_epoch"] - 1]["validation"]
     # The network that predicts is the one of the best epoch, in evaluation mode with its own statistics.
     assert macro_auroc(examples.val.targets, fitted.val) == report["validation"]
+    assert report["parameters"] == count_parameters(tiny_encoder().variables["params"]) + 17 * 4
+    assert (report["head"], report["attention_heads"]) == ("linear", None)
     json.dumps(report, allow_nan=False)
+
+
+def test_an_attention_head_can_be_fine_tuned(synthetic_store):
+    fitted = fit(tiny_examples(synthetic_store), epochs=1, head="attention", attention_heads=4)
+    assert (fitted.report["head"], fitted.report["attention_heads"]) == ("attention", 4)
+    n_head = 16 + 3 * 16 * 16 + 16 * 4
+    assert fitted.report["parameters"] == count_parameters(tiny_encoder().variables["params"]) + n_head
 
 
 def test_a_killed_fit_goes_on_to_the_same_bits(synthetic_store, tmp_path, monkeypatch):
@@ -214,34 +225,59 @@ def test_adamw_is_that_of_pretraining():
         assert_close(a, b, 1e-6)
 
 
-@pytest.mark.parametrize("regression", [False, True])
-def test_the_loss_is_the_mean_over_known_entries(regression):
-    rng = np.random.default_rng(0)
-    outputs = rng.normal(size=(16, 3)).astype(np.float32)
-    targets = rng.integers(0, 2, size=(16, 3)).astype(np.float32)
-    targets[rng.random(targets.shape) < 0.4] = np.nan
-    targets[:2] = np.nan  # a device without any known entry
-    mesh = Mesh(np.asarray(jax.devices()[:8]), (AXIS,))
+def mapped_loss(n_devices, regression):
+    """(outputs, targets) -> (loss, gradient with respect to the outputs)."""
+    mesh = Mesh(np.asarray(jax.devices()[:n_devices]), (AXIS,))
 
     def step(outputs, targets):
         def loss_fn(o):
             return head_training.masked_loss(o, targets, regression=regression, axis_name=AXIS)
 
-        loss, grad = jax.value_and_grad(loss_fn)(outputs)
-        return loss, grad
+        return jax.value_and_grad(loss_fn)(outputs)
 
-    mapped = jax.jit(
-        jax.shard_map(step, mesh=mesh, in_specs=P(AXIS), out_specs=(P(), P(AXIS)), check_vma=True)
-    )
-    loss, grad = mapped(outputs, targets)
-    known = ~np.isnan(targets)
-    o, t = outputs[known].astype(np.float64), targets[known].astype(np.float64)
-    expected = np.abs(o - t).mean() if regression else (np.logaddexp(0, o) - t * o).mean()
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
-    assert (np.asarray(grad)[~known] == 0).all()
-    slope = np.sign(o - t) if regression else 1 / (1 + np.exp(-o)) - t
-    # Of the sum over devices; pmean of the gradients of replicated parameters divides by their number again.
-    assert_close(np.asarray(grad)[known] / np.abs(grad).sum(), slope / np.abs(slope).sum(), 1e-5)
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P(AXIS), out_specs=(P(), P(AXIS)), check_vma=True))
+
+
+@pytest.mark.parametrize("n_devices", [1, 8])
+@pytest.mark.parametrize("regression", [False, True])
+def test_the_loss_is_the_mean_over_labels_of_their_known_records(regression, n_devices):
+    """Spec §7.2, against a loop."""
+    rng = np.random.default_rng(0)
+    outputs = rng.normal(size=(16, 5)).astype(np.float32)
+    targets = rng.integers(0, 2, size=(16, 5)).astype(np.float32)
+    # Labels known everywhere, mostly, rarely, once and never.
+    targets[rng.random(targets.shape) < [0, 0.3, 0.8, 1, 1]] = np.nan
+    targets[:2, 1:] = np.nan  # of the first of eight devices little is known
+    targets[9, 3] = 1.0
+    per_label, slope = [], np.zeros(targets.shape)
+    for k in range(5):
+        terms = []
+        for i in range(16):
+            o, t = float(outputs[i, k]), float(targets[i, k])
+            if not np.isnan(t):
+                terms.append(abs(o - t) if regression else np.logaddexp(0, o) - t * o)
+                slope[i, k] = np.sign(o - t) if regression else 1 / (1 + np.exp(-o)) - t
+        if terms:
+            per_label.append(sum(terms) / len(terms))
+            slope[:, k] /= len(terms)
+    assert len(per_label) == 4
+    loss, grad = mapped_loss(n_devices, regression)(outputs, targets)
+    assert float(loss) == pytest.approx(np.mean(per_label), rel=1e-6)
+    assert (np.asarray(grad)[np.isnan(targets)] == 0).all()
+    # `map_training` takes the mean over devices of the gradients of what they share.
+    assert_close(np.asarray(grad) / np.abs(grad).sum(), slope / np.abs(slope).sum(), 1e-5)
+
+
+def test_the_loss_where_all_or_nothing_is_known():
+    rng = np.random.default_rng(1)
+    outputs = rng.normal(size=(16, 3)).astype(np.float32)
+    targets = rng.integers(0, 2, size=(16, 3)).astype(np.float32)
+    loss = mapped_loss(8, False)
+    expected = np.logaddexp(0, outputs) - targets * outputs
+    assert float(loss(outputs, targets)[0]) == pytest.approx(expected.mean(), rel=1e-6)
+    nothing, grad = loss(outputs, np.full_like(targets, np.nan))
+    assert nothing == 0
+    assert (np.asarray(grad) == 0).all()
 
 
 def test_regression_with_unknown_targets(synthetic_store):
@@ -266,19 +302,30 @@ def test_what_cannot_be_trained_is_refused(synthetic_store):
     examples = tiny_examples(synthetic_store)
     eight = Mesh(np.asarray(jax.devices()[:8]), (AXIS,))
     with pytest.raises(
-        UserError, match="batch_size=12 cannot be shared evenly by 8 devices; use a multiple of 8"
+        UserError,
+        match=r"--config\.finetune\.batch_size=12 cannot be shared evenly by 8 devices; use a multiple of 8",
     ):
         fit(examples, batch_size=12, mesh=eight)
-    with pytest.raises(UserError, match="48 training records, fewer than batch_size=64"):
+    with pytest.raises(
+        TaskUnavailable, match=r"48 training records, fewer than --config\.finetune\.batch_size=64"
+    ):
         fit(examples, batch_size=64)
-    with pytest.raises(UserError, match="epochs=0 must be at least 1"):
+    with pytest.raises(TaskUnavailable, match="5 training records, fewer than the 8 devices"):
+        fit(tiny_examples(synthetic_store, sizes=(5, 24, 24)), batch_size=0, mesh=eight)
+    with pytest.raises(UserError, match=r"--config\.finetune\.epochs=0 must be at least 1"):
         fit(examples, epochs=0)
     constant = with_parts(
         examples, val=type(examples.val)(examples.val.store, examples.val.rows, np.ones((24, 4)))
     )
-    with pytest.raises(UserError, match="no class with both positives and negatives among the 24 validation"):
+    with pytest.raises(
+        TaskUnavailable, match="no class with both positives and negatives among the 24 validation"
+    ):
         fit(constant)
     with pytest.raises(ValueError, match="head='mlp' is unknown"):
         fit(examples, head="mlp")
-    with pytest.raises(UserError, match=r"loss of epoch 1 is not finite; lower learning_rate=1e\+30"):
+    with pytest.raises(UserError, match=r"finetune\.attention_heads=3 does not divide the width 16"):
+        fit(examples, head="attention", attention_heads=3)
+    with pytest.raises(
+        UserError, match=r"loss of epoch 1 is not finite; lower --config\.finetune\.learning_rate=1e\+30"
+    ):
         fit(examples, learning_rate=1e30)

@@ -89,12 +89,13 @@ def fit(path, monkeypatch=None, **settings):
 
 
 def test_the_same_architecture_from_scratch(synthetic_store, tmp_path):
-    fitted = fit(synthetic_store, folder=tmp_path, head="attention", attention_heads=4)
-    assert fitted.report["architecture"] == "same"
+    fitted = fit(synthetic_store, folder=tmp_path)
+    assert (fitted.report["architecture"], fitted.report["head"]) == ("same", "linear")
+    assert fitted.report["parameters"] == count_parameters(tiny_encoder().variables["params"]) + 17 * 4
     assert fitted.report["factors"] == {"head": 1.0, "backbone": 1.0, "stem": 1.0}
     assert fitted.report["curve"][1]["loss"] < fitted.report["curve"][0]["loss"]
     assert fitted.test.shape == (24, 4)
-    other = fit(synthetic_store, seed=1, head="attention", attention_heads=4)
+    other = fit(synthetic_store, seed=1)
     assert np.abs(other.test - fitted.test).max() > 1e-3
     with pytest.raises(UserError, match="holds another fit"):
         fit(synthetic_store, folder=tmp_path, seed=1)
@@ -102,6 +103,10 @@ def test_the_same_architecture_from_scratch(synthetic_store, tmp_path):
 
 def test_s4_at_100_hz_from_scratch(synthetic_store, monkeypatch):
     fitted = fit(synthetic_store, monkeypatch, architecture="s4_100hz", epochs=3)
+    # Of the network that was fitted, not of a pretrained one.
+    init = functools.partial(SupervisedS4(rate_hz=240.0, width=16, layers=1).init, train=False)
+    variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 240, 12)))
+    assert fitted.report["parameters"] == count_parameters(variables["params"]) + 17 * 4
     losses = [epoch["loss"] for epoch in fitted.report["curve"]]
     assert losses[2] < losses[0]
     assert np.isfinite(fitted.test).all()

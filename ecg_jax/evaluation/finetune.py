@@ -19,13 +19,14 @@ from ecg_jax.errors import UserError
 from ecg_jax.evaluation import head_training as training
 from ecg_jax.evaluation.examples import Examples, Fitted
 from ecg_jax.evaluation.feature_cache import entry_key
+from ecg_jax.evaluation.features import mean_per_record
 from ecg_jax.evaluation.fit_folder import FitFolder, examples_key
 from ecg_jax.models.encoder import build_encoder
 from ecg_jax.models.inputs import to_model_input
 from ecg_jax.models.probe_heads import HeadedEncoder, build_head
 from ecg_jax.training.optim import group_of
 from ecg_jax.training.parallel import AXIS, make_mesh, shard_batch
-from ecg_jax.training.pretrained import RestoredEncoder
+from ecg_jax.training.pretrained import FINAL, RestoredEncoder, layer_shapes
 
 #: Learning-rate factors of the reference (spec §7.1).
 FACTORS = {"head": 1.0, "backbone": 0.1, "stem": 0.01}
@@ -37,7 +38,7 @@ _BLOCK = re.compile(r"(?:layer|norm|block)(\d+)")
 
 
 class Recipe(NamedTuple):
-    """How a network is trained; the fields are the keyword arguments of `fit_finetune`."""
+    """How a network is trained; the fields are keyword arguments of `fit_finetune`."""
 
     epochs: int
     batch_size: int
@@ -45,8 +46,6 @@ class Recipe(NamedTuple):
     factors: dict[str, float]
     layer_decay: float
     weight_decay: float
-    head: str
-    attention_heads: int
     seed: int
 
 
@@ -146,14 +145,10 @@ def _programs(
     return training.map_training(train, mesh), training.map_prediction(predict, mesh)
 
 
-@functools.lru_cache(maxsize=8)
-def _head_init(head: nn.Module, width: int) -> Callable:
-    """key -> parameters of a head on tokens of this width."""
-    return jax.jit(lambda key: head.init(key, jnp.zeros((1, 1, width)))["params"])
-
-
 def fit_network(
+    mode: str,
     encoder: nn.Module,
+    head: nn.Module,
     variables: dict[str, Any],
     preprocessing: Preprocessing,
     examples: Examples,
@@ -167,8 +162,10 @@ def fit_network(
     """Trains an encoder with a head on top, from the variables given; `fit_finetune` says how.
 
     Args:
+        mode: "finetune" or "supervised": the section of the config that errors name.
         encoder: maps model input to (tokens, intermediates), built with `axis_name=AXIS`; its parameters lie under
             `stem` and `backbone`.
+        head: maps tokens to logits or values.
         variables: of the encoder: `params`, and `batch_stats`, `ssm` and `basis` where it has them.
         preprocessing: window and normalisation of what it is fed.
         examples: what to train, validate and test on.
@@ -177,35 +174,37 @@ def fit_network(
         folder, mesh, label: as in `fit_finetune`.
     """
     mesh = make_mesh() if mesh is None else mesh
-    training.check_trainable(examples, batch_size=recipe.batch_size, epochs=recipe.epochs, mesh=mesh)
-    keeper = FitFolder(folder, {**recipe._asdict(), "examples": examples_key(examples), **identity})
-    if (fitted := keeper.finished()) is not None:
-        return fitted
-    head = build_head(recipe.head, out=len(examples.classes), attention_heads=recipe.attention_heads)
-    with jax.default_matmul_precision("highest"):
-        run = _Run(HeadedEncoder(encoder, head), variables, preprocessing, examples, recipe, mesh)
-        run.restore(keeper)
-        progress = tqdm(
-            total=recipe.epochs,
-            initial=run.epoch,
-            desc=label,
-            unit="epoch",
-            disable=label is None,
-            leave=False,
-        )
-        with progress:
-            while run.epoch < recipe.epochs:
-                run.train_epoch()
-                keeper.save(run.kept())
-                progress.update()
-        return keeper.finish(run.fitted())
+    training.check_trainable(
+        examples, mode=mode, batch_size=recipe.batch_size, epochs=recipe.epochs, mesh=mesh
+    )
+    about = {**recipe._asdict(), "examples": examples_key(examples), **identity}
+    with FitFolder(folder, about) as keeper:
+        if (fitted := keeper.finished()) is not None:
+            return fitted
+        with jax.default_matmul_precision("highest"):
+            run = _Run(mode, HeadedEncoder(encoder, head), variables, preprocessing, examples, recipe, mesh)
+            run.restore(keeper)
+            progress = tqdm(
+                total=recipe.epochs,
+                initial=run.epoch,
+                desc=label,
+                unit="epoch",
+                disable=label is None,
+                leave=False,
+            )
+            with progress:
+                while run.epoch < recipe.epochs:
+                    run.train_epoch()
+                    keeper.save(run.kept())
+                    progress.update()
+            return keeper.finish(run.fitted())
 
 
 class _Run:
     """A network on the devices, and what is remembered of its epochs."""
 
-    def __init__(self, network, variables, preprocessing, examples, recipe, mesh):
-        self._examples, self._recipe, self._mesh = examples, recipe, mesh
+    def __init__(self, mode, network, variables, preprocessing, examples, recipe, mesh):
+        self._mode, self._examples, self._recipe, self._mesh = mode, examples, recipe, mesh
         self._window = preprocessing.window_samples
         self._steps = len(examples.train.rows) // recipe.batch_size
         collections = {name: {"encoder": tree} for name, tree in variables.items()}
@@ -240,7 +239,8 @@ class _Run:
         x = jax.ShapeDtypeStruct((1, self._window, len(preprocessing.leads)), jnp.float32)
         tokens, _ = jax.eval_shape(lambda v, x: network.encoder.apply(v, x, train=False), variables, x)
         key = jax.random.fold_in(jax.random.key(self._recipe.seed), _HEAD)
-        return jax.device_get(_head_init(network.head, tokens.shape[-1])(key))
+        params = jax.device_get(training.head_init(network.head, tokens.shape[-1])(key[None]))
+        return jax.tree.map(lambda leaf: leaf[0], params)
 
     def train_epoch(self) -> None:
         """One pass over the training records, then the validation score.
@@ -265,7 +265,7 @@ class _Run:
         if not np.isfinite(score):
             raise UserError(
                 f"The {'loss' if not np.isfinite(loss) else 'validation score'} of epoch {self.epoch + 1} is not "
-                f"finite; lower learning_rate={recipe.learning_rate:g}."
+                f"finite; lower --config.{self._mode}.learning_rate={recipe.learning_rate:g}."
             )
         self._curve.append({"loss": loss, "validation": score})
         if training.better(self._examples, score, self._best.score):
@@ -277,13 +277,13 @@ class _Run:
         starts, record = part.crops(self._window)
 
         def read(first, last):
-            return {"signal": part.store.read_crops(starts[first:last], self._window)}
+            return part.store.read_crops(starts[first:last], self._window)
 
-        def run(batch):
-            return self._predict(self._state, self._fixed, batch)
+        def run(signal):
+            return self._predict(self._state, self._fixed, shard_batch({"signal": signal}, self._mesh))
 
-        crops = training.predict_crops(run, read, len(starts), self._recipe.batch_size, self._mesh)
-        return training.per_record(crops, record, part)
+        crops = training.predict_crops(run, read, len(starts), self._recipe.batch_size)
+        return mean_per_record(crops, record, len(part.rows))
 
     def kept(self) -> dict[str, Any]:
         """What continues the fit."""
@@ -308,6 +308,7 @@ class _Run:
         val, test = (self._predictions(part) for part in (self._examples.val, self._examples.test))
         report = {
             **self._recipe._asdict(),
+            "parameters": training.n_parameters(self._best.params),
             "metric": self._examples.task.metric,
             "steps_per_epoch": self._steps,
             "best_epoch": self._best.epoch + 1,
@@ -351,15 +352,15 @@ def fit_finetune(
         layer_decay: see `learning_rate_factors`.
         weight_decay: decoupled, on everything but trained state matrices.
         head: "linear", mean over tokens and a linear map, or "attention", attention pooling.
-        attention_heads: of the latter.
+        attention_heads: of the latter, a divisor of the width of the tokens.
         seed: of head, order, crops and dropout.
         folder: where the state of every epoch and the result are kept; None keeps nothing.
         mesh: the devices; None for all.
         label: of a progress bar, None for none.
 
     Raises:
-        UserError: see `head_training.check_trainable`; the folder holds another fit or a damaged file; a loss is not
-            finite.
+        UserError: see `head_training.check_trainable`; attention heads that do not divide the width; the folder holds
+            another fit or a damaged file, or another process fits in it; a loss is not finite.
         ValueError: unknown head, or a group without factor.
     """
     recipe = Recipe(
@@ -369,19 +370,23 @@ def fit_finetune(
         factors=dict(factors),
         layer_decay=layer_decay,
         weight_decay=weight_decay,
-        head=head,
-        attention_heads=attention_heads,
         seed=seed,
     )
-    module = build_encoder(**encoder.config["model"], axis_name=AXIS)
-    return fit_network(
+    described = {"head": head, "attention_heads": attention_heads if head == "attention" else None}
+    module = build_head(head, out=len(examples.classes), attention_heads=attention_heads)
+    if head == "attention":
+        training.check_attention_heads(layer_shapes(encoder)[FINAL][1], attention_heads, "finetune")
+    fitted = fit_network(
+        "finetune",
+        build_encoder(**encoder.config["model"], axis_name=AXIS),
         module,
         encoder.variables,
         encoder.preprocessing,
         examples,
         recipe,
-        identity={"encoder": entry_key(encoder, examples.train.store)},
+        identity={"encoder": entry_key(encoder, examples.train.store), **described},
         folder=folder,
         mesh=mesh,
         label=label,
     )
+    return Fitted(fitted.val, fitted.test, {**described, **fitted.report})

@@ -8,6 +8,7 @@ import numpy as np
 
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
+from ecg_jax.evaluation.fit_folder import DAMAGED
 from ecg_jax.evaluation.linear import LinearProbe
 from ecg_jax.evaluation.robustness import METRICS, Records
 from ecg_jax.training.pretrained import RestoredEncoder, restore_encoder
@@ -94,5 +95,5 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path) as file:
             names = ("row", "record_id", "patient_id", "targets", "probabilities")
             return {name: file[name] for name in names}
-    except Exception as error:  # of zipfile, numpy, a missing file or array
+    except DAMAGED as error:
         raise UserError(f"{path} is missing or damaged ({error}); run the probe again") from error

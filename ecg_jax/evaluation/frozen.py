@@ -13,11 +13,12 @@ from ecg_jax.errors import UserError
 from ecg_jax.evaluation import head_training as training
 from ecg_jax.evaluation.examples import Examples, Fitted
 from ecg_jax.evaluation.feature_cache import entry_key
+from ecg_jax.evaluation.features import encode_padded, mean_per_record
 from ecg_jax.evaluation.fit_folder import FitFolder, examples_key
 from ecg_jax.evaluation.frozen_heads import initial_heads, programs
-from ecg_jax.evaluation.token_cache import TYPES, cached_tokens
+from ecg_jax.evaluation.token_cache import TYPES, KeptTokens, kept_tokens
 from ecg_jax.models.encoder import build_encoder
-from ecg_jax.models.probe_heads import build_head
+from ecg_jax.models.probe_heads import AttentionPool
 from ecg_jax.training.parallel import make_mesh, shard_batch
 from ecg_jax.training.pretrained import FINAL, RestoredEncoder, layer_shapes
 
@@ -30,7 +31,6 @@ class Recipe(NamedTuple):
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     weight_decay: float
-    head: str
     attention_heads: int
     token_dtype: str
     token_cache_bytes: int
@@ -43,26 +43,27 @@ class Recipe(NamedTuple):
 class _Tokens:
     """Batches of crops of the parts, as tokens where those are kept and as signal elsewhere."""
 
-    def __init__(self, encoder: RestoredEncoder, examples: Examples, recipe: Recipe, folder: Path, encode):
+    def __init__(
+        self, encoder: RestoredEncoder, examples: Examples, recipe: Recipe, scratch: Path | None, encode
+    ):
         self._examples, self._recipe = examples, recipe
         self._window = encoder.preprocessing.window_samples
         self._crops = {name: getattr(examples, name).crops(self._window) for name in ("train", "val", "test")}
         shape = layer_shapes(encoder)[FINAL]
         left, size = recipe.token_cache_bytes, int(np.prod(shape)) * np.dtype(recipe.token_dtype).itemsize
-        self.kept: dict[str, np.ndarray] = {}
+        self.kept: dict[str, KeptTokens] = {}
         # Validation first: its crops are the same in every epoch, kept or not. Test crops are needed once.
         for name in ("val", "train"):
             part, (starts, _) = getattr(examples, name), self._crops[name]
             if len(starts) * size > left:
                 continue
             left -= len(starts) * size
-            self.kept[name] = cached_tokens(
-                folder,
+            self.kept[name] = kept_tokens(
+                scratch / name,
                 lambda first, last, part=part, starts=starts: encode(
                     part.store.read_crops(starts[first:last], self._window)
                 ),
-                key=entry_key(encoder, part.store),
-                starts=starts,
+                n_crops=len(starts),
                 shape=shape,
                 dtype=recipe.token_dtype,
                 batch_size=recipe.batch_size,
@@ -80,31 +81,39 @@ class _Tokens:
         def read_kept(step: int) -> dict[str, np.ndarray]:
             chosen, uniform = training.draw(seed, epoch, step, len(part.rows), size)
             crops = first[chosen] + (uniform * n_crops[chosen]).astype(np.int64)
-            return {"tokens": self.kept["train"][crops], "targets": targets[chosen]}
+            return {"tokens": self.kept["train"].take(crops), "targets": targets[chosen]}
 
         return read_kept
 
-    def predictions(self, name: str, run, mesh: Mesh) -> list[np.ndarray]:
-        """Of each head float64 [n, K]: predictions of a part, averaged over the crops of each record."""
+    def predictions(self, name: str, run: Callable[[str, np.ndarray], Any]) -> list[np.ndarray]:
+        """Of each head float64 [n, K]: predictions of a part, averaged over the crops of each record.
+
+        Args:
+            name: of the part.
+            run: ("tokens" or "signal", crops [B, ...]) -> [B, H, K].
+        """
         part, (starts, record) = getattr(self._examples, name), self._crops[name]
+        source = "tokens" if name in self.kept else "signal"
 
         def read(first, last):
-            if name in self.kept:
-                return {"tokens": self.kept[name][first:last]}
-            return {"signal": part.store.read_crops(starts[first:last], self._window)}
+            if source == "tokens":
+                return self.kept[name].take(np.arange(first, last))
+            return part.store.read_crops(starts[first:last], self._window)
 
-        crops = training.predict_crops(run, read, len(starts), self._recipe.batch_size, mesh)
-        return [training.per_record(crops[:, h], record, part) for h in range(crops.shape[1])]
+        crops = training.predict_crops(
+            lambda rows: run(source, rows), read, len(starts), self._recipe.batch_size
+        )
+        return [mean_per_record(crops[:, h], record, len(part.rows)) for h in range(crops.shape[1])]
 
 
 class _Heads:
     """The heads on the devices, and what is remembered of their epochs."""
 
     def __init__(
-        self, encoder: RestoredEncoder, examples: Examples, recipe: Recipe, folder: Path, mesh: Mesh
+        self, encoder: RestoredEncoder, examples: Examples, recipe: Recipe, scratch: Path | None, mesh: Mesh
     ):
         self._examples, self._recipe, self._mesh = examples, recipe, mesh
-        head = build_head(recipe.head, out=len(examples.classes), attention_heads=recipe.attention_heads)
+        head = AttentionPool(len(examples.classes), recipe.attention_heads)
         self._programs = programs(
             build_encoder(**encoder.config["model"]),
             head,
@@ -122,10 +131,12 @@ class _Heads:
         self._state = self._placed(initial_heads(head, recipe.grid(), layer_shapes(encoder)[FINAL][1]))
 
         def encode(signal):
-            batch = shard_batch({"signal": training.padded(signal, recipe.batch_size)}, mesh)
-            return np.asarray(self._programs.encode({}, self._fixed, batch))[: len(signal)]
+            def run(signal):
+                return self._programs.encode({}, self._fixed, shard_batch({"signal": signal}, mesh))
 
-        self.tokens = _Tokens(encoder, examples, recipe, folder, encode)
+            return encode_padded(run, signal, recipe.batch_size)
+
+        self.tokens = _Tokens(encoder, examples, recipe, scratch, encode)
         n_heads = len(recipe.grid())
         self._best = {
             "params": training.host_copy(self._state["params"]),
@@ -168,10 +179,11 @@ class _Heads:
         self.losses, self.scores = np.vstack([self.losses, loss]), np.vstack([self.scores, score])
 
     def _predictions(self, name: str) -> list[np.ndarray]:
-        def run(batch):
+        def run(source, rows):
+            batch = shard_batch({source: rows}, self._mesh)
             return self._programs.predict({"params": self._state["params"]}, self._fixed, batch)
 
-        return self.tokens.predictions(name, run, self._mesh)
+        return self.tokens.predictions(name, run)
 
     def kept(self) -> dict[str, Any]:
         """What continues the fit."""
@@ -196,8 +208,11 @@ class _Heads:
         self._state = {"params": self._placed(self._best["params"])}
         val, test = self._predictions("val"), self._predictions("test")
         chosen = [self._chosen(number) for number in range(len(recipe.seeds))]
+        scores = [training.score(examples, examples.test, test[h]) for h in chosen]
         report = {
             **recipe._asdict(),
+            "head": "attention",
+            "parameters": training.n_parameters(self._best["params"]) // len(recipe.grid()),
             "metric": examples.task.metric,
             "crops": "drawn among the non-overlapping ones"
             if "train" in self.tokens.kept
@@ -212,10 +227,15 @@ class _Heads:
                     "learning_rate_at_edge": self._edge(recipe.grid()[h][1]),
                     "best_epoch": int(self._best["epoch"][h]) + 1,
                     "validation": training.number(self._best["score"][h]),
-                    "test": training.number(training.score(examples, examples.test, test[h])),
+                    "test": training.number(score),
                 }
-                for h in chosen
+                for h, score in zip(chosen, scores, strict=True)
             ],
+            "seeds": {
+                "test": [training.number(score) for score in scores],
+                "mean": training.number(np.mean(scores)),
+                "sd": training.number(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+            },
         }
         return Fitted(val[chosen[0]], test[chosen[0]], report)
 
@@ -229,7 +249,7 @@ class _Heads:
         if np.isnan(scores[best]):
             raise UserError(
                 f"The loss of every head of seed {self._recipe.seeds[number]} was not finite in the first epoch; "
-                f"lower learning_rates={list(self._recipe.learning_rates)}."
+                f"lower --config.frozen.learning_rates={list(self._recipe.learning_rates)}."
             )
         return best
 
@@ -262,47 +282,45 @@ def fit_frozen(
     seeds: Sequence[int],
     weight_decay: float,
     token_cache_bytes: int,
-    cache_folder: Path | str,
     token_dtype: str = "float16",
-    head: str = "attention",
     attention_heads: int = 16,
     folder: Path | str | None = None,
     mesh: Mesh | None = None,
     label: str | None = None,
 ) -> Fitted:
-    """Trains heads on the tokens of an encoder in evaluation mode, and predicts with the best on validation.
+    """Trains attention pooling on the tokens of an encoder in evaluation mode; predicts with the best on validation.
 
     One head for each seed and learning rate, all in one program: the tokens of a batch are computed once for all of
     them. AdamW at a constant rate; one random crop of each record per epoch, the last incomplete batch dropped. After
     every epoch the validation records are scored, predictions averaged over their non-overlapping crops, and of each
     seed the epoch and learning rate with the best score are kept (spec §7.1-7.3). Order and crops are those of the
-    first seed for all heads, so seeds differ in the initial head only.
+    first seed for all heads, so seeds differ in the initial head only. The predictions returned are those of the first
+    seed's best head, not a mean over seeds, which would be another estimator; `seeds` of the report has the test score
+    of each seed's best head, their mean and their standard deviation (with n - 1).
 
     Where their tokens fit into `token_cache_bytes`, the crops of the validation records, and then of the training
-    records, are encoded once and kept; training crops are then drawn among the non-overlapping ones. The report says
-    which were.
+    records, are encoded once and kept in the folder until the fit is finished; training crops are then drawn among the
+    non-overlapping ones. The report says which were.
 
     Args:
         encoder: from `restore_encoder` or `random_twin`.
         examples: what to train, validate and test on; targets that are NaN enter no loss and no score.
         epochs: passes over the training records.
         batch_size: B, over all devices.
-        learning_rates, seeds: of the heads; the predictions returned are of the first seed, the report has the score
-            of each.
+        learning_rates, seeds: of the heads.
         weight_decay: decoupled, on every parameter of a head.
-        token_cache_bytes: most that tokens may take on disk; 0 keeps none.
-        cache_folder: of the tokens; the next fit on the same crops and encoder finds them there.
+        token_cache_bytes: most that tokens may take on disk; 0 keeps none, as does `folder=None`.
         token_dtype: "float16" or "float32", of the tokens kept; heads compute in float32.
-        head: "attention", attention pooling, or "linear", mean over tokens and a linear map.
-        attention_heads: of the former.
-        folder: where the state of every epoch and the result are kept; None keeps nothing.
+        attention_heads: a divisor of the width of the tokens.
+        folder: where tokens, the state of every epoch and the result are kept; None keeps nothing.
         mesh: the devices; None for all.
         label: of a progress bar, None for none.
 
     Raises:
-        UserError: see `head_training.check_trainable`; the folder holds another fit or a damaged file; every head of a
-            seed diverged; tokens that cannot be kept.
-        ValueError: no seed or learning rate, unknown head or token type, or heads that do not divide the width.
+        UserError: see `head_training.check_trainable`; attention heads that do not divide the width; the folder holds
+            another fit or a damaged file, or another process fits in it; every head of a seed diverged; tokens that
+            cannot be kept.
+        ValueError: no seed or learning rate, or an unknown token type.
     """
     recipe = Recipe(
         epochs=epochs,
@@ -310,30 +328,30 @@ def fit_frozen(
         learning_rates=tuple(float(rate) for rate in learning_rates),
         seeds=tuple(int(seed) for seed in seeds),
         weight_decay=weight_decay,
-        head=head,
         attention_heads=attention_heads,
         token_dtype=token_dtype,
-        token_cache_bytes=token_cache_bytes,
+        token_cache_bytes=0 if folder is None else token_cache_bytes,
     )
     if not recipe.grid():
         raise ValueError("seeds and learning_rates must have at least one entry each")
     if token_dtype not in TYPES:
         raise ValueError(f"token_dtype={token_dtype!r} is unknown; known: {', '.join(TYPES)}")
     mesh = make_mesh() if mesh is None else mesh
-    training.check_trainable(examples, batch_size=batch_size, epochs=epochs, mesh=mesh)
+    training.check_trainable(examples, mode="frozen", batch_size=batch_size, epochs=epochs, mesh=mesh)
+    training.check_attention_heads(layer_shapes(encoder)[FINAL][1], attention_heads, "frozen")
     identity = {"examples": examples_key(examples), "encoder": entry_key(encoder, examples.train.store)}
-    keeper = FitFolder(folder, {**recipe._asdict(), **identity})
-    if (fitted := keeper.finished()) is not None:
-        return fitted
-    with jax.default_matmul_precision("highest"):
-        run = _Heads(encoder, examples, recipe, Path(cache_folder), mesh)
-        run.restore(keeper)
-        progress = tqdm(
-            total=epochs, initial=run.epoch, desc=label, unit="epoch", disable=label is None, leave=False
-        )
-        with progress:
-            while run.epoch < epochs:
-                run.train_epoch()
-                keeper.save(run.kept())
-                progress.update()
-        return keeper.finish(run.fitted())
+    with FitFolder(folder, {**recipe._asdict(), **identity}) as keeper:
+        if (fitted := keeper.finished()) is not None:
+            return fitted
+        with jax.default_matmul_precision("highest"):
+            run = _Heads(encoder, examples, recipe, keeper.scratch, mesh)
+            run.restore(keeper)
+            progress = tqdm(
+                total=epochs, initial=run.epoch, desc=label, unit="epoch", disable=label is None, leave=False
+            )
+            with progress:
+                while run.epoch < epochs:
+                    run.train_epoch()
+                    keeper.save(run.kept())
+                    progress.update()
+            return keeper.finish(run.fitted())

@@ -69,14 +69,6 @@ def programs(encoder: Encoder, head: nn.Module, normalisation: str, regression: 
 
 def initial_heads(head: nn.Module, grid: Sequence[tuple[int, float]], width: int) -> dict[str, Any]:
     """`params` and `moments` of one head for each (seed, learning rate), stacked along the first axis."""
-
-    return _head_init(head, width)(jnp.asarray([seed for seed, _ in grid], jnp.uint32))
-
-
-@functools.lru_cache(maxsize=8)
-def _head_init(head: nn.Module, width: int) -> Callable:
-    def init(seed):
-        params = head.init(jax.random.key(seed), jnp.zeros((1, 1, width)))["params"]
-        return {"params": params, "moments": training.ADAM.init(params)}
-
-    return jax.jit(jax.vmap(init))
+    keys = jax.vmap(jax.random.key)(jnp.asarray([seed for seed, _ in grid], jnp.uint32))
+    params = training.head_init(head, width)(keys)
+    return {"params": params, "moments": jax.jit(jax.vmap(training.ADAM.init))(params)}

@@ -1,10 +1,12 @@
 """What the probes that learn by gradient descent share: order of the crops, loss, AdamW, scores, parallel map."""
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +18,15 @@ from ecg_jax.data.pipeline import shuffled_by_position, uniform_by_position
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import metrics
 from ecg_jax.evaluation.examples import Examples, Part
-from ecg_jax.evaluation.features import mean_per_record
-from ecg_jax.training.parallel import AXIS, replicate, shard_batch
+from ecg_jax.evaluation.features import encode_padded
+from ecg_jax.evaluation.tasks import TaskUnavailable
+from ecg_jax.training.parallel import AXIS, replicate
 
 # Batches read before they are needed.
 _AHEAD = 2
+
+# More attention heads are not proposed to anybody.
+_MOST_HEADS = 32
 
 #: Moments of AdamW with torch's constants, which are optax's too (spec §5.0).
 ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
@@ -31,32 +37,57 @@ def is_regression(examples: Examples) -> bool:
     return examples.task.kind == "regression"
 
 
-def check_trainable(examples: Examples, *, batch_size: int, epochs: int, mesh: Mesh) -> None:
+def check_trainable(examples: Examples, *, mode: str, batch_size: int, epochs: int, mesh: Mesh) -> None:
     """Refuses what cannot be trained or chosen between.
 
+    Args:
+        examples: what to train and validate on.
+        mode: "frozen", "finetune" or "supervised": the section of the config that errors name.
+        batch_size, epochs, mesh: of the fit.
+
     Raises:
-        UserError: no epoch, a batch that does not divide over the devices, fewer training records than a batch, or no
-            target that a validation score can be computed from.
+        TaskUnavailable: fewer training records than devices or than a batch, or no target that a validation score can
+            be computed from.
+        UserError: no epoch, or a batch that does not divide over the devices.
     """
     if epochs < 1:
-        raise UserError(f"epochs={epochs} must be at least 1.")
+        raise UserError(f"--config.{mode}.epochs={epochs} must be at least 1.")
+    n_train, n_val = len(examples.train.rows), len(examples.val.rows)
+    if n_train < mesh.size:
+        raise TaskUnavailable(
+            f"There are {n_train} training records, fewer than the {mesh.size} devices that share a batch; use more "
+            "data or fewer devices."
+        )
     if batch_size < 1 or batch_size % mesh.size:
         raise UserError(
-            f"batch_size={batch_size} cannot be shared evenly by {mesh.size} devices; use a multiple of "
-            f"{mesh.size}."
+            f"--config.{mode}.batch_size={batch_size} cannot be shared evenly by {mesh.size} devices; use a multiple "
+            f"of {mesh.size}."
         )
-    n_train, n_val = len(examples.train.rows), len(examples.val.rows)
     if n_train < batch_size:
-        raise UserError(
-            f"There are {n_train} training records, fewer than batch_size={batch_size}, so that an epoch has no "
-            "batch; lower batch_size or use more data."
+        raise TaskUnavailable(
+            f"There are {n_train} training records, fewer than --config.{mode}.batch_size={batch_size}, so that an "
+            "epoch has no batch; lower it or use more data."
         )
     targets = examples.val.targets
     known = (~np.isnan(targets)).any(axis=0) if is_regression(examples) else metrics.has_both_kinds(targets)
     if not known.any():
         missing = "known value" if is_regression(examples) else "class with both positives and negatives"
-        raise UserError(
+        raise TaskUnavailable(
             f"There is no {missing} among the {n_val} validation records, so no epoch can be chosen; use more data."
+        )
+
+
+def check_attention_heads(width: int, attention_heads: int, mode: str) -> None:
+    """Refuses attention heads that do not divide the width D of an encoder's tokens.
+
+    Raises:
+        UserError: names the field of config.<mode> and the numbers that do.
+    """
+    if attention_heads < 1 or width % attention_heads:
+        fitting = [str(n) for n in range(1, min(width, _MOST_HEADS) + 1) if width % n == 0]
+        raise UserError(
+            f"--config.{mode}.attention_heads={attention_heads} does not divide the width {width} of the encoder's "
+            f"tokens; use one of {', '.join(fitting)}."
         )
 
 
@@ -105,43 +136,37 @@ def crop_reader(
     return read
 
 
-def padded(rows: np.ndarray, size: int) -> np.ndarray:
-    """[b, ...] with b <= size as [size, ...], zeros below."""
-    return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
-
-
 def predict_crops(
-    run: Callable[[dict[str, jax.Array]], jax.Array],
-    read: Callable[[int, int], dict[str, np.ndarray]],
+    run: Callable[[np.ndarray], jax.Array],
+    read: Callable[[int, int], np.ndarray],
     n_crops: int,
     batch_size: int,
-    mesh: Mesh,
 ) -> np.ndarray:
     """Runs a program over crops 0 .. n-1 in batches of one shape.
 
     Args:
-        run: batch, split over the devices -> [B, ...].
-        read: (first, last) -> the batch of crops first .. last - 1.
+        run: crops [B, ...] -> [B, ...].
+        read: (first, last) -> [last - first, ...], crops first .. last - 1.
         n_crops: n.
         batch_size: B; the last batch is filled up with zeros.
-        mesh: the devices.
 
     Returns:
         float32 [n, ...].
     """
 
-    def batch(step: int) -> dict[str, np.ndarray]:
-        first = step * batch_size
-        rows = read(first, min(first + batch_size, n_crops))
-        return {name: padded(values, batch_size) for name, values in rows.items()}
+    def batch(step: int) -> np.ndarray:
+        return read(step * batch_size, min((step + 1) * batch_size, n_crops))
 
     # Waits for each result: programs that do not depend on each other can block each other on a CPU of few threads.
-    out = [np.asarray(run(shard_batch(rows, mesh))) for rows in read_ahead(batch, -(-n_crops // batch_size))]
-    return np.concatenate(out)[:n_crops]
+    batches = read_ahead(batch, -(-n_crops // batch_size))
+    return np.concatenate([encode_padded(run, rows, batch_size) for rows in batches])
 
 
 def masked_loss(outputs: jax.Array, targets: jax.Array, *, regression: bool, axis_name: str) -> jax.Array:
-    """Mean over the known entries of the global batch (spec §7.2): of BCE with logits, or of |output - target|.
+    """For every label the mean over its known records of the global batch, then the mean over labels (spec §7.2).
+
+    The term is BCE with logits, or |output - target|. Labels without any known record in the batch are left out;
+    where nothing is unknown this is the mean over all entries.
 
     Args:
         outputs: [B, K] logits or values.
@@ -155,8 +180,24 @@ def masked_loss(outputs: jax.Array, targets: jax.Array, *, regression: bool, axi
     known = ~jnp.isnan(targets)
     targets = jnp.where(known, targets, 0.0)
     term = jnp.abs(outputs - targets) if regression else optax.sigmoid_binary_cross_entropy(outputs, targets)
-    total, count = jax.lax.pmean((jnp.where(known, term, 0.0).sum(), known.sum() * 1.0), axis_name)
-    return total / jnp.where(count > 0, count, 1.0)
+    sums = jnp.where(known, term, 0.0).sum(axis=0), known.sum(axis=0) * 1.0
+    # The mean over devices is as good as the sum: a label's quotient is the same.
+    total, count = jax.lax.pmean(sums, axis_name)
+    per_label = total / jnp.where(count > 0, count, 1.0)
+    return per_label.sum() / jnp.maximum((count > 0).sum(), 1)
+
+
+@functools.lru_cache(maxsize=8)
+def head_init(head: nn.Module, width: int) -> Callable[[jax.Array], Any]:
+    """keys [H] -> the parameters of H heads on tokens of this width, stacked along the first axis; kept, so that
+    another task or seed compiles nothing again.
+    """
+    return jax.jit(jax.vmap(lambda key: head.init(key, jnp.zeros((1, 1, width)))["params"]))
+
+
+def n_parameters(params: Any) -> int:
+    """How many numbers a tree of parameters holds."""
+    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(params))
 
 
 def adamw(params, grads, moments, *, learning_rates, weight_decay, decays=None):
@@ -191,11 +232,6 @@ def map_prediction(predict: Callable, mesh: Mesh) -> Callable:
     """(state, fixed, batch) -> [B, ...], split over the devices as the batch is."""
     specs = {"in_specs": (P(), P(), P(AXIS)), "out_specs": P(AXIS)}
     return jax.jit(jax.shard_map(predict, mesh=mesh, check_vma=True, **specs))
-
-
-def per_record(values: np.ndarray, record: np.ndarray, part: Part) -> np.ndarray:
-    """Predictions of crops [n_crops, K], in the order of `Part.crops`, averaged over each record: float64 [n, K]."""
-    return mean_per_record(values, record, len(part.rows))
 
 
 def score(examples: Examples, part: Part, predictions: np.ndarray) -> float:

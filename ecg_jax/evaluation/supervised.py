@@ -11,6 +11,7 @@ from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.evaluation.examples import Examples, Fitted
 from ecg_jax.evaluation.finetune import Recipe, fit_network
 from ecg_jax.models.encoder import build_encoder, constants, tokens_of
+from ecg_jax.models.probe_heads import MeanLinear
 from ecg_jax.models.supervised import RATE_HZ, SupervisedS4, resampled_length
 from ecg_jax.training.parallel import AXIS
 
@@ -25,14 +26,12 @@ def fit_supervised(
     batch_size: int,
     learning_rate: float = 1e-3,
     weight_decay: float = 1e-3,
-    head: str = "linear",
-    attention_heads: int = 16,
     seed: int = 0,
     folder: Path | str | None = None,
     mesh: Mesh | None = None,
     label: str | None = None,
 ) -> Fitted:
-    """Trains a network from random initialisation, as `finetune.fit_finetune` does, at one learning rate.
+    """Trains a network with a linear head from random initialisation, as `finetune.fit_finetune` does, at one rate.
 
     Args:
         config_model: `config.model` of a pretraining run, for `architecture="same"`.
@@ -41,7 +40,7 @@ def fit_supervised(
         architecture: "same" as the pretrained encoder, or "s4_100hz", the reference's supervised S4, which sees the
             same crops resampled to 100 Hz.
         learning_rate: of everything.
-        epochs, batch_size, weight_decay, head, attention_heads, folder, mesh, label: as in `fit_finetune`.
+        epochs, batch_size, weight_decay, folder, mesh, label: as in `fit_finetune`.
         seed: of the initial parameters too.
 
     Raises:
@@ -69,14 +68,14 @@ def fit_supervised(
         factors={"head": 1.0, "backbone": 1.0, "stem": 1.0},
         layer_decay=1.0,
         weight_decay=weight_decay,
-        head=head,
-        attention_heads=attention_heads,
         seed=seed,
     )
     identity = {"architecture": architecture, "preprocessing": preprocessing.to_dict()}
     identity["model"] = config_model if architecture == "same" else None
     fitted = fit_network(
+        "supervised",
         encoder,
+        MeanLinear(len(examples.classes)),
         {**variables, **constants(variables, length=tokens, l_max=l_max)},
         preprocessing,
         examples,
@@ -86,4 +85,4 @@ def fit_supervised(
         mesh=mesh,
         label=label,
     )
-    return Fitted(fitted.val, fitted.test, {"architecture": architecture, **fitted.report})
+    return Fitted(fitted.val, fitted.test, {"architecture": architecture, "head": "linear", **fitted.report})

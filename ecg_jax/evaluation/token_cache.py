@@ -1,88 +1,113 @@
-"""Tokens of a frozen encoder for the non-overlapping crops of some records, kept on disk and memory-mapped.
+"""Tokens of a frozen encoder for the crops that one fit needs, kept on disk while it lasts and memory-mapped.
 
-    FOLDER/tokens-<key>.npy     float16 or float32 [n_crops, L, D]
+    FOLDER/000000.npy     float16 or float32 [crops of the part, L, D]
 
-The key is a hash of encoder, contract, store, crops and type. A file is there in full or not at all; the folder may
-be deleted when nothing uses it.
+The folder belongs to one fit (`FitFolder.scratch`), which is locked and deletes it when it is finished: never more is
+on disk than the fits that go on may take. The next fit encodes again, about what one epoch without kept tokens costs.
+Parts are there in full or not at all, so a fit that was killed goes on with the part it was at.
 """
 
-import hashlib
-import os
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from ecg_jax.errors import UserError
+from ecg_jax.files import replace_file
 
 TYPES = ("float16", "float32")
+#: Bytes of a part, about.
+PART_BYTES = 1 << 28
 
 
-def cached_tokens(
+class KeptTokens:
+    """Tokens [n, L, D] in parts, memory-mapped."""
+
+    def __init__(self, parts: list[np.ndarray], part_crops: int):
+        """Takes parts of `part_crops` crops each, the last of which may have fewer."""
+        self._parts, self._part_crops = parts, part_crops
+
+    def __len__(self) -> int:
+        """n."""
+        return sum(len(part) for part in self._parts)
+
+    def take(self, crops: np.ndarray) -> np.ndarray:
+        """Tokens [b, L, D] of crops int [b], in any order."""
+        out = np.empty((len(crops), *self._parts[0].shape[1:]), self._parts[0].dtype)
+        part = crops // self._part_crops
+        for number in np.unique(part):
+            here = part == number
+            out[here] = self._parts[number][crops[here] - number * self._part_crops]
+        return out
+
+
+def kept_tokens(
     folder: Path,
     encode: Callable[[int, int], np.ndarray],
     *,
-    key: str,
-    starts: np.ndarray,
+    n_crops: int,
     shape: tuple[int, int],
     dtype: str,
     batch_size: int,
-) -> np.ndarray:
-    """The tokens of all crops, computed unless they are there.
+) -> KeptTokens:
+    """The tokens of crops 0 .. n-1; parts that are not there are computed.
 
     Args:
-        folder: of the files, made if needed.
+        folder: of the parts, made if needed; it must hold nothing but parts of these tokens.
         encode: (first, last) -> float32 [last - first, L, D], tokens of crops first .. last - 1.
-        key: of encoder, contract and store.
-        starts: int64 [n], first sample of each crop.
+        n_crops: n.
         shape: (L, D).
         dtype: one of `TYPES`, to keep them in.
         batch_size: crops of each call.
 
-    Returns:
-        [n, L, D], memory-mapped.
-
     Raises:
-        UserError: a token is not finite (or too large for float16), or the file cannot be written or read.
+        UserError: a token is not finite or too large for float16, or a part cannot be written or read.
     """
-    digest = hashlib.sha256(key.encode() + str(shape).encode() + np.asarray(starts, np.int64).tobytes())
-    path = folder / f"tokens-{digest.hexdigest()[:32]}-{dtype}.npy"
-    try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(path, encode, (len(starts), *shape), dtype, batch_size)
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise UserError(
-            f"cannot keep tokens in {path}: {error.strerror or error}; name another folder or lower "
-            "token_cache_bytes."
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove it.") from error
-    if tokens.shape != (len(starts), *shape):
-        raise UserError(f"{path} is damaged: its tokens have shape {tokens.shape}; remove it.")
-    return tokens
+    crop_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    part_crops = max(1, PART_BYTES // (crop_bytes * batch_size)) * batch_size
+    parts = []
+    for number, first in enumerate(range(0, n_crops, part_crops)):
+        path, last = folder / f"{number:06d}.npy", min(first + part_crops, n_crops)
+        try:
+            if not path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                _write(path, _encoded(encode, first, last, dtype, batch_size))
+            part = np.load(path, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise UserError(
+                f"cannot keep tokens in {path}: {error.strerror or error}; free some space, or choose another "
+                "--workdir or a lower --config.frozen.token_cache_gb."
+            ) from error
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it.") from error
+        if part.shape != (last - first, *shape) or part.dtype != dtype:
+            raise UserError(f"{path} is damaged: it has {part.dtype} {part.shape}; remove it.")
+        parts.append(part)
+    return KeptTokens(parts, part_crops)
 
 
-def _write(path: Path, encode, shape: tuple[int, int, int], dtype: str, batch_size: int) -> None:
+def _encoded(encode, first: int, last: int, dtype: str, batch_size: int) -> np.ndarray:
+    batches = []
+    for begin in range(first, last, batch_size):
+        tokens = encode(begin, min(begin + batch_size, last))
+        if not np.isfinite(tokens).all():
+            raise UserError(
+                "The encoder gave tokens that are not finite; use an earlier step, before it diverged."
+            )
+        with np.errstate(over="ignore"):
+            kept = tokens.astype(dtype)
+        if not np.isfinite(kept).all():
+            raise UserError(
+                f"The encoder gave tokens up to {np.abs(tokens).max():.3g}, too large for {dtype}; use "
+                "--config.frozen.token_dtype=float32, in another --workdir."
+            )
+        batches.append(kept)
+    return np.concatenate(batches)
+
+
+def _write(path: Path, tokens: np.ndarray) -> None:
     # Written, not mapped: a disk that is full then says so instead of ending the process.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    try:
-        with open(temporary, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for first in range(0, shape[0], batch_size):
-                with np.errstate(over="ignore"):
-                    tokens = encode(first, min(first + batch_size, shape[0])).astype(dtype)
-                if not np.isfinite(tokens).all():
-                    raise UserError(
-                        f"The encoder gave tokens that are not finite or too large for {dtype}; use an earlier "
-                        "step, before it diverged, or token_dtype=float32."
-                    )
-                file.write(tokens.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    buffer = io.BytesIO()
+    np.save(buffer, tokens)
+    replace_file(path, buffer.getbuffer(), path.with_name(f".{path.name}.tmp"))
