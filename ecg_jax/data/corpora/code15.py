@@ -50,7 +50,7 @@ def list_records(source: Path, rate: int | None) -> Listing:
     """Lists the rows of all parts in their order, with the rows of exams.csv.
 
     Label set `code15`: the six diagnoses; an exam with none of them has an empty list. A row of a part that
-    exams.csv does not know is kept without labels and patient, in fold -1.
+    exams.csv does not know, or contradicts itself about, is kept without labels and patient, in fold -1.
 
     Raises:
       UserError: `rate` is given, exams.csv or every part is missing, or one is not CODE-15's.
@@ -66,10 +66,10 @@ def list_records(source: Path, rate: int | None) -> Listing:
     }
     if not parts:
         raise UserError(f"No exams_part*.hdf5 found in {source} (expected {EXPECTS}).")
-    exams, part_of = _read_exams(table)
+    exams, part_of, contradictory = _read_exams(table)
     entries, problems = [], []
     for number in sorted(parts):
-        entries += _part_entries(source, parts[number], exams)
+        entries += _part_entries(source, parts[number], exams, contradictory)
         problems += _unit_problems(parts[number])
     listed = {entry.record_id for entry in entries}
     there = {path.name for path in parts.values()}
@@ -119,10 +119,13 @@ def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
     return recording
 
 
-def _read_exams(table: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Exam -> its entry, as far as the table knows it, and exam -> the part it lies in."""
+def _read_exams(table: Path) -> tuple[dict[str, Entry], dict[str, str], set[str]]:
+    """Exam -> its entry, as far as the table knows it, exam -> the part it lies in, and the exams that have rows
+    which contradict each other, of which nothing is known.
+    """
     exams: dict[str, Entry] = {}
     part_of: dict[str, str] = {}
+    contradictory: set[str] = set()
     columns = ("exam_id", "age", "is_male", *DIAGNOSES, "patient_id", "trace_file")
     flag = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
     for row in read_rows(table, columns, _PUBLISHER):
@@ -132,13 +135,9 @@ def _read_exams(table: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             return convert_cell(table, record_id, row, column, convert, expected)
 
         record_id = str(cell("exam_id", int, "a whole number"))
-        if record_id in exams:
-            raise UserError(
-                f"{table} has two rows for exam {record_id}; take the file as {_PUBLISHER} has it."
-            )
         found = [name for name in DIAGNOSES if cell(name, lambda text: flag[text.lower()], "True or False")]
         male = cell("is_male", lambda text: flag[text.lower()], "True or False")
-        exams[record_id] = Entry(
+        entry = Entry(
             record_id=record_id,
             file="",
             patient_id=cell("patient_id", not_empty, "the patient"),
@@ -146,11 +145,16 @@ def _read_exams(table: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             age=cell("age", age_or_none, "a number or nothing"),
             sex="M" if male else "F",
         )
-        part_of[record_id] = cell("trace_file", not_empty, "the name of a part")
-    return exams, part_of
+        part = cell("trace_file", not_empty, "the name of a part")
+        if record_id in exams and (exams[record_id], part_of[record_id]) != (entry, part):
+            contradictory.add(record_id)
+        exams[record_id], part_of[record_id] = entry, part
+    for record_id in contradictory:
+        del exams[record_id]
+    return exams, part_of, contradictory
 
 
-def _part_entries(source: Path, path: Path, exams: dict[str, Entry]) -> list[Entry]:
+def _part_entries(source: Path, path: Path, exams: dict[str, Entry], contradictory: set[str]) -> list[Entry]:
     """The entries of one part, in order of its rows.
 
     Raises:
@@ -177,7 +181,8 @@ def _part_entries(source: Path, path: Path, exams: dict[str, Entry]) -> list[Ent
             known = exams[record_id]
             entry = Entry(record_id, name, known.patient_id, None, known.labels, known.age, known.sex)
         else:
-            problem = Problem(record_id, "no_table_row", "kept", "exams.csv has no row for it.")
+            why = "rows for it that contradict each other" if record_id in contradictory else "no row for it"
+            problem = Problem(record_id, "no_table_row", "kept", f"exams.csv has {why}.")
             entry = Entry(record_id, name, fold=UNLABELLED_FOLD, problems=(problem,))
         entries.append(entry)
     return entries
