@@ -18,7 +18,7 @@ from ecg_jax.files import replace_file
 
 TYPES = ("float16", "float32")
 #: Bytes of a part, about.
-PART_BYTES = 1 << 28
+PART_BYTES = 1 << 27
 
 
 class KeptTokens:
