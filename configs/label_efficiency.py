@@ -18,9 +18,9 @@ def get_config(arg=""):
     config.task = arg.task
     # Of the training records, patients kept together; each subset is part of every larger one.
     config.fractions = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-    config.seeds = 5  # draws of the subsets
+    config.seeds = 5  # draws of the subsets, each with a randomly initialised encoder of its own
     config.seed = 0  # the first of them, of the resamples, and of the first randomly initialised encoder
-    config.baseline_seeds = 3  # randomly initialised encoders; the draws take turns with them
+    config.near_duplicates = True  # look for near-identical recordings too, not only for identical ones
     config.batch_size = 64  # crops encoded at once
     config.min_count = 0  # positive records below which a class is left out; 0: the task's own number
     config.features = ""  # folder where features of encoders are kept; "": ~/.cache/ecg_jax/features
@@ -34,6 +34,6 @@ def get_config(arg=""):
     config.linear.solver = "auto"
 
     config.bootstrap = ConfigDict()
-    config.bootstrap.resamples = 300  # of test patients and seeds; the curve is fitted to each
+    config.bootstrap.resamples = 300  # of test patients; the curve is fitted to each
     config.bootstrap.level = 0.95
     return config

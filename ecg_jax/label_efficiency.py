@@ -1,8 +1,8 @@
 """`ecg-jax label-efficiency`: the error of a linear probe over the number of labelled training records.
 
 Every encoder is probed on the same nested patient-wise subsets of the training records; beside it stand randomly
-initialised encoders and the constant guess. The curves C N^-a + L0 and the label-saving factors come with intervals
-from resampled test patients and subsets.
+initialised encoders (another one for each draw of the subsets), simple ECG features and the constant guess. The curves
+C N^-a + L0 and the label-saving factors come with intervals over test patients and draws.
 """
 
 import argparse
@@ -20,28 +20,30 @@ import numpy as np
 from ecg_jax.config_flags import parse_command
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
-from ecg_jax.evaluation import bootstrap, tasks
+from ecg_jax.evaluation import bootstrap, leakage, tasks
 from ecg_jax.evaluation import label_efficiency as study
 from ecg_jax.evaluation.examples import Examples, choose_examples
-from ecg_jax.evaluation.feature_cache import FeatureCache, entry_key
-from ecg_jax.evaluation.label_efficiency import Curve, FitStore
+from ecg_jax.evaluation.label_efficiency import Curve
 from ecg_jax.evaluation.label_efficiency_plot import error_curves
 from ecg_jax.evaluation.label_efficiency_table import summary, table
-from ecg_jax.evaluation.linear import LayerFeatures, cached_features
 from ecg_jax.evaluation.probe_scores import check_scorable
 from ecg_jax.files import cache_folder, write_atomic
+from ecg_jax.label_efficiency_models import ECG_FEATURES, RANDOM, probe_models
+from ecg_jax.probe import _pretrained_on
 from ecg_jax.probe_output import plain
-from ecg_jax.training.pretrained import RestoredEncoder, random_twin, restore_encoder
+from ecg_jax.training.pretrained import RestoredEncoder, restore_encoder
 
 DESCRIPTION = """\
 Probes encoders on nested patient-wise subsets of the training records, from 1/128 of them to all, several draws each;
 fits error = C N^-a + L0 to each model's scores and says which share of the labels a better model needs (label saving).
-Randomly initialised encoders and the constant guess are always among the models. Writes label_efficiency.json, .csv and
-.png. Run the same command again after an interruption: finished fits are kept.
+Randomly initialised encoders, simple ECG features and the constant guess are always among the models. Writes
+label_efficiency.json, .csv and .png. Run the same command again after an interruption: finished fits are kept.
 """
 
 RESULTS = "label_efficiency.json"
-RANDOM, MAJORITY = "random_init", "majority"
+MAJORITY = "majority"
+
+_SEEDS = "Student's t with seeds - 1 degrees of freedom over draws of the subsets, of random_init each with another encoder"
 
 #: Fields of a config that do not change results.
 _FREE_FIELDS = ("features", "batch_size")
@@ -67,7 +69,6 @@ def check_config(config) -> None:
         raise UserError(f"--config.bootstrap.level={config.bootstrap.level} must lie between 0 and 1.")
     least = {
         "seeds": (config.seeds, 1),
-        "baseline_seeds": (config.baseline_seeds, 1),
         "batch_size": (config.batch_size, 1),
         "linear.max_steps": (config.linear.max_steps, 1),
         "bootstrap.resamples": (config.bootstrap.resamples, 1),
@@ -108,6 +109,7 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
                 "path": str(store.path.resolve()),
                 "corpus": store.corpus,
                 "fingerprint": store.fingerprint,
+                "table": store.table_digest(),
             },
         }
     )
@@ -129,9 +131,13 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
     # [seed][size]
     subsets = [study.patient_subsets(examples, fractions, config.seed + i) for i in range(config.seeds)]
     sizes = np.array([[len(chosen) for chosen in of_seed] for of_seed in subsets]).T
-    curves, reports = _probe_models(config, workdir, encoders, examples, subsets, counts)
-    seeds = study.draw_seeds(config.bootstrap.resamples, config.seeds, config.seed)
-    fits = {name: study.fit_curve(curve, task.metric, seeds) for name, curve in curves.items()}
+    folder = Path(config.features).expanduser() if config.features else cache_folder() / "features"
+    verdicts = {
+        name: leakage_verdict(encoder, examples, config.near_duplicates, folder)
+        for name, encoder in encoders.items()
+    }
+    curves, reports = probe_models(config, workdir, folder, encoders, examples, subsets, counts)
+    fits = {name: study.fit_curve(curve, task.metric, config.seed) for name, curve in curves.items()}
 
     packages = ("ecg-jax", "jax", "numpy", "scipy")
     results = plain(
@@ -143,7 +149,7 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
             "sizes_of_seeds": sizes.tolist(),
             "models": {
                 **{
-                    name: _model_entry(curve, fits[name], seeds, config.bootstrap.level)
+                    name: _model_entry(curve, fits[name], config.seed, config.bootstrap.level)
                     | {"probes": reports[name]}
                     for name, curve in curves.items()
                 },
@@ -151,8 +157,11 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
             },
             "saving": _savings(curves, fits, task.metric, config.bootstrap.level),
             "subsets": "nested, whole patients, classes in proportion",
-            "validation": f"all {len(examples.val.rows)} validation records at every size",
-            "untrainable_classes": "a class without both kinds of records in a subset is predicted as a constant",
+            "validation": f"all {len(examples.val.rows)} validation records at every size; they choose penalty and "
+            "layer and are not counted among the labelled training records",
+            "untrainable_classes": "a class without both kinds of records in a subset is predicted as the mean of its "
+            "labels there",
+            "leakage": verdicts,
             "n_test": len(examples.test.rows),
             "classes": examples.classes,
             "classes_dropped": examples.classes_dropped,
@@ -162,7 +171,10 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
                 "unit": unit,
                 "resamples": config.bootstrap.resamples,
                 "level": config.bootstrap.level,
-                "also": "draws of the subsets",
+                "seeds": "Student's t with seeds - 1 degrees of freedom over draws of the subsets, of random_init each with "
+                "another encoder"
+                if config.seeds > 1
+                else "a single draw: intervals are over test records only",
                 "interval": "percentile",
             },
             **identity,
@@ -188,7 +200,7 @@ def _open(checkpoints: Sequence[str], store: Store) -> dict[str, RestoredEncoder
             raise UserError(f"--checkpoint={checkpoint} is given twice; name each step of a run once.")
         name = encoder.run.resolve().name
         # Two steps of one run, or two runs of one name.
-        if name in encoders or name in (RANDOM, MAJORITY):
+        if name in encoders or name in (RANDOM, ECG_FEATURES, MAJORITY):
             name = f"{name}/{encoder.step}"
         if name in encoders:
             raise UserError(f"--checkpoint={checkpoint}: two runs are called {name}; rename one of them.")
@@ -200,6 +212,32 @@ def _open(checkpoints: Sequence[str], store: Store) -> dict[str, RestoredEncoder
                 f"{first.window_s:g} s; compare checkpoints of one window, they are tested on the same records."
             )
     return encoders
+
+
+def leakage_verdict(encoder: RestoredEncoder, examples: Examples, near: bool, folder: Path) -> dict[str, Any]:
+    """What of the test records an encoder was pretrained on, if that store is still there, or is trained on.
+
+    Args:
+        encoder: pretrained.
+        examples: of the task, all from one store.
+        near: look for near-identical recordings too.
+        folder: keeps signatures of recordings that were compared.
+    """
+    pretraining, rows, problem = None, None, None
+    try:
+        pretraining, rows = _pretrained_on(encoder)
+    except UserError as error:
+        problem = str(error)
+    verdict = leakage.verdict(
+        examples.train.store,
+        examples.test.rows,
+        np.concatenate([examples.train.rows, examples.val.rows]),
+        pretraining,
+        near,
+        pretraining_rows=rows,
+        cache=folder,
+    )
+    return verdict | {"pretraining_problem": problem}
 
 
 def _finished(workdir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -224,99 +262,8 @@ def _finished(workdir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return before
 
 
-def _probe_models(
-    config, workdir: Path, encoders: dict[str, RestoredEncoder], examples: Examples, subsets, counts
-) -> tuple[dict[str, Curve], dict[str, list]]:
-    """(the curve of each model, what was chosen at each size and seed of it)."""
-    cache = FeatureCache(
-        Path(config.features).expanduser() if config.features else cache_folder() / "features"
-    )
-    linear = config.linear.to_dict()
-    how = linear | {"l2_grid": tuple(linear["l2_grid"])}
-    shared = {
-        "linear": {key: value for key, value in how.items() if key != "solver"},
-        "classes": examples.classes,
-    }
-    parts = {name: getattr(examples, name).rows.tolist() for name in ("train", "val", "test")}
-    fits = FitStore(workdir / "fits", shared | {"task": config.task, "rows": parts})
-    sizes = np.array([[len(chosen) for chosen in of_seed] for of_seed in subsets]).T
-
-    curves, reports = {}, {}
-    n_twins = min(config.baseline_seeds, config.seeds)
-    for name, of_model in _with_twins(encoders, config.seed, n_twins).items():
-        predictions: list[list[np.ndarray]] = [[] for _ in sizes]
-        reports[name] = [[] for _ in sizes]
-        known: dict[tuple[int, bytes], tuple[np.ndarray, dict]] = {}
-        for i, of_seed in enumerate(subsets):
-            which = i % len(of_model)
-            probes = _Probes(cache, of_model[which], examples, fits, how, config.batch_size, name)
-            for s, chosen in enumerate(of_seed):
-                # All records are the same subset for every seed.
-                key = which, chosen.tobytes()
-                if key not in known:
-                    known[key] = probes.fit(chosen)
-                test, report = known[key]
-                predictions[s].append(test)
-                reports[name][s].append(report)
-        curves[name] = study.score_fits(examples, predictions, sizes, counts)
-    return curves, reports
-
-
-def _with_twins(
-    encoders: dict[str, RestoredEncoder], seed: int, n_twins: int
-) -> dict[str, list[RestoredEncoder]]:
-    """Every encoder alone, then the random twins of every architecture among them."""
-    models, seen = {name: [encoder] for name, encoder in encoders.items()}, []
-    for name, encoder in encoders.items():
-        architecture = (encoder.config["model"], encoder.preprocessing)
-        if architecture not in seen:
-            twins = [random_twin(encoder, seed + i) for i in range(n_twins)]
-            models[f"{RANDOM} as {name}" if seen else RANDOM] = twins
-            seen.append(architecture)
-    return models
-
-
-class _Probes:
-    """Linear probes of one encoder on subsets of the training records."""
-
-    def __init__(self, cache, encoder, examples: Examples, fits: FitStore, how, batch_size: int, label: str):
-        self._cache, self._encoder, self._examples, self._fits = cache, encoder, examples, fits
-        self._how, self._batch_size, self._label = how, batch_size, label
-        self._key = entry_key(encoder, examples.train.store)
-        self._features: LayerFeatures | None = None
-
-    def fit(self, chosen: np.ndarray) -> tuple[np.ndarray, dict]:
-        """(test predictions [n, K], report), kept from an earlier run if it got that far."""
-        if found := self._fits.read(self._key, chosen):
-            return found
-        if self._features is None:
-            self._features = self._read()
-        fitted = study.fit_subset(self._features, self._examples, chosen, **self._how)
-        self._fits.write(self._key, chosen, fitted)
-        return fitted.test, fitted.report
-
-    def _read(self) -> LayerFeatures:
-        """Features with those of the validation and test records in memory: every fit needs them."""
-        layers = self._how["layers"]
-        features = cached_features(
-            self._cache, self._encoder, self._examples, layers, self._batch_size, self._label
-        )
-        kept = {
-            (part.rows.tobytes(), layer): features.of(part, layer)
-            for part in (self._examples.val, self._examples.test)
-            for layer in features.layers
-        }
-
-        def of(part, layer):
-            key = (part.rows.tobytes(), layer)
-            return kept[key] if key in kept else features.of(part, layer)
-
-        return LayerFeatures(features.layers, of)
-
-
-def _model_entry(curve: Curve, fit, seeds: np.ndarray, level: float) -> dict[str, Any]:
-    means, points = curve.means(seeds), curve.scores.mean(axis=1)
-    ends = [bootstrap.interval(points[s], means[:, s], level) for s in range(len(points))]
+def _model_entry(curve: Curve, fit, seed: int, level: float) -> dict[str, Any]:
+    ends = curve.intervals(seed, level)
     return {
         "scores": curve.scores.tolist(),
         "mean": [end.point for end in ends],

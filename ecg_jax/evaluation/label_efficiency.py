@@ -30,9 +30,6 @@ from ecg_jax.evaluation.probe_scores import SCORED_AS, majority_guess
 from ecg_jax.evaluation.scoring import score
 from ecg_jax.files import write_atomic
 
-#: 1/128, 1/64, ..., 1.
-FRACTIONS = tuple(2.0**-k for k in range(7, -1, -1))
-
 #: Sizes below which a curve of three numbers is not fitted.
 MIN_SIZES = 4
 
@@ -56,8 +53,13 @@ def fit_subset(features: LayerFeatures, examples: Examples, chosen: np.ndarray, 
     """A linear probe that sees the labels of some training records only.
 
     A class that these do not show both positives and negatives of (a number of which they know fewer than two) is
-    predicted as a constant, which is all that they say about it, and so scores an AUROC of 0.5. Penalty and layer are
-    chosen on all validation records, whatever the size of the subset.
+    predicted as a constant, the mean of its labels among them, which is all that they say about it, and so scores an
+    AUROC of 0.5; without any label it is 0.5, of a number the mean of all training records.
+
+    Of the labels of other training records only two things are used: numbers are scored in units of the standard
+    deviation of all training records, and values outside 1-99 % of those are unknown (`targets.standardised`). A ridge
+    regression with an intercept predicts the same in any unit. Penalty and layer are chosen on all validation records,
+    whatever the size of the subset.
 
     Args:
         features: of all parts.
@@ -66,14 +68,16 @@ def fit_subset(features: LayerFeatures, examples: Examples, chosen: np.ndarray, 
         **how: of `linear.fit_linear`.
     """
     targets = examples.train.targets[chosen]
+    known = ~np.isnan(targets)
     if examples.task.kind == "regression":
-        trainable = (~np.isnan(targets)).sum(axis=0) > 1
+        trainable = known.sum(axis=0) > 1
         usable = trainable & (~np.isnan(examples.val.targets)).any(axis=0)
-        constant = np.zeros(len(trainable))  # the mean of z-scores
     else:
         trainable = metrics.has_both_kinds(targets)
         usable = trainable & metrics.has_both_kinds(examples.val.targets)
-        constant = np.nanmean(examples.train.targets, axis=0)
+    unlabelled = 0.0 if examples.task.kind == "regression" else 0.5
+    sums = np.where(known, targets, 0.0).sum(axis=0, dtype=np.float64)
+    constant = np.where(known.any(axis=0), sums / np.maximum(known.sum(axis=0), 1), unlabelled)
     parts = {name: getattr(examples, name) for name in ("val", "test")}
     predictions = {name: np.tile(constant, (len(part.rows), 1)) for name, part in parts.items()}
     constant_classes = [examples.classes[k] for k in np.flatnonzero(~trainable)]
@@ -138,14 +142,27 @@ class Curve:
     resampled: np.ndarray
     """float64 [R, S, M]."""
 
-    def means(self, seeds: np.ndarray) -> np.ndarray:
-        """float64 [R, S]: replicate r is on resample r, averaged over the seeds drawn in it, seeds [R, M]."""
-        return np.take_along_axis(self.resampled, seeds[:, None, :], axis=2).mean(axis=2)
+    def intervals(self, seed: int, level: float) -> list[bootstrap.Interval]:
+        """Mean over seeds of every size, with its interval over patients and seeds (`bootstrap.seed_deviations`)."""
+        deviations = self._deviations(self.scores, seed)
+        return [
+            bootstrap.hierarchical_interval(points, self.resampled[:, s].T, deviations[:, s], level)
+            for s, points in enumerate(self.scores)
+        ]
 
+    def replicates(self, metric: str, seed: int) -> np.ndarray:
+        """Errors as they might have been with other patients and seeds: float64 [R, S].
 
-def draw_seeds(n_resamples: int, n_seeds: int, seed: int) -> np.ndarray:
-    """int [R, M]: which seeds each replicate is made of; a drawn seed brings its whole chain of subsets."""
-    return np.random.default_rng([seed, 1]).integers(0, n_seeds, (n_resamples, n_seeds))
+        Deviations of seeds multiply: they are those of the logarithms of errors, which the curve is fitted to. Models
+        with the same `seed` deviate together where they do so from draw to draw.
+        """
+        over_patients = errors_of(self.resampled.mean(axis=2), metric)
+        deviations = self._deviations(np.log(errors_of(self.scores, metric)), seed)
+        # Of two seeds Student's t has no mean: errors must stay numbers, however far off.
+        return over_patients * np.exp(np.clip(deviations, -10, 10))
+
+    def _deviations(self, figures: np.ndarray, seed: int) -> np.ndarray:
+        return bootstrap.seed_deviations(figures, len(self.resampled), np.random.default_rng([seed, 1]))
 
 
 def score_fits(examples: Examples, predictions: list[list[np.ndarray]], sizes, counts) -> Curve:
@@ -256,8 +273,8 @@ class FittedCurve:
         return entry
 
 
-def fit_curve(curve: Curve, metric: str, seeds: np.ndarray) -> FittedCurve | None:
-    """Fits the mean over seeds and, for the interval, every replicate (patients and seeds resampled).
+def fit_curve(curve: Curve, metric: str, seed: int) -> FittedCurve | None:
+    """Fits the mean over seeds and, for the interval, every replicate (`Curve.replicates`).
 
     Returns:
         None with fewer than `MIN_SIZES` different sizes, or if no score changes with the size.
@@ -266,17 +283,24 @@ def fit_curve(curve: Curve, metric: str, seeds: np.ndarray) -> FittedCurve | Non
     if len(np.unique(sizes)) < MIN_SIZES or np.isnan(errors).any() or np.ptp(errors) < 1e-9:
         return None
     law = fit_power_law(sizes, errors)
-    means = errors_of(curve.means(seeds), metric)
-    replicates = [None if np.isnan(row).any() else fit_power_law(sizes, row, start=law) for row in means]
+    replicates = [
+        None if np.isnan(row).any() else fit_power_law(sizes, row, start=law)
+        for row in curve.replicates(metric, seed)
+    ]
     return FittedCurve(law, replicates)
 
 
+#: Rounding of a fit must not put a factor of 1 at the largest size beyond what was measured.
+_ROUNDING = 1.001
+
+
 def label_saving(better: FittedCurve, other: FittedCurve, sizes, level: float) -> list[dict[str, Any]]:
-    """r = N* / N at every size, with an interval from the replicates of both models.
+    """r = N* / N at every size, with a percentile interval from the replicates of both models.
 
     Both errors are those of the curves: against a measured error the factor would tell noise of one size from a model
-    that needs fewer labels. Where N* lies outside the measured sizes the factor would extrapolate and is NaN, with the
-    reason; a replicate there counts as undefined, and the interval is NaN if more than half of them are.
+    that needs fewer labels. Where N* lies outside the measured sizes a curve would be extrapolated, so that a factor is
+    only known to lie below `least` = smallest / N or above `most` = largest / N. Such replicates count like all others:
+    an end of the interval that falls among them is open.
 
     Args:
         better, other: curves with paired replicates (`fit_curve` on the same resamples and seeds).
@@ -284,31 +308,51 @@ def label_saving(better: FittedCurve, other: FittedCurve, sizes, level: float) -
         level: of confidence.
 
     Returns:
-        One {"size", "labels", "factor", "low", "high", "undefined"} for each size.
+        For each size {"size", "labels", "factor", "low", "high", "least", "most", "undefined", and "factor_open",
+        "low_open", "high_open"}. An open factor or end is NaN and flagged "<" (below `least`) or ">" (above `most`),
+        the flag is None for others; "undefined" says why the factor is open. Without replicates of both models (scores
+        undefined in more than half of the resamples) both ends are NaN and not open.
     """
     sizes = np.asarray(sizes, dtype=np.float64)
-    smallest, largest = sizes.min(), sizes.max()
+    smallest, largest = sizes.min() / _ROUNDING, sizes.max() * _ROUNDING
+    pairs = [pair for pair in zip(better.replicates, other.replicates, strict=True) if None not in pair]
+    enough = len(pairs) >= 0.5 * len(better.replicates)
+    why = {
+        None: None,
+        "<": f"extrapolates: fewer than the {sizes.min():.0f} records measured",
+        ">": f"extrapolates: more than the {sizes.max():.0f} records measured",
+    }
 
-    def needed(ours: PowerLaw, theirs: PowerLaw, size: float) -> tuple[float, str | None]:
-        n = ours.records(float(theirs.error(size)))
-        # Rounding of the fit must not make a factor of 1 at an end an extrapolation.
-        if n > 1.001 * largest:
-            return float("nan"), f"extrapolates: more than the {largest:.0f} records measured"
-        if n < smallest / 1.001:
-            return float("nan"), f"extrapolates: fewer than the {smallest:.0f} records measured"
-        return n, None
+    def needed(ours: PowerLaw, theirs: PowerLaw, size: float) -> float:
+        return float(np.clip(ours.records(float(theirs.error(size))), smallest, largest))
+
+    def opened(n: float) -> tuple[float, str | None]:
+        """n, or NaN with the side on which it lies beyond the sizes."""
+        side = "<" if n <= smallest else ">" if n >= largest else None
+        return (n, None) if side is None else (float("nan"), side)
 
     entries = []
-    pairs = [pair for pair in zip(better.replicates, other.replicates, strict=True) if None not in pair]
     for size in sizes:
-        n, why = needed(better.law, other.law, size)
-        drawn = np.array([needed(*pair, size)[0] for pair in pairs])
-        _, low, high = bootstrap.interval(n / size, drawn / size, level)
-        n_defined = (~np.isnan(drawn)).sum()
-        if why is not None or n_defined < 0.5 * len(better.replicates):
-            low = high = float("nan")
+        n, side = opened(needed(better.law, other.law, size))
+        ends = [(float("nan"), None)] * 2
+        if enough:
+            drawn = [needed(*pair, size) for pair in pairs]
+            ends = [opened(float(end)) for end in np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])]
+        (low, low_side), (high, high_side) = ends
         entries.append(
-            {"size": round(size), "labels": n, "factor": n / size, "low": low, "high": high, "undefined": why}
+            {
+                "size": round(size),
+                "labels": n,
+                "factor": n / size,
+                "low": low / size,
+                "high": high / size,
+                "least": sizes.min() / size,
+                "most": sizes.max() / size,
+                "factor_open": side,
+                "low_open": low_side,
+                "high_open": high_side,
+                "undefined": why[side],
+            }
         )
     return entries
 

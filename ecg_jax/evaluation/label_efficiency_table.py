@@ -22,6 +22,28 @@ def table(results: dict[str, Any]) -> str:
     return text.getvalue()
 
 
+def _number(value: float | None, digits: str) -> str:
+    return "undefined" if value is None else format(value, digits)
+
+
+def _share(entry: dict[str, Any], name: str) -> str:
+    """A factor or an end of its interval; an open one as "< x" or "> x"."""
+    side = entry[f"{name}_open"]
+    if side is None:
+        return _number(entry[name], ".2g")
+    return f"{side} {entry['least' if side == '<' else 'most']:.2g}"
+
+
+def saving_in_words(better: str, other: str, entry: dict[str, Any]) -> str:
+    """One line about a pair of models: at the largest size whose factor is known, else at the largest."""
+    if "undefined" in entry:
+        return f"label saving of {better} over {other}: {entry['undefined']}"
+    known = [each for each in entry["by_size"] if each["factor"] is not None]
+    last = (known or entry["by_size"])[-1]
+    ends = f"{_share(last, 'low')} to {_share(last, 'high')}"
+    return f"{better} needs {_share(last, 'factor')} ({ends}) of the {last['size']} training records that {other} needs"
+
+
 def summary(results: dict[str, Any]) -> str:
     """A few lines for the console."""
     names = list(results["models"])
@@ -31,27 +53,15 @@ def summary(results: dict[str, Any]) -> str:
         f"  {'records':<{width}}" + "".join(f"{size:>8}" for size in results["sizes"]),
     ]
     for name, model in results["models"].items():
-        lines.append(f"  {name:<{width}}" + "".join(f"{value:8.3f}" for value in model["mean"]))
+        lines.append(f"  {name:<{width}}" + "".join(f"{_number(v, '.3f'):>8}" for v in model["mean"]))
     for name, model in results["models"].items():
         if fit := model["fit"]:
-            ends = (
-                f"a {fit['a_low']:.2f} to {fit['a_high']:.2f}, L0 {fit['L0_low']:.3g} to {fit['L0_high']:.3g}"
+            ends = ", ".join(
+                f"{number} {_number(fit[f'{number}_low'], digits)} to {_number(fit[f'{number}_high'], digits)}"
+                for number, digits in (("a", ".2f"), ("L0", ".3g"))
             )
             lines.append(f"  {name}: error = {fit['C']:.3g} N^-{fit['a']:.3g} + {fit['L0']:.3g} ({ends})")
     for better, others in results["saving"].items():
-        for other, entry in others.items():
-            if "undefined" in entry:
-                lines.append(f"  label saving of {better} over {other}: {entry['undefined']}")
-                continue
-            defined = [e for e in entry["by_size"] if e["factor"] is not None]
-            if not defined:
-                lines.append(
-                    f"  label saving of {better} over {other}: undefined, {entry['by_size'][-1]['undefined']}"
-                )
-                continue
-            last = defined[-1]
-            ends = "" if last["low"] is None else f" ({last['low']:.2g} to {last['high']:.2g})"
-            lines.append(
-                f"  {better} needs {last['factor']:.2g}{ends} of the {last['size']} records that {other} needs"
-            )
+        lines += [f"  {saving_in_words(better, other, entry)}" for other, entry in others.items()]
+    lines.append(f"  labels beside those of the training records: {results['validation']}")
     return "\n".join(lines)
