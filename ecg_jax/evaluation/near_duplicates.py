@@ -53,7 +53,7 @@ MAX_PARTNERS = 128
 MAX_SHIFTS, SHIFTS_APART = 3, 8
 
 #: Descriptors multiplied at a time, and agreeing ones kept of each of them from one product.
-_BLOCK, _HITS = 4096, 256
+_BLOCK, _HITS = 4096, 128
 #: Agreeing descriptors gathered before they are cut down to the best.
 _GATHERED = 1_000_000
 
@@ -138,12 +138,14 @@ def _agreeing(block: np.ndarray, wide: np.ndarray, row_a: np.ndarray, row_b: np.
     cosine = block @ wide.astype(np.float32).T
     if same and row_b[0] <= row_a[-1]:
         cosine[row_a[:, None] >= row_b[None, : len(wide)]] = -1.0
-    agree = cosine >= MIN_COSINE
-    if len(many := np.flatnonzero(agree.sum(axis=1) > _HITS)):
+    flat = np.flatnonzero(cosine >= MIN_COSINE)
+    i, j = np.divmod(flat, cosine.shape[1])
+    many = np.flatnonzero(np.bincount(i, minlength=len(block)) > _HITS)
+    if len(many):
+        few = ~np.isin(i, many)
         best = np.argpartition(cosine[many], -_HITS, axis=1)[:, -_HITS:]
-        agree[many] = False
-        agree[many[:, None], best] = True
-    i, j = np.nonzero(agree)
+        i = np.concatenate([i[few], np.repeat(many, _HITS)])
+        j = np.concatenate([j[few], best.reshape(-1)])
     return i, j, cosine[i, j]
 
 
