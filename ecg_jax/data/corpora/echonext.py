@@ -52,8 +52,9 @@ ECHO = {
 }
 SHD = {"shd_moderate_or_greater_flag": "moderate or severe structural heart disease, any of the findings"}
 
-# PTB-XL's standard deviations in millivolts: the constants of the reference (spec 1.4), which lists them in
-# the order I, II, V1-V6, III, aVR, aVL, aVF, put into canonical order.
+# PTB-XL's standard deviations in millivolts: the constants of the code of arXiv 2605.12241
+# (github.com/AI4HealthUOL/ecg-pretraining-strategies), which lists them in the order I, II, V1-V6, III, aVR, aVL,
+# aVF, put into canonical order.
 PTBXL_SD_MV = {
     "I": 0.16401004,
     "II": 0.1647168,
@@ -100,7 +101,7 @@ _FOLD_SOURCE = (
 def list_records(source: Path, rate: int | None) -> Listing:
     """Lists the rows of splits train, val and test, in order of the table; the record id is ecg_key.
 
-    Label sets: `echo`, the eleven findings; `shd`, the composite. Folds follow spec §7.4.
+    Label sets: `echo`, the eleven findings; `shd`, the composite. Folds: 8 is val, 9 test, 0 to 7 train.
 
     Raises:
       UserError: `rate` is given, the table or an array is missing or not EchoNext's, an array has another

@@ -9,7 +9,7 @@ from ecg_jax.data.recording import CANONICAL_LEADS, Recording
 from ecg_jax.errors import UserError
 
 # Recordings that a table does not know have neither labels nor a patient, so they may be trained on only:
-# a fold below all others is never the validation or test fold (spec 1.5 puts them into fold -1 too).
+# a fold below all others is never the validation or test fold.
 UNLABELLED_FOLD = -1
 
 

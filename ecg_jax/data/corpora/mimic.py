@@ -70,8 +70,9 @@ def list_records(source: Path, rate: int | None) -> Listing:
     Labels: "icd10", the codes of column `all_diag_all`, in full, however rare. They are the discharge
     diagnoses of the hospital (of the stay during which the ECG was taken, or that followed the emergency
     department) or, if there are none, those of the emergency department; cut to 5 characters, without
-    trailing X, with all ancestors (spec §7.5). The published label set has the codes of at least 2000
-    recordings, counted over all recordings of the table and not over those of the protocol alone.
+    trailing X, with all ancestors, as github.com/AI4HealthUOL/ECG-MIMIC does. The published label set has the
+    codes of at least 2000 recordings, counted over all recordings of the table and not over those of the protocol
+    alone.
 
     Folds: `strat_fold`, 0 to 19, of which 18 is for validation and 19 for test. A patient it does not list
     gets a fold from the SHA-256 of the patient id; so does everybody, in 10 folds, if there is no table.

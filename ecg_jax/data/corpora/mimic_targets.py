@@ -1,4 +1,4 @@
-"""Numbers to predict from a recording of MIMIC-IV-ECG, from the tables beside it (spec §7.5).
+"""Numbers to predict from a recording of MIMIC-IV-ECG, from the tables beside it.
 
 All tables are credentialed PhysioNet downloads (PhysioNet Credentialed Health Data License) except
 machine_measurements.csv, which comes with the recordings (Open Database License), and every one is optional:
