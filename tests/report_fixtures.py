@@ -330,7 +330,34 @@ def write_label_efficiency(folder: Path, task: str = "ptbxl_super") -> Path:
             "majority": majority,
         },
         "saving": {
-            "cpc": {"random_init": {"by_size": [{"size": 512, "factor": 0.2, "low": 0.1, "high": 0.4}]}},
+            "cpc": {
+                "random_init": {
+                    "by_size": [
+                        {
+                            "size": 512,
+                            "factor": 0.2,
+                            "low": 0.1,
+                            "high": 0.4,
+                            "least": 1 / 32,
+                            "most": 1.0,
+                            "factor_open": None,
+                            "low_open": None,
+                            "high_open": None,
+                        },
+                        {
+                            "size": 256,
+                            "factor": 0.7,
+                            "low": 0.3,
+                            "high": None,
+                            "least": 1 / 16,
+                            "most": 2.0,
+                            "factor_open": None,
+                            "low_open": None,
+                            "high_open": ">",
+                        },
+                    ]
+                }
+            },
             "random_init": {"cpc": {"undefined": "no fit"}},
         },
     }

@@ -1,6 +1,7 @@
 """Pictures of `ecg-jax report`: what is drawn, of whom, and which recordings are shown."""
 
 import io
+import json
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from ecg_jax.data.store import Store
 from ecg_jax.evaluation import report_plots
 from ecg_jax.evaluation.calibration import reliability
+from ecg_jax.evaluation.drawing import looks_of, to_svg
+from ecg_jax.evaluation.label_efficiency_plot import error_curves, error_figure
 from ecg_jax.studies.report import figures, rows
 from ecg_jax.studies.report.load import load
 from report_fixtures import write_label_efficiency, write_result, write_robustness
@@ -45,7 +48,7 @@ def task(folders):
 
 class TestLooks:
     def test_no_two_models_look_alike(self):
-        looks = report_plots.looks_of([str(i) for i in range(40)])
+        looks = looks_of([str(i) for i in range(40)])
         assert len(set(looks.values())) == 40
         assert len({colour for colour, _ in list(looks.values())[:8]}) == 8
 
@@ -70,13 +73,13 @@ class TestForest:
 
     def test_undefined_classes_are_said(self):
         values = np.array([[0.8, 0.7, 0.9], [np.nan] * 3])
-        looks = report_plots.looks_of(["m"])
+        looks = looks_of(["m"])
         svg = report_plots.class_forest(["A", "B"], [20, 0], {"m": values}, looks, None, "AUROC", 0.5, 0.95)
         assert "undefined in the test records" in words(svg)
 
     def test_digits_of_texts_are_kept(self):
         values = np.array([[0.8, 0.7, 0.9]])
-        looks = report_plots.looks_of(["m 0.12345"])
+        looks = looks_of(["m 0.12345"])
         svg = report_plots.class_forest(
             ["A 0.98765"], [20], {"m 0.12345": values}, looks, None, "AUROC", 0.5, 0.95
         )
@@ -119,9 +122,7 @@ class TestCalibration:
         targets = (generator.random((20000, 1)) < said).astype(float)
         predicted, observed, n = (part[0] for part in reliability(targets, said))
         assert np.abs(predicted - observed).max() < 0.05
-        svg = report_plots.calibration(
-            [("all", {"m": (predicted, observed, n)})], report_plots.looks_of(["m"])
-        )
+        svg = report_plots.calibration([("all", {"m": (predicted, observed, n)})], looks_of(["m"]))
         assert "share of positives" in words(svg)
 
 
@@ -129,20 +130,44 @@ class TestCurves:
     def test_label_efficiency(self, tmp_path):
         write_label_efficiency(tmp_path / "a")
         collection = load([tmp_path / "a", write_result(tmp_path / "b", n=40, K=2)])
-        text = words(figures.label_efficiency("ptbxl_super", collection.efficiency).data)
-        assert {"16", "512", "cpc", "random_init", "fit"} <= set(text)
+        text = words(figures.label_efficiency("ptbxl_super", collection.efficiency, {}).data)
+        assert {"16", "512", "cpc", "random_init", "majority guess"} <= set(text)
 
     def test_undefined_scores_leave_a_gap(self):
-        svg = report_plots.label_efficiency({"m": ([8, 16], [[np.nan], [0.7]], None)}, "AUROC", False)
-        assert "fit" not in words(svg)
+        model = {"mean": [None, 0.7], "low": [None, 0.6], "high": [None, 0.8], "fit": None}
+        study = {"metric": "macro_auroc", "sizes": [8, 16], "models": {"m": model}}
+        svg = to_svg(error_figure([(study, {"m": "m"})], looks_of(["m"])))
+        assert {"8", "16", "m"} <= set(words(svg))
+
+    def test_a_model_has_the_colour_of_the_page(self, tmp_path):
+        write_label_efficiency(tmp_path / "a")
+        curves = load([tmp_path / "a", write_result(tmp_path / "b", n=40, K=2)]).efficiency
+        svg = figures.label_efficiency("ptbxl_super", curves, {"cpc": ("#CC79A7", "^")}).data.lower()
+        assert b"#cc79a7" in svg
+        assert b"#0072b2" in svg  # the other one takes the first colour that is left
+
+    @pytest.mark.parametrize("suffix", [".png", ".svg"])
+    def test_the_suffix_says_how_a_picture_is_written(self, tmp_path, suffix):
+        write_label_efficiency(tmp_path)
+        path = tmp_path / f"curves{suffix}"
+        error_curves(json.loads((tmp_path / "label_efficiency.json").read_text()), path)
+        assert path.read_bytes().startswith({".png": b"\x89PNG", ".svg": b"<?xml"}[suffix])
 
     def test_robustness(self, tmp_path):
         for name in ("a", "b"):
             write_robustness(write_result(tmp_path / name, n=40, K=2, model=name))
         curves = load([tmp_path / "a", tmp_path / "b"]).robustness
         assert [curve.model for curve in curves] == ["a, linear", "b, linear"]
-        text = words(figures.robustness("ptbxl_super", curves).data)
-        assert {"leads", "powerline (dB)", "limb swap", "RA-LA", "a, linear", "b, linear"} <= set(text)
+        text = words(figures.robustness("ptbxl_super", curves, {}).data)
+        assert {
+            "Leads of the device",
+            "powerline",
+            "limb swap",
+            "RA-LA",
+            "1.25*",
+            "a, linear",
+            "b, linear",
+        } <= set(text)
 
     def test_robustness_lies_in_the_folder_of_its_probe(self, tmp_path):
         write_robustness(

@@ -338,7 +338,8 @@ class TestTaskTables:
             "512",
             "0.20 [0.10, 0.40]",
         ]
-        assert table.rows[1][3].text == "no fit"
+        assert table.rows[1][3].plain == "0.70 [0.30, > 2.00]"
+        assert table.rows[2][3].text == "no fit"
 
 
 class TestExport:

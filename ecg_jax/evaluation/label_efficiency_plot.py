@@ -1,83 +1,98 @@
-"""The picture of a label-efficiency study: error over the number of labelled records, on logarithmic axes."""
+"""The picture of label-efficiency studies: error over the number of labelled records, on logarithmic axes."""
 
-import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ecg_jax.files import write_atomic
+from ecg_jax.evaluation.drawing import Looks, add_legend, looks_of, new_figure, plain_axes, save
+from ecg_jax.evaluation.plots import GREY
 
-# Okabe and Ito's palette, told apart by colour-blind readers; markers tell the models apart in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_GREY = "#6E6E6E"
-
+#: The constant guess, drawn as a line across.
+MAJORITY = "majority"
 _AXIS = {"macro_auroc": "1 − macro AUROC", "mae": "mean absolute error (z-scores)"}
+# The logarithm of no error at all cannot be drawn.
+_LEAST = 1e-6
 
 
 def error_curves(results: dict[str, Any], path: str | Path) -> None:
-    """Draws mean errors with their intervals, the fitted curves, and the constant guess.
+    """Draws the models of one study.
 
     Args:
         results: what label_efficiency.json holds.
-        path: picture to write.
+        path: picture to write (.png, .svg, .pdf).
 
     Raises:
         ValueError: another metric than those of a task.
         UserError: the picture cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    names = {name: name for name in results["models"]}
+    figure = error_figure([(results, names)], looks_of([name for name in names if name != MAJORITY]))
+    level, unit = 100 * results["bootstrap"]["level"], results["bootstrap"]["unit"]
+    figure.suptitle(
+        f"{results['task']}: {results['n_test']} test records, bars {level:g} % over {unit}s and subsets",
+        fontsize=10,
+    )
+    save(figure, path)
+
+
+def error_figure(studies: Sequence[tuple[dict[str, Any], Mapping[str, str]]], looks: Looks):
+    """Mean errors with their intervals, the fitted curves, and the constant guess, of studies of one task.
+
+    Args:
+        studies: (what label_efficiency.json holds, model in it -> its name in the picture) each.
+        looks: of the names; models without are left out, and the constant guess needs none.
+
+    Returns:
+        A figure.
+
+    Raises:
+        ValueError: another metric than those of a task.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    if results["metric"] not in _AXIS:
-        raise ValueError(f"metric {results['metric']!r} is none of {', '.join(_AXIS)}")
-    error = np.array if results["metric"] == "mae" else lambda scores: 1 - np.array(scores)
-    figure = Figure(figsize=(7, 5), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    metric = studies[0][0]["metric"]
+    if metric not in _AXIS:
+        raise ValueError(f"metric {metric!r} is none of {', '.join(_AXIS)}")
+
+    def error(scores) -> np.ndarray:
+        scores = np.array(scores, dtype=np.float64)
+        return np.maximum(scores if metric == "mae" else 1 - scores, _LEAST)
+
+    drawn = [
+        (looks[names[name]], study["sizes"], model)
+        for study, names in studies
+        for name, model in study["models"].items()
+        if name != MAJORITY and names[name] in looks
+    ]
+    figure = new_figure(5.8, 4.2 + 0.2 * -(-(len(drawn) + 2) // 2))
     axes = figure.subplots()
-    sizes = np.array(results["sizes"], dtype=np.float64)
-    models = {name: model for name, model in results["models"].items() if name != "majority"}
-    for i, (name, model) in enumerate(models.items()):
+    for i, ((colour, marker), sizes, model) in enumerate(drawn):
         # Side by side, so that intervals do not hide each other.
-        x = sizes * 1.02 ** (i - (len(models) - 1) / 2)
+        x = np.array(sizes, dtype=np.float64) * 1.02 ** (i - (len(drawn) - 1) / 2)
         mean, ends = error(model["mean"]), np.sort([error(model["low"]), error(model["high"])], axis=0)
-        colour = _COLOURS[i % len(_COLOURS)]
         bars = [np.maximum(mean - ends[0], 0), np.maximum(ends[1] - mean, 0)]
-        axes.errorbar(
-            x,
-            mean,
-            bars,
-            color=colour,
-            marker=_MARKERS[i % len(_MARKERS)],
-            linestyle="none",
-            capsize=3,
-            label=name,
-        )
+        axes.errorbar(x, mean, bars, color=colour, marker=marker, markersize=5, linestyle="none", capsize=3)
         if fit := model["fit"]:
-            grid = np.geomspace(sizes.min(), sizes.max(), 200)
+            grid = np.geomspace(min(sizes), max(sizes), 200)
             axes.plot(grid, fit["C"] * grid ** -fit["a"] + fit["L0"], color=colour, linewidth=1.3)
-    constant = float(error(results["models"]["majority"]["mean"][0]))
-    axes.axhline(constant, color=_GREY, linestyle=":", linewidth=1.2, label="majority")
+    guesses = [study["models"][MAJORITY] for study, _ in studies if MAJORITY in study["models"]]
+    extra = []
+    if guesses:
+        axes.axhline(float(error(guesses[0]["mean"][0])), color=GREY, linestyle=":", linewidth=1.2)
+        extra.append({"color": GREY, "linestyle": ":", "linewidth": 1.2, "label": "majority guess"})
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks(sizes, [str(size) for size in results["sizes"]])
+    sizes = sorted({size for study, _ in studies for size in study["sizes"]})
+    axes.set_xticks(sizes, [str(size) for size in sizes], rotation=30 if len(sizes) > 6 else 0)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(alpha=0.25, which="major")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("labelled training records")
-    axes.set_ylabel(_AXIS[results["metric"]])
-    level = 100 * results["bootstrap"]["level"]
-    axes.set_title(
-        f"{results['task']}: {results['n_test']} test records, bars {level:g} % over "
-        f"{results['bootstrap']['unit']}s and subsets",
-        fontsize=10,
-    )
-    axes.legend(frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format=Path(path).suffix[1:])
-    write_atomic(Path(path), buffer.getvalue())
+    axes.set_xlabel("labelled training records (validation records not counted)", fontsize=9)
+    axes.set_ylabel(_AXIS[metric], fontsize=9)
+    plain_axes(axes)
+    shown = {name: looks[name] for _, names in studies for name in names.values() if name in looks}
+    add_legend(figure, shown, extra, columns=2)
+    return figure

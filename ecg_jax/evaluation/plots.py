@@ -7,8 +7,15 @@ import numpy as np
 
 from ecg_jax.files import read_jsonl
 
-# Okabe and Ito's palette: told apart by colour-blind readers, and in grey by lightness and marker.
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#6E6E6E"
+#: Colour and marker of one model after the other. Okabe and Ito's palette: told apart by colour-blind readers; the
+#: marker says the same.
+LOOKS = (
+    ("#0072B2", "o"), ("#D55E00", "D"), ("#009E73", "s"), ("#CC79A7", "^"), ("#E69F00", "v"), ("#56B4E9", "P"),
+    ("#000000", "X"), ("#8C6D1F", "<"),
+)  # fmt: skip
+#: Of baselines, notes and chance; of grids.
+GREY, LIGHT = "#6E6E6E", "#E4E4E4"
+_BLUE, _ORANGE, _GREY = LOOKS[0][0], LOOKS[1][0], GREY
 
 # Printed ECG paper: 1 mm and 5 mm lines.
 _PAPER, _THIN, _THICK, _TRACE = "#FFF6F4", "#F8D3CD", "#EFA79E", "#101010"
@@ -164,7 +171,7 @@ def loss_curve(
                 xy[:, 0], xy[:, 1], color=color, label=label, marker="o" if few else None, markersize=3.5
             )
         axes.set_ylabel(name)
-        axes.grid(color="#E4E4E4", linewidth=0.6)
+        axes.grid(color=LIGHT, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     if all((xy[:, 1] > 0).all() for xy in panels[0][1].values()):
@@ -238,7 +245,7 @@ def auroc_forest(
     few = [n_pos[k] < FEW_POSITIVES for k in order]
     for text, grey in zip(axes.get_yticklabels(), few, strict=False):
         text.set_color(_GREY if grey else "black")
-    axes.grid(axis="x", color="#E4E4E4", linewidth=0.6, zorder=0)
+    axes.grid(axis="x", color=LIGHT, linewidth=0.6, zorder=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     note = f"\nn: positive test records; grey names: fewer than {FEW_POSITIVES}" if any(few) else ""
     axes.set_xlabel(f"AUROC with {100 * level:g} % interval (dashed: chance){note}")
@@ -312,7 +319,7 @@ def seeds_forest(
     axes.set_ylim(rows[-1] - 0.5, 0.5)
     axes.set_yticks(rows, groups)
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#E4E4E4", linewidth=0.6, zorder=0)
+    axes.grid(axis="x", color=LIGHT, linewidth=0.6, zorder=0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel(f"macro AUROC with {100 * level:g} % intervals over test patients and seeds")

@@ -14,11 +14,16 @@ from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import report_plots
 from ecg_jax.evaluation.calibration import reliability
-from ecg_jax.evaluation.plots import ecg_paper
+from ecg_jax.evaluation.drawing import MOST_MODELS, Looks, to_svg
+from ecg_jax.evaluation.drawing import looks_of as looks_of_names
+from ecg_jax.evaluation.label_efficiency_plot import MAJORITY, error_figure
+from ecg_jax.evaluation.plots import LOOKS, ecg_paper
+from ecg_jax.evaluation.robustness_plot import explanation, robustness_figure
 from ecg_jax.studies.report.cells import SCORES, number
 from ecg_jax.studies.report.load import Curves
 from ecg_jax.studies.report.read import MODES
 from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, Entry, TaskScores, all_rows
+from ecg_jax.studies.report.task_tables import curve_intervals
 
 # Rows and classes that a picture still shows legibly; the tables hold all of them.
 _FOREST_MODELS, _FOREST_CLASSES = 6, 40
@@ -57,14 +62,14 @@ def _best(task: TaskScores, most: int) -> tuple[list[Entry], str]:
     return probes[:most], f" The {most} best of {len(probes)} are drawn." if left_out > 0 else ""
 
 
-def looks_of(scores: dict[str, TaskScores]) -> report_plots.Looks:
+def looks_of(scores: dict[str, TaskScores]) -> Looks:
     """Colour and marker of every probe and, by its name alone, of every model."""
     probes = [row for row in all_rows(scores) if row.baseline in (None, SUPERVISED)]
     models = dict.fromkeys(row.model for row in probes if not row.baseline)
-    return report_plots.looks_of([row.label for row in probes]) | report_plots.looks_of(list(models))
+    return looks_of_names([row.label for row in probes]) | looks_of_names(list(models))
 
 
-def forest(task: TaskScores, looks: report_plots.Looks) -> Picture:
+def forest(task: TaskScores, looks: Looks) -> Picture:
     """Every class of a task with the probes side by side."""
     shown, note = _best(task, _FOREST_MODELS)
     first = task.first.results["per_class"]
@@ -105,7 +110,7 @@ def forest(task: TaskScores, looks: report_plots.Looks) -> Picture:
     )
 
 
-def modes(scores: dict[str, TaskScores], looks: report_plots.Looks) -> list[Picture]:
+def modes(scores: dict[str, TaskScores], looks: Looks) -> list[Picture]:
     """Checkpoints compared mode by mode, a panel for each task."""
     panels, references = [], []
     present = {
@@ -117,7 +122,7 @@ def modes(scores: dict[str, TaskScores], looks: report_plots.Looks) -> list[Pict
     order = [mode for mode in MODES if mode in present]
     names = list(
         dict.fromkeys(e.row.model for t in scores.values() for e in t.entries.values() if not e.row.baseline)
-    )[: report_plots.MOST_MODELS]
+    )[:MOST_MODELS]
     for task in scores.values():
         models: dict[str, dict] = {}
         lines: dict[str, list[float]] = {SUPERVISED: [], RANDOM_INIT: [], ECG_FEATURES: []}
@@ -146,7 +151,7 @@ def modes(scores: dict[str, TaskScores], looks: report_plots.Looks) -> list[Pict
     return pictures
 
 
-def calibration(task: TaskScores, looks: report_plots.Looks) -> Picture:
+def calibration(task: TaskScores, looks: Looks) -> Picture:
     """Reliability over all classes, and of the classes where the best model is calibrated worst."""
     shown, note = _best(task, _CALIBRATED_MODELS)
     targets = task.first.predictions["targets"].astype(np.float64)
@@ -190,41 +195,48 @@ def regression(task: TaskScores) -> Picture:
     )
 
 
-def label_efficiency(task: str, curves: Sequence[Curves]) -> Picture:
-    """Scores by number of labels."""
+def _with_looks(names: Sequence[str], looks: Looks) -> Looks:
+    """Looks of the first names that fit into a picture: those of the page, and for others what is left."""
+    names = list(dict.fromkeys(names))[:MOST_MODELS]
+    known = {name: looks[name] for name in names if name in looks}
+    spare = [look for look in LOOKS if look not in known.values()]
+    return known | dict(zip([name for name in names if name not in known], spare, strict=False))
+
+
+def _cut(names: Sequence[str], drawn: Looks) -> str:
+    """A sentence where not all are drawn."""
+    return f" The first {len(drawn)} of {len(names)} are drawn." if len(drawn) < len(names) else ""
+
+
+def label_efficiency(task: str, curves: Sequence[Curves], looks: Looks) -> Picture:
+    """Errors by number of labels."""
     metric = curves[0].content["metric"]
-    models = {}
-    for curve in curves:
-        for name, model in curve.content["models"].items():
-            label = name if name not in models else f"{name} ({curve.path.parent.name})"
-            seeds = [[np.nan if value is None else value for value in of_size] for of_size in model["scores"]]
-            models[label] = curve.content["sizes"], seeds, model["fit"]
-    models = dict(list(models.items())[: report_plots.MOST_MODELS])
+    names = [name for curve in curves for model, name in curve.names.items() if model != MAJORITY]
+    drawn = _with_looks(names, looks)
+    studies = [(curve.content, curve.names) for curve in curves]
     return _svg(
-        report_plots.label_efficiency(models, SCORES[metric], metric == "mae"),
-        f"{SCORES[metric]} on {task} by number of labelled training records for {', '.join(models)}.",
-        f"{task}: score by number of labelled training records. Dots: seeds; line: their mean; dashed: the fit.",
+        to_svg(error_figure(studies, drawn)),
+        f"{SCORES[metric]} on {task} by number of labelled training records for {', '.join(drawn)}.",
+        f"{task}: what is left to the best score by number of labelled training records, not counting those that "
+        f"penalties and layers are chosen on; mean over seeds with {curve_intervals(curves)}; lines: fitted "
+        f"curves.{_cut(names, drawn)}",
     )
 
 
-def robustness(task: str, curves: Sequence[Curves]) -> Picture:
+def robustness(task: str, curves: Sequence[Curves], looks: Looks) -> Picture:
     """Scores under disturbances."""
-    curves = curves[: report_plots.MOST_MODELS]
-    families: dict[str, tuple[str, dict]] = {}
-    for curve in curves:
-        for family in curve.content["families"]:
-            name = family["family"].replace("_", " ")
-            _, models = families.setdefault(name, (family["unit"] or "", {}))
-            models[curve.model] = [
-                tuple(condition[k] for k in ("label", "value", "point", "low", "high"))
-                for condition in family["conditions"]
-            ]
-    clean = {c.model: [c.content["clean"][k] for k in ("point", "low", "high")] for c in curves}
+    names = [curve.model for curve in curves]
+    drawn = _with_looks(names, looks)
+    suites = {curve.model: curve.content for curve in curves if curve.model in drawn}
+    families = dict.fromkeys(
+        family["family"].replace("_", " ") for suite in suites.values() for family in suite["families"]
+    )
     metric = SCORES[curves[0].content["metric"]]
     return _svg(
-        report_plots.robustness(families, clean, metric),
-        f"{metric} on {task} under {', '.join(families)} for {', '.join(clean)}.",
-        f"{task}: score when the test records are disturbed, with intervals; dashed: undisturbed records.",
+        to_svg(robustness_figure(suites, drawn)),
+        f"{metric} on {task} under {', '.join(families)} for {', '.join(drawn)}.",
+        f"{task}: score when the test records are disturbed, with {curve_intervals(curves)}. "
+        f"{explanation(list(suites.values()))}{_cut(names, drawn)}",
     )
 
 

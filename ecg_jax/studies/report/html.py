@@ -233,7 +233,7 @@ def build(
         "Label efficiency",
         _curves(
             collection.efficiency,
-            figures.label_efficiency,
+            lambda task, curves: figures.label_efficiency(task, curves, looks),
             task_tables.efficiency_table,
             task_tables.saving_table,
         )
@@ -246,7 +246,11 @@ def build(
     page.section(
         "robustness",
         "Robustness",
-        _curves(collection.robustness, figures.robustness, task_tables.robustness_table)
+        _curves(
+            collection.robustness,
+            lambda task, curves: figures.robustness(task, curves, looks),
+            task_tables.robustness_table,
+        )
         or [_paragraph("No robustness.json is among the folders; `ecg-jax robustness` writes one.")],
     )
     if classified:
@@ -326,7 +330,7 @@ def _methods(scores: dict[str, TaskScores]) -> list[str]:
             f"Intervals: {settings['interval']}, {100 * settings['level']:g} %, {resamples}, from "
             f"{tables.resampled(tables.units(scores))}. Undefined classes: {settings['undefined']}. Intervals and "
             "p-values are about other test records, not about another seed of training: random initialisations are the "
-            "mean over their seeds, taken as given. The rows of a task are ranked on the same resamples of the same test "
+            "mean over their seeds, taken as given. The rows of a task are ranked on the same resamples of its test "
             "records; Holm's correction is over all "
             f"{comparisons} comparisons with the best of a task.{task_tables.p_values_are_percentile(settings)}{few}",
             "about",

@@ -264,7 +264,8 @@ def read_efficiency(path: Path) -> dict[str, Any]:
                 continue
             _check_fields(path, entry, {"by_size": _LIST}, where)
             for i, size in enumerate(entry["by_size"]):
-                factor = dict.fromkeys(("factor", "low", "high"), _NUMBER)
+                factor = dict.fromkeys(("factor", "low", "high", "least", "most"), _NUMBER)
+                factor |= dict.fromkeys(("factor_open", "low_open", "high_open"), (str, type(None)))
                 _check_fields(path, size, {"size": (int, float), **factor}, f"{where}.by_size[{i}]")
     return content
 

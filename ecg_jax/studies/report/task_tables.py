@@ -220,6 +220,20 @@ def efficiency_table(task: str, curves: Sequence[Curves]) -> Table:
     )
 
 
+def _share(size: dict) -> Cell:
+    """A factor with its interval; what lies beyond the measured sizes is said to be less or more than the end."""
+
+    def text(field: str) -> str:
+        side = size[f"{field}_open"]
+        if side is None:
+            return number(size[field], 2)
+        return f"{side} {number(size['least' if side == '<' else 'most'], 2)}"
+
+    point = text("factor")
+    between = f"[{text('low')}, {text('high')}]"
+    return Cell(point, between, "mute" if point == DASH else "")
+
+
 def saving_table(task: str, curves: Sequence[Curves]) -> Table:
     """How many of another model's labelled records a model needs for the same score."""
     rows = []
@@ -231,15 +245,13 @@ def saving_table(task: str, curves: Sequence[Curves]) -> Table:
                     rows.append(texts((*names, DASH, entry["undefined"])))
                     continue
                 for size in entry["by_size"]:
-                    factor = Cell(DASH, mark="mute")
-                    if size["factor"] is not None:
-                        factor = interval(size["factor"], size["low"], size["high"], digits=2)
-                    rows.append(texts((*names, size["size"], factor)))
+                    rows.append(texts((*names, size["size"], _share(size))))
     rows = rows or [texts((DASH, DASH, DASH, DASH))]
     return Table(
         f"label_saving_{task}",
         f"{task}: the share of the other model's labelled training records that a model needs for the same score, by "
-        "the fitted curves; validation records are not counted; a dash: not defined.",
+        "the fitted curves; validation records are not counted; < and >: beyond the sizes measured; a dash: "
+        "not defined.",
         ["model", "other model", "records of the other", "share needed"],
         rows,
         2,
