@@ -4,7 +4,8 @@
         --checkpoint=runs/cpc --store=stores/ptbxl --workdir=probes/cpc_super
 
 Arguments: mode=linear|frozen|finetune|supervised; task=NAME of `ecg-jax tasks`, or task=all for every task that the
-store can serve; legacy=half counts a class without positives or negatives 0.5 and resamples recordings, as the published intervals do.
+store can serve; legacy=half counts a class without positives or negatives 0.5 and resamples recordings, as the
+published intervals do.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +28,7 @@ def get_config(arg=""):
     config.seed = 0  # of the resamples, of training, and of the first randomly initialised encoder
     config.batch_size = 64  # crops encoded at once
     config.min_count = (
-        0  # positive records below which a class is left out; 0: the task's own number (10, or 2000)
+        0  # positive records below which a class is left out; 0: the task's own (10, or 2000); 1: none
     )
     config.features = ""  # folder where features of encoders are kept; "": ~/.cache/ecg_jax/features
     config.near_duplicates = True  # look for near-identical recordings too, not only for identical ones

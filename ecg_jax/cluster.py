@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ecg_jax.data.pipeline import held_out_folds, select_records
+from ecg_jax.data.folds import highest_folds
+from ecg_jax.data.pipeline import select_records
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import MAX_CODES, TargetsWriter, Windows, check_name
 from ecg_jax.errors import UserError
@@ -286,7 +287,7 @@ def cluster(
                 "seed": seed,
                 "fitted_tokens": len(vectors),
                 "fitted_records": len(selection.train),
-                "held_out_folds": held_out_folds(opened.column("fold"), val_folds).tolist(),
+                "held_out_folds": highest_folds(opened.column("fold"), val_folds).tolist(),
                 "versions": {each: version(each) for each in ("ecg-jax", "jax", "scikit-learn", "numpy")},
             },
         )

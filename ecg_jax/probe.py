@@ -23,9 +23,11 @@ from ecg_jax.errors import UserError
 from ecg_jax.evaluation import leakage, tasks
 from ecg_jax.evaluation.ecg_feature_baseline import ecg_feature_layers
 from ecg_jax.evaluation.examples import Examples, choose_examples
+from ecg_jax.evaluation.head_training import check_attention_heads
 from ecg_jax.evaluation.linear import FittedLinear, layers_to_compute
 from ecg_jax.evaluation.plots import auroc_forest
 from ecg_jax.evaluation.probe_scores import Baselines, Scores, Settings, check_scorable, majority_guess
+from ecg_jax.evaluation.targets import known_value_sets
 from ecg_jax.files import cache_folder, write_atomic
 from ecg_jax.probe_checks import check_config
 from ecg_jax.probe_modes import RANDOM_INIT_MODE, fit, random_init, solve
@@ -86,7 +88,7 @@ def probe_all(config, workdir, checkpoint: str, store, test_store=None) -> dict[
     """
     encoder, store, test_store = _open(config, checkpoint, store, test_store)
     results, refused = {}, {}
-    for task in tasks.fitting(store.corpus, list(store.classes), list(store.values)):
+    for task in tasks.fitting(store.corpus, list(store.classes), known_value_sets(store)):
         folder = Path(workdir) / task.name
         try:
             results[task.name] = _probe_task(config, folder, task, encoder, store, test_store)
@@ -106,6 +108,10 @@ def _open(config, checkpoint: str, store, test_store) -> tuple[RestoredEncoder, 
     check_config(config)
     encoder, store = restore_encoder(checkpoint), Store(store)
     layers_to_compute(encoder, config.linear.layers)
+    if config.mode == "frozen" or (config.mode == "finetune" and config.finetune.head == "attention"):
+        check_attention_heads(
+            encoder.config["model"]["width"], config[config.mode].attention_heads, config.mode
+        )
     test_store = None if test_store is None else Store(test_store)
     for each in filter(None, (store, test_store)):
         encoder.preprocessing.check_compatible(
@@ -165,6 +171,7 @@ def _probe_task(
             "fit": {name: value for name, value in fitted.report.items() if name != "layers"},
             "leakage": verdict,
             "classes_dropped": examples.classes_dropped,
+            "n_classes_dropped": examples.n_dropped,
             "split": examples.split,
             "records_excluded": examples.excluded,
             "encoder_parameters": None if config.mode == "supervised" else encoder.n_parameters,

@@ -23,7 +23,7 @@ def fit(config, encoder: RestoredEncoder, examples: Examples, workdir: Path, fol
     if config.mode == "linear":
         return _fit_linear(config, encoder, examples, folder, "pretrained")
     if config.mode == "frozen":
-        return _fit_frozen(config, encoder, examples, folder, workdir / "fit", "frozen")
+        return _fit_frozen(config, encoder, examples, workdir / "fit", "frozen")
     if config.mode == "finetune":
         settings = config.finetune
         return fit_finetune(
@@ -69,13 +69,11 @@ def random_init(
     """What a randomly initialised encoder predicts for the test records."""
     twin, label = random_twin(encoder, config.seed + number), f"random {number + 1}"
     if RANDOM_INIT_MODE[config.mode] == "frozen":
-        return _fit_frozen(config, twin, examples, folder, workdir / f"fit_random{number + 1}", label).test
+        return _fit_frozen(config, twin, examples, workdir / f"fit_random{number + 1}", label).test
     return _fit_linear(config, twin, examples, folder, label).test
 
 
-def _fit_frozen(
-    config, encoder: RestoredEncoder, examples: Examples, folder: Path, state: Path, label: str
-) -> Fitted:
+def _fit_frozen(config, encoder: RestoredEncoder, examples: Examples, folder: Path, label: str) -> Fitted:
     settings = config.frozen
     return fit_frozen(
         encoder,
@@ -86,10 +84,9 @@ def _fit_frozen(
         seeds=tuple(config.seed + i for i in range(settings.seeds)),
         weight_decay=settings.weight_decay,
         token_cache_bytes=int(settings.token_cache_gb * 1e9),
-        cache_folder=folder,
         token_dtype=settings.token_dtype,
         attention_heads=settings.attention_heads,
-        folder=state,
+        folder=folder,
         label=label,
     )
 

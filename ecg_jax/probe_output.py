@@ -87,9 +87,10 @@ def summary(results: dict[str, Any]) -> str:
         notes["classes_with_few_positives"] = f"with fewer than {FEW_POSITIVES} positive test records"
     for key, what in notes.items():
         names = list(results[key])
+        number = results["n_classes_dropped"] if key == "classes_dropped" else len(names)
         if names:
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            lines.append(f"  {len(names)} classes {what}: {shown}")
+            lines.append(f"  {number} classes {what}: {shown}")
     if results["mode"] == "linear" and not results["fit"]["converged"]:
         lines.append("  WARNING: the solver did not reach its tolerance; raise --config.linear.max_steps")
     if not results["leakage"]["clean"]:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ecg_jax.cluster import cluster
-from ecg_jax.data.pipeline import held_out_folds
+from ecg_jax.data.folds import highest_folds
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import Targets, names
 from ecg_jax.errors import Stopped, UserError
@@ -222,7 +222,7 @@ def _make_targets(run: Run, store: Store) -> None:
         cluster(store.path, name, **run.targets, val_folds=val_folds)
         return
     meta = Targets(store, name).meta
-    wanted = {**run.targets, "held_out_folds": held_out_folds(store.column("fold"), val_folds).tolist()}
+    wanted = {**run.targets, "held_out_folds": highest_folds(store.column("fold"), val_folds).tolist()}
     differ = [key for key, value in wanted.items() if meta[key] != value]
     if differ:
         raise UserError(

@@ -14,8 +14,10 @@ def highest_folds(folds: Sequence[int | None], n: int) -> np.ndarray:
         n: how many, at least 0.
 
     Returns:
-        int64, ascending; fewer than n where fewer occur.
+        ascending; fewer than n where fewer occur.
     """
-    numbers = np.unique(np.array([-1 if fold is None else fold for fold in folds], dtype=np.int64))
-    numbers = numbers[numbers >= 0]
+    folds = np.asarray(folds)
+    if folds.dtype == object:
+        folds = np.array([-1 if fold is None else fold for fold in folds], dtype=np.int64)
+    numbers = np.unique(folds[folds >= 0])
     return numbers[max(len(numbers) - n, 0) :]

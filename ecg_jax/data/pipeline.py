@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ecg_jax.data.crops import non_overlapping_crops
+from ecg_jax.data.folds import highest_folds
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import TOKEN_SAMPLES, Targets
 from ecg_jax.errors import UserError
@@ -55,11 +56,6 @@ class Selection:
         return line
 
 
-def held_out_folds(folds: np.ndarray, val_folds: int) -> np.ndarray:
-    """The `val_folds` highest fold numbers of records in these folds [n], ascending; all of them if there are fewer."""
-    return np.unique(folds)[-val_folds:] if val_folds else np.unique(folds)[:0]
-
-
 def select_records(store: Store, *, window_samples: int, val_folds: int, max_records: int) -> Selection:
     """Chooses the recordings of a run.
 
@@ -75,7 +71,7 @@ def select_records(store: Store, *, window_samples: int, val_folds: int, max_rec
     first = np.array([original is None for original in store.column("duplicate_of")], bool)
     usable = long_enough & first
     folds = store.column("fold")
-    held_out = np.isin(folds, held_out_folds(folds, val_folds))
+    held_out = np.isin(folds, highest_folds(folds, val_folds))
     train = np.flatnonzero(usable & ~held_out)
     if not len(train):
         raise UserError(

@@ -77,6 +77,7 @@ KINDS = {
     "limb_leads_disagree": "kept: limb leads contradict each other by more than 0.05 mV",
     "short": "kept: shorter than 2.5 s",
     "missing_part": "left out: a part of the corpus is not in SOURCE",
+    "contradictory_rows": "unknown: a table's rows about the recording contradict each other",
     "no_table_row": "kept without labels, in no test: the corpus' table has no row for the recording",
     "no_diagnosis": "kept without labels: the header has no diagnosis (PTB)",
     "unknown_label": "ignored: a code the corpus' own table does not know",

@@ -12,9 +12,8 @@ recording comes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ecg_jax.config_flags import closest
 from ecg_jax.data.stratify import ADULT_BINS, PAEDIATRIC_BINS
-from ecg_jax.errors import UserError
+from ecg_jax.errors import UserError, closest
 
 ADULT = "adult ECG"
 PAEDIATRIC = "paediatric ECG"

@@ -143,7 +143,7 @@ def find_rows(
     problems = [
         Problem(
             str(study),
-            "no_table_row",
+            "contradictory_rows",
             "unknown",
             f"{path.name} has rows with {key} {study} that contradict each other, so what it says of the recording is "
             "taken as unknown.",
