@@ -45,6 +45,8 @@ MAJORITY = "majority"
 
 _SEEDS = "Student's t with seeds - 1 degrees of freedom over draws of the subsets, of random_init each with another encoder"
 
+_SEEDS = "Student's t with seeds - 1 degrees of freedom over draws of the subsets, of random_init each with another encoder"
+
 #: Fields of a config that do not change results.
 _FREE_FIELDS = ("features", "batch_size")
 
@@ -171,8 +173,7 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
                 "unit": unit,
                 "resamples": config.bootstrap.resamples,
                 "level": config.bootstrap.level,
-                "seeds": "Student's t with seeds - 1 degrees of freedom over draws of the subsets, of random_init each with "
-                "another encoder"
+                "seeds": _SEEDS
                 if config.seeds > 1
                 else "a single draw: intervals are over test records only",
                 "interval": "percentile",

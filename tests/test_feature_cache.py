@@ -122,6 +122,36 @@ def test_nothing_is_computed_twice_and_a_new_layer_alone(tmp_path, encoder, stor
     assert {layers for _, layers in encoded} == {("block1",)}
 
 
+def test_only_parts_that_hold_needed_records_are_computed(tmp_path, encoder, store, encoded, small_parts):
+    n_crops = store.column("length") // encoder.preprocessing.window_samples
+    ends = np.cumsum(n_crops)
+    rows = np.array([len(store) - 1, 0])
+    needed = {0, *range((ends[-1] - n_crops[-1]) // 100, (ends[-1] - 1) // 100 + 1)}
+    assert len(needed) < ends[-1] // 100 - 1
+    pooled = FeatureCache(tmp_path).pooled(encoder, store, batch_size=100, rows=rows)
+    assert len(encoded) == len(needed) == len(list(tmp_path.glob("*/tokens/*.npy")))
+    np.testing.assert_array_equal(pooled.parts, sorted(needed))
+    expected, _ = _direct(encoder, store, rows)
+    np.testing.assert_allclose(pooled.of(rows)[0], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="asked for other rows"):
+        pooled.of([len(store) // 2])
+    # The others are computed when they are needed, those that are there are not computed again.
+    encoded.clear()
+    FeatureCache(tmp_path).pooled(encoder, store, batch_size=100)
+    assert len(encoded) == -(-ends[-1] // 100) - len(needed)
+
+
+def test_a_part_is_read_for_its_checksum_once(tmp_path, encoder, store, monkeypatch, small_parts):
+    cache, digested, original = FeatureCache(tmp_path), [], feature_cache._digest
+    cache.pooled(encoder, store, batch_size=100)
+    monkeypatch.setattr(feature_cache, "_digest", lambda array: digested.append(1) or original(array))
+    cache.pooled(encoder, store, batch_size=100)
+    assert not digested
+    feature_cache._verified.clear()  # another process
+    cache.pooled(encoder, store, batch_size=100)
+    assert len(digested) == len(list(tmp_path.glob("*/tokens/*.npy")))
+
+
 def test_other_weights_contract_or_store_are_another_entry(tmp_path, encoder, store):
     key = feature_cache.entry_key(encoder, store)
     assert feature_cache.entry_key(dataclasses.replace(encoder, run="elsewhere", step=7), store) == key

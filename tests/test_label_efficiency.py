@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ecg_jax import cli
+from ecg_jax import label_efficiency as command
 from ecg_jax.config_flags import load_config, override
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import label_efficiency as study
@@ -315,6 +316,23 @@ def test_finished_fits_and_studies_are_not_repeated(done, run, synthetic_store, 
     assert again["models"] == results["models"]
     assert label_efficiency(_config(root / "features"), work, [str(run)], synthetic_store) == again
     assert len(calls) == 1
+    # Corrected labels in the same store: neither the results nor the fits are those of the old ones.
+    stored = json.loads((work / "label_efficiency.json").read_text())
+    stored["store"]["table"] = "0" * 64
+    (work / "label_efficiency.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"another study \(other store\)"):
+        label_efficiency(_config(root / "features"), work, [str(run)], synthetic_store)
+    (work / "label_efficiency.json").unlink()
+    choose = command.choose_examples
+
+    def corrected(*args):
+        examples = choose(*args)
+        examples.train.targets[0, 0] = 1 - examples.train.targets[0, 0]
+        return examples
+
+    monkeypatch.setattr(command, "choose_examples", corrected)
+    label_efficiency(_config(root / "features"), work, [str(run)], synthetic_store)
+    assert len(calls) == 1 + 22
     with pytest.raises(UserError, match=r"another study \(other config\)"):
         label_efficiency(_config(root / "features", seed="3"), work, [str(run)], synthetic_store)
 

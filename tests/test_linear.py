@@ -193,8 +193,8 @@ def test_cached_features_of_two_stores(tmp_path, monkeypatch):
             return self.store.path, layer
 
     class Cache:
-        def pooled(self, encoder, store, names, batch_size, label):
-            asked.append((store.path, names))
+        def pooled(self, encoder, store, names, batch_size, label, rows):
+            asked.append((store.path, names, len(rows)))
             return Pooled(store)
 
     _, examples = made_up()
@@ -209,7 +209,7 @@ def test_cached_features_of_two_stores(tmp_path, monkeypatch):
     }.items():
         features = linear.cached_features(Cache(), Encoder(), examples, layers)
         assert features.layers == names
-        assert asked[-2:] == [("store", names), ("other", names)]
+        assert asked[-2:] == [("store", names, N["train"] + N["val"]), ("other", names, N["test"])]
         assert features.of(examples.val, names[0]) == ("store", names[0])
         assert features.of(examples.test, names[0]) == ("other", names[0])
     assert len(asked) == 8

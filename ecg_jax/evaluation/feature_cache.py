@@ -8,6 +8,7 @@ a task, a label, a seed or a penalty may change without a crop being encoded aga
 features is left out. A folder may be deleted when nothing uses it. Parts are written under a temporary name and
 renamed, so an interrupted run goes on where it was; a part that is short or whose checksum differs is computed again.
 Several processes may work on one entry: each part is locked while it is computed, and the processes share the parts.
+A process reads a part for its checksum once, unless the file changes.
 """
 
 import contextlib
@@ -66,12 +67,14 @@ class PooledFeatures:
         widths: layer -> D, in the order asked for.
         window: samples of a crop.
         first: int64 [n_records + 1], the first crop of each record; shorter ones than a window have none.
+        parts: int64, those that are there, ascending.
     """
 
     entry: Path
     widths: dict[str, int]
     window: int
     first: np.ndarray
+    parts: np.ndarray
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -89,7 +92,7 @@ class PooledFeatures:
             (features float32 [n_crops, D], record int64 [n_crops], index into `rows`).
 
         Raises:
-            ValueError: there is no such layer or row.
+            ValueError: there is no such layer or row, or the features of some rows were not asked for.
         """
         if layer not in self.widths:
             raise ValueError(f"there are no features of layer {layer!r}, only of {', '.join(self.layers)}")
@@ -100,6 +103,8 @@ class PooledFeatures:
         crops, record = non_overlapping_crops(np.diff(self.first)[rows], self.first[rows], 1)
         features = np.empty((len(crops), self.widths[layer]), dtype=np.float32)
         part = crops // PART_CROPS
+        if not np.isin(part, self.parts).all():
+            raise ValueError("`FeatureCache.pooled` was asked for other rows than these")
         order = np.argsort(part, kind="stable")
         numbers, begins = np.unique(part[order], return_index=True)
         for number, chosen in zip(numbers, np.split(order, begins[1:]), strict=True):
@@ -123,8 +128,9 @@ class FeatureCache:
         layers: Sequence[str] = (FINAL,),
         batch_size: int = 64,
         label: str = "",
+        rows=None,
     ) -> PooledFeatures:
-        """Features of all crops of a store, computed where they are not there yet; one forward pass for all layers.
+        """Features of the crops of a store, computed where they are not there yet; one forward pass for all layers.
 
         Args:
             encoder: from `restore_encoder` or `random_twin`.
@@ -132,6 +138,7 @@ class FeatureCache:
             layers: names out of `training.pretrained.layer_shapes`.
             batch_size: crops encoded at once.
             label: of the encoder, in the progress bar and in errors.
+            rows: int, the records whose features are needed; None for all. Parts that hold none of them are not computed.
 
         Raises:
             UserError: no record is a window long, a feature is not finite, or a part cannot be written.
@@ -152,13 +159,15 @@ class FeatureCache:
             slice(first, min(first + PART_CROPS, len(starts))) for first in range(0, len(starts), PART_CROPS)
         ]
 
+        needed = np.isin(record, np.arange(len(store)) if rows is None else np.asarray(rows, np.int64))
+        parts = np.unique(np.flatnonzero(needed) // PART_CROPS)
         work = _Work(entry, encoder, store, starts, slices, {name: shapes[name][1] for name in layers}, label)
-        missing = work.missing()
+        missing = work.missing(parts.tolist())
         if missing:
             self._describe(entry, encoder, store, len(starts))
             work.run(missing, batch_size)
         first = np.concatenate([[0], np.cumsum(np.bincount(record, minlength=len(store)))]).astype(np.int64)
-        return PooledFeatures(entry, work.widths, window, first)
+        return PooledFeatures(entry, work.widths, window, first, parts)
 
     def _describe(self, entry: Path, encoder: RestoredEncoder, store: Store, n_crops: int) -> None:
         """`entry.json`: whose features these are."""
@@ -188,16 +197,27 @@ def _part_path(entry: Path, layer: str, number: int) -> Path:
     return entry / layer / f"{number:06d}.npy"
 
 
+#: Parts whose checksum this process has found right: path -> what would change with the file.
+_verified: dict[Path, tuple] = {}
+
+
 def _is_whole(path: Path, shape: tuple[int, int]) -> bool:
     """Whether a part is there in full, of this shape, with the checksum it was written with."""
     try:
+        about = path.stat()
+        seen = (shape, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
+        if _verified.get(path.absolute()) == seen:
+            return True
         array = np.load(path, mmap_mode="r")
         with open(path, "rb") as file:
             file.seek(array.offset + array.nbytes)
             end = file.read()
     except (OSError, ValueError, EOFError):
         return False
-    return array.shape == shape and array.dtype == np.float32 and end == _digest(array)
+    whole = array.shape == shape and array.dtype == np.float32 and end == _digest(array)
+    if whole:
+        _verified[path.absolute()] = seen
+    return whole
 
 
 def _digest(array: np.ndarray) -> bytes:
@@ -230,9 +250,9 @@ class _Work:
         paths = {name: _part_path(self.entry, name, number) for name in layers}
         return tuple(name for name in layers if not _is_whole(paths[name], (n, self.widths[name])))
 
-    def missing(self) -> dict[int, tuple[str, ...]]:
-        """Part -> its layers that are not there."""
-        lacking = {number: self._lacks(number, self.widths) for number in range(len(self.slices))}
+    def missing(self, parts: Sequence[int]) -> dict[int, tuple[str, ...]]:
+        """Part -> its layers that are not there, of some parts."""
+        lacking = {number: self._lacks(number, self.widths) for number in parts}
         return {number: names for number, names in lacking.items() if names}
 
     def run(self, missing: dict[int, tuple[str, ...]], batch_size: int) -> None:

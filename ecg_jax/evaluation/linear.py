@@ -50,7 +50,7 @@ def cached_features(
     batch_size: int = 64,
     label: str = "",
 ) -> LayerFeatures:
-    """Features of the stores of a task, from the cache or computed into it.
+    """Features of the records of a task, from the cache or computed into it.
 
     Args:
         cache: where they are kept.
@@ -63,10 +63,13 @@ def cached_features(
         UserError: no such layer, or as in `FeatureCache.pooled`.
     """
     names = layers_to_compute(encoder, layers)
-    pooled = {}
+    rows: dict = {}
     for part in (examples.train, examples.val, examples.test):
-        if part.store.path not in pooled:
-            pooled[part.store.path] = cache.pooled(encoder, part.store, names, batch_size, label)
+        rows.setdefault(part.store.path, (part.store, []))[1].append(part.rows)
+    pooled = {
+        path: cache.pooled(encoder, store, names, batch_size, label, np.concatenate(of_store))
+        for path, (store, of_store) in rows.items()
+    }
     return LayerFeatures(names, lambda part, layer: pooled[part.store.path].of(part.rows, layer))
 
 
