@@ -8,12 +8,15 @@ other gains and noise: no copies, but as alike as real ones. `pairs_kept_per_mil
 descriptors and are laid over each other.
 """
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from ecg_jax.data.store import Store
-from ecg_jax.evaluation import near_duplicates
-from ecg_jax.evaluation.ecg_features import store_features
+from ecg_jax.evaluation import kept_rows, near_duplicates
+from ecg_jax.evaluation.ecg_features import ecg_features, store_features
 from ecg_jax.evaluation.leakage import verdict
 from ecg_jax.evaluation.signatures import signatures
 from ecg_jax.prepare import prepare
@@ -57,6 +60,18 @@ def test_features(benchmark, store):
     rows = np.arange(300)
     benchmark.pedantic(store_features, (store, rows), rounds=3)
     per_thousand(benchmark, len(rows))
+
+
+def test_features_in_processes_against_threads(benchmark, store, monkeypatch):
+    """`threads_to_processes` above 1: what `kept_rows.PROCESSES_FROM` and its processes are for."""
+    rows = np.arange(2500)
+    monkeypatch.setattr(kept_rows, "PROCESSES_FROM", 2)
+    benchmark.pedantic(store_features, (store, rows), rounds=1)
+    begin = time.perf_counter()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda row: ecg_features(store.read(row), store.rate_hz), rows.tolist()))
+    threads = time.perf_counter() - begin
+    benchmark.extra_info["threads_to_processes"] = round(threads / benchmark.stats["median"], 2)
 
 
 def test_verdict_with_kept_signatures(benchmark, store, tmp_path):
