@@ -5,7 +5,6 @@ import csv
 import datetime
 import io
 import os
-import shlex
 from pathlib import Path
 
 from ecg_jax.errors import UserError
@@ -48,7 +47,7 @@ def report(
     rows.check_baselines(collection)
     scores = rows.score_tasks(collection, lambda task: print(f"  {task}", flush=True))
     options = (f"--output={output}", f"--title={title}", f"--recordings={recordings}")
-    command = shlex.join(["ecg-jax", "report", *map(str, workdirs), *options])
+    command = ["ecg-jax", "report", *map(str, workdirs), *options]
     now = datetime.datetime.now(datetime.UTC)
     page = html.build(title, collection, scores, now, command, recordings)
     text = page.html()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ecg_jax.evaluation import bootstrap, calibration, metrics, scoring
+from ecg_jax.probe_output import plain
 
 RESAMPLES = 100
 LEVEL = 0.95
@@ -34,16 +35,6 @@ LEAKING = CLEAN | {
     "identical_train_test": 3,
     "verdict": "3 of 120 test recordings are trained on.",
 }
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _generator(*words) -> np.random.Generator:
@@ -262,7 +253,7 @@ def write_result(
         val_targets=validation,
         val_probabilities=predict(f"{task} validation", model, validation, kind, quality),
     )
-    (folder / "results.json").write_text(json.dumps(_plain(results), allow_nan=False))
+    (folder / "results.json").write_text(json.dumps(plain(results), allow_nan=False))
     return folder
 
 

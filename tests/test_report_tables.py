@@ -368,7 +368,7 @@ class TestExport:
     def test_latex_of_every_table_has_as_many_cells_as_columns(self, loaded, tmp_path):
         import datetime
 
-        page = build("title", *loaded, datetime.datetime.now(datetime.UTC), "ecg-jax report a b")
+        page = build("title", *loaded, datetime.datetime.now(datetime.UTC), ["ecg-jax", "report", "a"])
         for table in page.tables:
             text = to_latex(table)
             columns = len(re.search(r"\\begin\{tabular\}\{(.*)\}", text)[1])

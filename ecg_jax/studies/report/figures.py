@@ -218,8 +218,8 @@ def label_efficiency(task: str, curves: Sequence[Curves], looks: Looks) -> Pictu
         to_svg(error_figure(studies, drawn)),
         f"{SCORES[metric]} on {task} by number of labelled training records for {', '.join(drawn)}.",
         f"{task}: what is left to the best score by number of labelled training records, not counting those that "
-        f"penalties and layers are chosen on; mean over seeds with {curve_intervals(curves)}; lines: fitted "
-        f"curves.{_cut(names, drawn)}",
+        f"penalties and layers are chosen on; mean over seeds with {curve_intervals(curves)} and draws of subsets; "
+        f"lines: fitted curves.{_cut(names, drawn)}",
     )
 
 

@@ -3,6 +3,7 @@
 import base64
 import datetime
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -162,7 +163,7 @@ def build(
     collection: Collection,
     scores: dict[str, TaskScores],
     now: datetime.datetime,
-    command: str,
+    command: Sequence[str],
     recordings: str = "open",
 ) -> Page:
     """The page of a report.
@@ -172,7 +173,7 @@ def build(
         collection: what was loaded.
         scores: its rows, of `rows.score_tasks`.
         now: when the report is made.
-        command: that makes it.
+        command: that makes it, word by word.
         recordings: one of `figures.RECORDINGS`.
     """
     page = Page(title)
@@ -185,7 +186,7 @@ def build(
             f"{now:%Y-%m-%d}.",
             "about",
         ),
-        f'<p class="about">Made by <code>{escape(command)}</code></p>',
+        _command(command),
         _verdict(scores),
     )
     page.section(
@@ -256,6 +257,12 @@ def build(
     if classified:
         page.section("examples", "Recordings", _by_task(classified, lambda t: _examples(t, recordings)))
     return page
+
+
+def _command(words: Sequence[str]) -> str:
+    """A command to be copied, broken between words only."""
+    text = " ".join(f"<span>{escape(shlex.quote(word))}</span>" for word in words)
+    return f'<p class="about">Made by <code>{text}</code></p>'
 
 
 def _by_task(tasks: Iterable[TaskScores], parts) -> list:

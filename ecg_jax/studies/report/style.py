@@ -12,7 +12,8 @@ h2 { font-size: 1.3rem; margin: 2.5rem 0 0.75rem; padding-top: 0.75rem; border-t
 h3 { font-size: 1.05rem; margin: 1.5rem 0 0.5rem; }
 p { max-width: 46rem; margin: 0.5rem 0; overflow-wrap: anywhere; }
 a { color: var(--link); }
-code { font-size: 0.85em; overflow-wrap: anywhere; }
+code { font-size: 0.85em; }
+code span { display: inline-block; max-width: 100%; }
 .about { color: var(--mute); }
 nav ol { margin: 0.25rem 0; padding-left: 1.5rem; columns: 14rem; }
 nav h2 { border: 0; margin: 1rem 0 0.25rem; padding: 0; font-size: 1rem; }

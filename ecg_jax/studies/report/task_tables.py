@@ -212,7 +212,8 @@ def efficiency_table(task: str, curves: Sequence[Curves]) -> Table:
     return Table(
         f"label_efficiency_{task}",
         f"{task}: {SCORES[curves[0].content['metric']]} by number of labelled training records, mean over seeds, with "
-        f"{curve_intervals(curves)}; penalty and layer are chosen on the validation records, which are not counted; "
+        f"{curve_intervals(curves)} and draws of subsets; penalty and layer are chosen on the validation records, "
+        "which are not counted; "
         "fitted: what is left to the best score (1 less AUROC, or the error) as C·n^-a + L0.",
         ["model", "fitted", *(f"n = {size}" for size in sizes)],
         rows,
