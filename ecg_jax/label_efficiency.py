@@ -43,9 +43,8 @@ label_efficiency.json, .csv and .png. Run the same command again after an interr
 RESULTS = "label_efficiency.json"
 MAJORITY = "majority"
 
-_SEEDS = "Student's t with seeds - 1 degrees of freedom over draws of the subsets, of random_init each with another encoder"
-
-_SEEDS = "Student's t with seeds - 1 degrees of freedom over draws of the subsets, of random_init each with another encoder"
+# Of the draws of the subsets.
+_SEEDS = "Student's t, seeds - 1 degrees of freedom; each draw has another random_init"
 
 #: Fields of a config that do not change results.
 _FREE_FIELDS = ("features", "batch_size")

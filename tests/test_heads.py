@@ -334,3 +334,32 @@ def test_sizes_are_rounded_up_by_an_eighth_at_most():
     for n in [*range(1, 300), 8000, 87_123]:
         assert n <= fit_together._round_up(n) <= n + n // 8
     assert len({fit_together._round_up(n) for n in range(8192, 16384)}) == 9
+
+
+def test_targets_by_record_are_those_repeated_for_every_crop():
+    features, targets = _data()
+    targets = targets.astype(np.float32)
+    targets[:40, 1] = np.nan
+    record = np.random.default_rng(0).permutation(np.repeat(np.arange(len(targets)), 2))
+    features, weights = np.concatenate([features, features + 0.1])[: len(record)], heads.crop_weights(record)
+    repeated = heads.LogisticProblem(features, targets[record], weights).solve(0.1, tolerance=1e-8)
+    indexed = heads.LogisticProblem(features, targets, weights, record=record).solve(0.1, tolerance=1e-8)
+    np.testing.assert_allclose(indexed.head.weight, repeated.head.weight, atol=1e-12)
+    (together,) = fit_together.path_together(features, targets, weights, (0.1,), 1e-8, record=record)
+    assert together.converged
+    np.testing.assert_allclose(together.head.weight, repeated.head.weight, atol=1e-6)
+    with pytest.raises(ValueError, match=r"need targets \[records, K\]"):
+        heads.LogisticProblem(features, targets[:-1], weights, record=record)
+
+
+def test_a_problem_that_stalls_in_float32_leaves_steps_for_float64(monkeypatch):
+    """As if float32 never came near enough to hand over: it takes half of the steps, float64 the rest."""
+    features, targets = _data()
+    features, targets = features[:333], targets[:333]  # a shape of its own: nothing compiled before is used
+    monkeypatch.setattr(fit_together, "_HANDOVER", 0.0)
+    fits = fit_together.fit_together(features, targets, None, (0.1,), 1e-9, max_steps=200)
+    assert fits.converged.all()
+    assert 100 < fits.n_steps.max() <= 200
+    few = fit_together.fit_together(features, targets, None, (0.1,), 1e-9, max_steps=4)
+    assert not few.converged.any()
+    assert (few.n_steps == 4).all()

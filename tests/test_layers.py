@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ecg_jax.evaluation import layers as layers_module
 from ecg_jax.evaluation.heads import LogisticProblem
 from ecg_jax.evaluation.layers import Mixture, _softmax
 from ecg_jax.evaluation.linear import fit_linear
@@ -83,6 +84,17 @@ def test_a_probe_of_a_mixture_reports_its_weights(kind):
     assert about["chosen"] == "mixture"
     assert about["weights"]["shallow"] > 0.7
     assert about["validation"] == {"mixture": fitted.report["validation_score"]}
+    assert about["converged"]
+    assert fitted.report["converged"]
+
+
+def test_weights_that_ran_out_of_steps_are_said(monkeypatch):
+    features, examples = made_up(informative="shallow")
+    monkeypatch.setattr(layers_module, "_EVALUATIONS", 1)
+    report = fit_linear(features, examples, l2_grid=(0.01,), layers="mixture").report
+    assert report["grid"][0]["converged"]  # the head did
+    assert not report["layers"]["converged"]
+    assert not report["converged"]
 
 
 def test_softmax_of_large_numbers():

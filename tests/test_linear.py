@@ -158,6 +158,18 @@ def test_a_file_that_is_no_probe(tmp_path):
             LinearProbe.load(tmp_path / name)
 
 
+def test_a_full_memory_is_no_damaged_file(tmp_path, monkeypatch):
+    features, examples = made_up()
+    fit_linear(features, examples, l2_grid=(0.1,)).probe.save(tmp_path / "probe.npz")
+
+    def full(path):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "load", full)
+    with pytest.raises(MemoryError):
+        LinearProbe.load(tmp_path / "probe.npz")
+
+
 def test_what_cannot_be_chosen_is_said():
     features, examples = made_up()
     examples.val.targets[:] = 0

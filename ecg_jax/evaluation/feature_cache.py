@@ -138,7 +138,7 @@ class FeatureCache:
             layers: names out of `training.pretrained.layer_shapes`.
             batch_size: crops encoded at once.
             label: of the encoder, in the progress bar and in errors.
-            rows: int, the records whose features are needed; None for all. Parts that hold none of them are not computed.
+            rows: int, the records whose features are needed; None for all. Parts without any of them are not computed.
 
         Raises:
             UserError: no record is a window long, a feature is not finite, or a part cannot be written.

@@ -27,7 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ecg_jax.evaluation import metrics
-from ecg_jax.evaluation.heads import LinearHead, Solution, Standardisation, descending, standardise
+from ecg_jax.evaluation.heads import (
+    LinearHead,
+    Solution,
+    Standardisation,
+    _blocks,
+    check_targets,
+    descending,
+    standardise,
+)
 
 _HISTORY = 10
 #: Where float32 hands over to float64: its gradients are known to about 1e-6.
@@ -45,7 +53,7 @@ def faster_solver(n_rows: int, width: int, n_classes: int, n_penalties: int) -> 
     """The faster solver of `linear.fit_linear` for such a problem on this platform, "lbfgs" or "vmap".
 
     "vmap" wherever the features fit into memory in float64, except for small problems on a CPU, which are solved before
-    the program is compiled.
+    the program is compiled. Targets take no part: they are taken up for as many classes at once as fit.
     """
     if 8 * n_rows * width > _LARGEST_FEATURES:
         return "lbfgs"
@@ -87,6 +95,7 @@ def fit_together(
     max_steps: int = 1000,
     standard: Standardisation | None = None,
     penalties_at_once: int | None = None,
+    record=None,
 ) -> Together:
     """Solves every class under every penalty in one program.
 
@@ -98,53 +107,58 @@ def fit_together(
         l2_grid: G penalties above 0.
         tolerance: the largest |gradient| that counts as converged, of each problem. 1e-4 where that is more and the
             device has no float64 (TPU).
-        max_steps: of L-BFGS.
+        max_steps: of L-BFGS; at most half of them in float32.
         standard: of the features; None for that of all rows, under `weights` if they are [n].
         penalties_at_once: how many a run of the program takes; None for all, on a CPU one (all classes in each).
+        record: as in `heads.LogisticProblem`; `weights` are those of crops.
 
     Raises:
         ValueError: shapes differ, a feature is not finite, a class has no positive or no negative, l2 not above 0.
     """
-    features, targets = np.asarray(features), np.asarray(targets, dtype=np.float64)
-    n = len(features)
-    if targets.ndim != 2 or len(targets) != n:
-        raise ValueError(f"features {features.shape} need targets [{n}, K], not {targets.shape}")
+    features, targets = np.asarray(features), np.asarray(targets)
+    n, n_classes = len(features), targets.shape[-1]
+    check_targets(features, targets, record)
     weights = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
     if standard is None:
         standard = standardise(features, weights if weights.ndim == 1 else np.ones(n))
-    if weights.ndim == 1:
-        weights = weights[:, None]
-    used = np.where(weights > 0, targets, np.nan)
-    if not metrics.has_both_kinds(used).all():
-        missing = np.flatnonzero(~metrics.has_both_kinds(used)).tolist()
+    used = targets
+    if weights.ndim == 2 or not weights.all():
+        used = np.where(weights.reshape(n, -1) > 0, targets if record is None else targets[record], np.nan)
+    if missing := np.flatnonzero(~metrics.has_both_kinds(used)).tolist():
         raise ValueError(f"classes {missing} have no positive or no negative among the training targets")
     l2 = np.array(descending(l2_grid))
     if not (l2 > 0).all():
         raise ValueError(f"l2 is {l2.min()}, it must be above 0")
-    known = ~np.isnan(used)
-    y = np.where(known, targets, 0.0)
-    v = weights * known
-    v /= v.sum(axis=0)
-    Z = ((features - standard.mean) / standard.scale) @ standard.axes
     # Rows without weight, so that subsets and tasks of nearly the same size share a program.
-    n = _round_up(n)
-    Z, y, v = (np.pad(array, ((0, n - len(array)), (0, 0))) for array in (Z, y, v))
+    padding = (0, _round_up(n) - n)
+    Z = np.zeros((n + padding[1], features.shape[1]))
+    for rows in _blocks(n):
+        Z[rows] = ((features[rows] - standard.mean) / standard.scale) @ standard.axes
+
+    def of_classes(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Targets, 0 where unknown, and weights that sum to one, of some classes: float64 [len(chunk), n]."""
+        some = targets[:, chunk].T if record is None else targets[:, chunk].T[:, record]
+        known = ~np.isnan(some)
+        v = known * (weights if weights.ndim == 1 else weights[:, chunk].T)
+        v /= v.sum(axis=1, keepdims=True)
+        y = np.where(known, some, 0.0).astype(np.float64)
+        return tuple(np.pad(array, ((0, 0), padding)) for array in (y, v))
 
     double = jax.default_backend() != "tpu"
     tolerance = float(tolerance if double else max(tolerance, _FLOAT32_TOLERANCE))
-    n_classes = targets.shape[1]
-    # A CPU gains nothing from more columns, and strong penalties would wait there for the weak ones to converge.
-    together = penalties_at_once or (1 if jax.default_backend() == "cpu" else len(l2))
+    together = penalties_at_once or _penalties_at_once(len(l2))
     groups = [l2[first : first + together] for first in range(0, len(l2), together)]
-    at_once = int(min(n_classes, max(1, _BYTES_AT_ONCE // (8 * n * together))))
+    at_once = int(min(n_classes, max(1, _BYTES_AT_ONCE // (8 * len(Z) * together))))
     # Chunks of one size compile once; the last is filled up with classes that were solved before.
     chunks = [np.arange(first, first + at_once) % n_classes for first in range(0, n_classes, at_once)]
-    with jax.enable_x64(True) if double else contextlib.nullcontext():
+    # Without it a GPU multiplies float32 with 10 bits of mantissa and a TPU with 7.
+    precise = jax.default_matmul_precision("highest")
+    with precise, jax.enable_x64(True) if double else contextlib.nullcontext():
         shared = [jnp.asarray(array) for array in (Z, standard.eigenvalues, standard.axes)]
 
         def solve(chunk: np.ndarray) -> list[np.ndarray]:
             """Everything about some classes, [K, G, ...] each."""
-            of_chunk = y[:, chunk].T, v[:, chunk].T, tolerance, max_steps
+            of_chunk = *of_classes(chunk), tolerance, max_steps
             solved = [jax.device_get(_solve(*shared, some, *of_chunk, double=double)) for some in groups]
             return [np.concatenate(parts, axis=1) for parts in zip(*solved, strict=True)]
 
@@ -156,15 +170,22 @@ def fit_together(
     return Together(l2, raw, bias, gradient_norm.T, n_steps.T, objective.T, tolerance)
 
 
+def _penalties_at_once(n_penalties: int) -> int:
+    # A CPU gains nothing from more columns, and strong penalties would wait there for the weak ones to converge.
+    return 1 if jax.default_backend() == "cpu" else n_penalties
+
+
 def _round_up(n: int) -> int:
     """The next number with no more than four significant bits: at most 1/8 more."""
     step = 1 << max(0, n.bit_length() - 4)
     return -(-n // step) * step
 
 
-def path_together(features, targets, weights, l2_grid, tolerance: float = 1e-6, max_steps: int = 1000):
+def path_together(
+    features, targets, weights, l2_grid, tolerance: float = 1e-6, max_steps: int = 1000, record=None
+):
     """The same as `heads.LogisticProblem.path`: one `heads.Solution` of all classes for each l2, strongest first."""
-    fits = fit_together(features, targets, weights, l2_grid, tolerance, max_steps)
+    fits = fit_together(features, targets, weights, l2_grid, tolerance, max_steps, record=record)
     return [
         Solution(
             LinearHead(fits.weight[g], fits.bias[g]),
@@ -293,7 +314,7 @@ def _solve(Z, eigenvalues, axes, l2, y, v, tolerance, max_steps, *, double: bool
     odds = jnp.log(prevalence / (1 - prevalence))
     u = jnp.zeros_like(h).at[..., -1].set(odds[:, None] / h[..., -1])
 
-    def loop(dtype, u, moves, changes, n_steps, until):
+    def loop(dtype, u, moves, changes, n_steps, until, most):
         Z_, axes_ = Z.astype(dtype), axes.astype(dtype)
         problem = _Problem(y.astype(dtype), v.astype(dtype), l2.astype(dtype), h.astype(dtype))
 
@@ -303,8 +324,8 @@ def _solve(Z, eigenvalues, axes, l2, y, v, tolerance, max_steps, *, double: bool
             return _State(u, z, *_gradient(Z_, axes_, problem, u, z), moves, changes, n_steps)
 
         def step(problem, state):
-            # Of a problem that has converged nothing moves any more.
-            active = state.norm > until
+            # Of a problem that has converged, or may take no more steps, nothing moves.
+            active = (state.norm > until) & (state.n_steps < most)
             d = jnp.where(active, _direction(state), 0.0)
             along = _logits(Z_, problem, d)
             t = _line_search(problem, state.u, state.z, d, along)
@@ -318,9 +339,7 @@ def _solve(Z, eigenvalues, axes, l2, y, v, tolerance, max_steps, *, double: bool
         states = over_problems(begin, by_class)(problem, (*parts, n_steps))
 
         def unfinished(states):
-            return ((states.norm > until) & (states.n_steps < max_steps)).any() & (
-                states.n_steps.max() < max_steps
-            )
+            return ((states.norm > until) & (states.n_steps < most)).any()
 
         return jax.lax.while_loop(
             unfinished, functools.partial(over_problems(step, by_class), problem), states
@@ -329,11 +348,11 @@ def _solve(Z, eigenvalues, axes, l2, y, v, tolerance, max_steps, *, double: bool
     history = jnp.zeros((*h.shape[:2], _HISTORY, h.shape[2]))
     n_steps = jnp.zeros(h.shape[:2], jnp.int32)
     until = jnp.maximum(tolerance, _HANDOVER) if double else tolerance
-    states = loop(jnp.float32, u, history, history, n_steps, until)
+    # A problem that stalls in float32 must leave steps for float64.
+    states = loop(jnp.float32, u, history, history, n_steps, until, max_steps // 2 if double else max_steps)
     if double:
-        states = loop(
-            jnp.float64, states.u, states.moves, states.changes, states.n_steps, jnp.asarray(tolerance)
-        )
+        parts = states.u, states.moves, states.changes, states.n_steps
+        states = loop(jnp.float64, *parts, jnp.asarray(tolerance), max_steps)
 
     def finish(problem, state):
         whitened = problem.h * state.u

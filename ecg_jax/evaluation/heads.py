@@ -109,6 +109,15 @@ def standardise(features, weights) -> Standardisation:
     return Standardisation(mean, scale, axes, np.clip(eigenvalues, 0.0, None))
 
 
+def check_targets(features: np.ndarray, targets: np.ndarray, record) -> None:
+    """Raises ValueError unless targets are [n, K], or [records, K] with the record of each of the n features."""
+    n = len(features)
+    expected = n if record is None else int(np.max(record)) + 1
+    if targets.ndim != 2 or len(targets) != expected or (record is not None and len(record) != n):
+        rows = n if record is None else "records"
+        raise ValueError(f"features {features.shape} need targets [{rows}, K], not {targets.shape}")
+
+
 class LogisticProblem:
     """The objective above on one set of training features, ready to be solved for several l2.
 
@@ -117,37 +126,45 @@ class LogisticProblem:
         targets: [n, K] of 0, 1, NaN (unknown); every class needs a positive and a negative.
         weights: [n] weight of each crop, None for equal ones.
         standard: mean, scale and axes of more features than these (those of records without labels); None for these.
+        record: int [n], the row of `targets` of each crop, so that targets [records, K] need not be repeated for crops;
+            None where targets are [n, K]. Every record has a crop.
 
     Raises:
         ValueError: shapes differ, a feature is not finite, or a class has no positive or no negative.
     """
 
-    def __init__(self, features, targets, weights=None, standard: Standardisation | None = None):
+    def __init__(self, features, targets, weights=None, standard: Standardisation | None = None, record=None):
         features, targets = np.asarray(features), np.asarray(targets)
         n = len(features)
-        if targets.ndim != 2 or len(targets) != n:
-            raise ValueError(f"features {features.shape} need targets [{n}, K], not {targets.shape}")
-        if not metrics.has_both_kinds(targets).all():
-            missing = np.flatnonzero(~metrics.has_both_kinds(targets)).tolist()
+        check_targets(features, targets, record)
+        if missing := np.flatnonzero(~metrics.has_both_kinds(targets)).tolist():
             raise ValueError(f"classes {missing} have no positive or no negative among the training targets")
         if features.dtype != np.float64 and features.size * 8 <= _FLOAT64_BYTES:
             features = features.astype(np.float64)
         self.features = features
-        known = ~np.isnan(targets)
-        # Kept small: at 1M crops of 71 classes every float64 [n, K] array would take 570 MB.
-        self._targets = np.where(known, targets, 0.0).astype(np.float32)
+        # One byte each: at 1M crops of 1000 classes every float64 [n, K] array would take 8 GB.
+        self._targets, known = targets == 1, ~np.isnan(targets)
         self._known = None if known.all() else known
+        self._record = None if record is None else np.asarray(record)
         self._weights = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
-        self._total = np.full(targets.shape[1], self._weights.sum()) if known.all() else self._weights @ known
-        self.prevalence = (self._weights @ self._targets) / self._total
+        self._total, positive = np.zeros((2, targets.shape[1]))
+        for rows in _blocks(n):
+            of_rows = self._weights[rows]
+            positive += of_rows @ self._targets[self._at(rows)]
+            self._total += of_rows.sum() if self._known is None else of_rows @ known[self._at(rows)]
+        self.prevalence = positive / self._total
         standard = standard or standardise(features, self._weights)
         self.mean, self.scale = standard.mean, standard.scale
         self.axes, self.eigenvalues = standard.axes, standard.eigenvalues
 
+    def _at(self, rows: slice):
+        """Where the targets of some crops are."""
+        return rows if self._record is None else self._record[rows]
+
     def _class_weights(self, rows: slice) -> np.ndarray:
         """v_ik / Σ_i v_ik of some rows: [len(rows), K]."""
         weights = self._weights[rows, None] / self._total
-        return weights if self._known is None else weights * self._known[rows]
+        return weights if self._known is None else weights * self._known[self._at(rows)]
 
     def objective(self, weight, bias, l2: float):
         """Objective summed over classes and its gradient, in standardised coordinates.
@@ -166,7 +183,7 @@ class LogisticProblem:
             x = self.features[rows].astype(np.float64, copy=False)
             z = x @ folded.weight + folded.bias
             decay = np.exp(-np.abs(z))  # in (0, 1]: neither the loss nor the sigmoid can overflow
-            y, class_weights = self._targets[rows], self._class_weights(rows)
+            y, class_weights = self._targets[self._at(rows)], self._class_weights(rows)
             value += float(np.sum(class_weights * (np.maximum(z, 0.0) + np.log1p(decay) - y * z)))
             sigmoid = np.where(z >= 0, 1.0, decay) / (1.0 + decay)
             residual = class_weights * (sigmoid - y)

@@ -34,6 +34,8 @@ class MixtureFit:
     """float64 [K]."""
     solution: Solution
     """Of the head, on the mixed features."""
+    converged: bool
+    """Whether the weights s did, within `_EVALUATIONS`; `solution` says it of the head for these weights."""
 
 
 class Mixture:
@@ -88,7 +90,7 @@ class Mixture:
     def _gradient(self, s: np.ndarray, head: LinearHead, l2: float) -> tuple[float, np.ndarray]:
         """(J, ∂J/∂s [n_layers]) at the head that is best for s."""
         known = ~np.isnan(self.targets)
-        total = self.sample_weights @ known
+        total = sum(self.sample_weights[rows] @ known[rows] for rows in _blocks(len(known)))
         value, gradient = 0.0, np.zeros(len(s))
         for rows in _blocks(len(self.targets)):
             of_layer = [self.features[name][rows].astype(np.float64) @ head.weight for name in self.names]
@@ -112,7 +114,7 @@ class Mixture:
         """
         a, head = np.zeros(len(self.names)), None
         for l2 in descending(l2_grid):
-            a, solution = self._fit(a, head, l2, tolerance, max_steps)
+            a, solution, converged = self._fit(a, head, l2, tolerance, max_steps)
             head, s = solution.head, _softmax(a)
             weights, bias = {}, solution.head.bias.copy()
             for name, weight in zip(self.names, s, strict=True):
@@ -120,10 +122,10 @@ class Mixture:
                 weights[name] = weight * solution.head.weight / standard.scale[:, None]
                 bias -= standard.mean @ weights[name]
             mixture = dict(zip(self.names, s.tolist(), strict=True))
-            yield MixtureFit(mixture, weights, bias, solution)
+            yield MixtureFit(mixture, weights, bias, solution, converged)
 
     def _fit(self, a, head: LinearHead | None, l2: float, tolerance: float, max_steps: int):
-        """(a, solution of the head) for one l2."""
+        """(a, solution of the head, whether a converged) for one l2."""
         from scipy.optimize import minimize
 
         latest = {"head": head}
@@ -138,7 +140,8 @@ class Mixture:
         bounds = [(-10.0, 10.0)] * len(a)
         options = {"maxfun": _EVALUATIONS, "maxiter": _EVALUATIONS, "gtol": 10 * tolerance}
         found = minimize(objective, a, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-        return found.x, self._solve(_softmax(found.x), l2, latest["head"], tolerance, max_steps)
+        solution = self._solve(_softmax(found.x), l2, latest["head"], tolerance, max_steps)
+        return found.x, solution, bool(found.success)
 
 
 def _softmax(a: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ predictions of a record are the mean over its crops.
 """
 
 import io
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,7 +159,7 @@ class LinearProbe:
             return cls(weights, arrays["bias"], str(arrays["kind"]), tuple(arrays["classes"].tolist()), scale)
         except FileNotFoundError as error:
             raise UserError(f"There is no linear probe {path}.") from error
-        except Exception as error:  # whatever a damaged zip archive raises
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path} is not a linear probe of ecg_jax: {error}") from error
 
 
@@ -199,7 +201,8 @@ def fit_linear(
     Returns:
         Predictions for validation and test, and the probe. `report` holds `metric`, `validation_score`, `l2`,
         `at_edge`, `converged`, `grid` (one entry for each l2), `solver`, and `layers`: None, or {"chosen": name,
-        "validation": {layer: score}} and, of a mixture, "weights": {layer: weight}.
+        "validation": {layer: score}} and, of a mixture, "weights": {layer: weight} and "converged", whether those did.
+        `converged` says whether head and mixture did.
 
     Raises:
         UserError: no class or target can be scored on the validation records.
@@ -230,16 +233,19 @@ def fit_linear(
     def fit(name: str) -> tuple[heads.Selection, str]:
         """The best head on one layer, and how it was solved."""
         train, train_record = features.of(examples.train, name)
-        targets, weights = examples.train.targets[train_record], heads.crop_weights(train_record)
+        targets, weights = examples.train.targets, heads.crop_weights(train_record)
         used = solver
         if regression:
-            used, solutions = "closed form", RidgeProblem(train, targets, weights).path(l2_grid)
+            used, solutions = "closed form", RidgeProblem(train, targets[train_record], weights).path(l2_grid)
         elif solver == "auto":
             used = faster_solver(*train.shape, targets.shape[1], len(l2_grid))
         if used == "vmap":
-            solutions = path_together(train, targets, weights, l2_grid, tolerance, max_steps)
+            solutions = path_together(
+                train, targets, weights, l2_grid, tolerance, max_steps, record=train_record
+            )
         elif used == "lbfgs":
-            solutions = heads.LogisticProblem(train, targets, weights).path(l2_grid, tolerance, max_steps)
+            problem = heads.LogisticProblem(train, targets, weights, record=train_record)
+            solutions = problem.path(l2_grid, tolerance, max_steps)
         val, val_record = features.of(examples.val, name)
         selection = heads.select(
             solutions,
@@ -269,7 +275,7 @@ def fit_linear(
         "validation_score": selection.chosen.validation_score,
         "l2": selection.l2,
         "at_edge": selection.at_edge,
-        "converged": selection.converged,
+        "converged": selection.converged and (layers != MIXTURE or about["converged"]),
         "grid": [asdict(candidate) for candidate in selection.candidates],
         "solver": used,
         "layers": about,
@@ -302,10 +308,10 @@ def _check_validation(examples: Examples) -> None:
 def _fit_mixture(features: LayerFeatures, examples: Examples, score, l2_grid, tolerance, max_steps):
     """(weights by layer, bias, selection, what to report) of a learned mixture of layers."""
     regression = examples.task.kind == "regression"
-    train = {name: features.of(examples.train, name) for name in features.layers}
-    record = next(iter(train.values()))[1]
+    record = features.of(examples.train, features.layers[0])[1]
     mixture = Mixture(
-        {name: array for name, (array, _) in train.items()},
+        # Not kept here: the mixture has its own standardised copy.
+        {name: features.of(examples.train, name)[0] for name in features.layers},
         examples.train.targets[record],
         heads.crop_weights(record),
         regression,
@@ -333,5 +339,6 @@ def _fit_mixture(features: LayerFeatures, examples: Examples, score, l2_grid, to
         "chosen": MIXTURE,
         "validation": {MIXTURE: selection.chosen.validation_score},
         "weights": best.mixture,
+        "converged": best.converged,
     }
     return best.weights, best.bias, selection, about
