@@ -46,6 +46,8 @@ MAJORITY = "majority"
 # Of the draws of the subsets.
 _SEEDS = "Student's t, seeds - 1 degrees of freedom; each draw has another random_init"
 
+_NUMBERS = "z-scores by all training records at every size; values outside 1-99 % of those are unknown"
+
 #: Fields of a config that do not change results.
 _FREE_FIELDS = ("features", "batch_size")
 
@@ -162,6 +164,7 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
             "layer and are not counted among the labelled training records",
             "untrainable_classes": "a class without both kinds of records in a subset is predicted as the mean of its "
             "labels there",
+            "targets": _NUMBERS if task.kind == "regression" else "classes",
             "leakage": verdicts,
             "n_test": len(examples.test.rows),
             "classes": examples.classes,

@@ -43,12 +43,6 @@ class LinearHead:
             np.matmul(features[rows].astype(np.float64, copy=False), self.weight, out=out[rows])
         return out + self.bias
 
-    def probabilities(self, features) -> np.ndarray:
-        """Sigmoid of the logits: float64 [n, K]."""
-        from scipy.special import expit
-
-        return expit(self.logits(features))
-
 
 @dataclass(frozen=True)
 class Solution:

@@ -8,8 +8,8 @@ scaled up. By default 2000 crops and 12 classes, which takes a minute or two; th
 
     ECG_JAX_BENCHMARK_CROPS=8000 ECG_JAX_BENCHMARK_CLASSES=71
 
-`ECG_JAX_BENCHMARK_ROUNDS` changes the number of turns (1). On a CPU that is not idle, run it on one core and look at the
-processor time:
+`ECG_JAX_BENCHMARK_ROUNDS` changes the number of turns (1). On a CPU that is not idle, run it on one core and look at
+the processor time:
 
     OPENBLAS_NUM_THREADS=1 taskset -c 0 pytest ...
 """
