@@ -326,7 +326,11 @@ class TestTaskTables:
         names = [row[0].text for row in table.rows]
         assert len(set(names)) == 9
         assert f"random_init ({folders[1]})" in names
-        assert "95 % intervals from resampled patients" in table.caption
+        assert "95 % intervals from resampled patients and draws of subsets" in table.caption
+        for curve in curves:
+            for model in curve.content["models"].values():
+                model["scores"] = [seeds[:1] for seeds in model["scores"]]
+        assert "resampled patients;" in task_tables.efficiency_table("ptbxl_super", curves).caption
 
     def test_label_savings(self, tmp_path):
         write_label_efficiency(write_result(tmp_path, n=40, K=2))

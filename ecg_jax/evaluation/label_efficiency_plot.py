@@ -30,11 +30,15 @@ def error_curves(results: dict[str, Any], path: str | Path) -> None:
     names = {name: name for name in results["models"]}
     figure = error_figure([(results, names)], looks_of([name for name in names if name != MAJORITY]))
     level, unit = 100 * results["bootstrap"]["level"], results["bootstrap"]["unit"]
-    figure.suptitle(
-        f"{results['task']}: {results['n_test']} test records, bars {level:g} % over {unit}s and subsets",
-        fontsize=10,
-    )
+    over = f"by {unit}" + (", and draws of subsets" if has_draws(results) else "")
+    title = f"{results['task']}: {results['n_test']} test records"
+    figure.suptitle(f"{title}\nbars: {level:g} % intervals, resampled {over}", fontsize=10)
     save(figure, path)
+
+
+def has_draws(results: dict[str, Any]) -> bool:
+    """Whether scores are of several draws of the subsets, over which intervals are then taken too."""
+    return any(len(seeds) > 1 for model in results["models"].values() for seeds in model["scores"])
 
 
 def error_figure(studies: Sequence[tuple[dict[str, Any], Mapping[str, str]]], looks: Looks):

@@ -23,7 +23,7 @@ from ecg_jax.studies.report.cells import SCORES, number
 from ecg_jax.studies.report.load import Curves
 from ecg_jax.studies.report.read import MODES
 from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, Entry, TaskScores, all_rows
-from ecg_jax.studies.report.task_tables import curve_intervals
+from ecg_jax.studies.report.task_tables import curve_intervals, efficiency_intervals
 
 # Rows and classes that a picture still shows legibly; the tables hold all of them.
 _FOREST_MODELS, _FOREST_CLASSES = 6, 40
@@ -218,7 +218,7 @@ def label_efficiency(task: str, curves: Sequence[Curves], looks: Looks) -> Pictu
         to_svg(error_figure(studies, drawn)),
         f"{SCORES[metric]} on {task} by number of labelled training records for {', '.join(drawn)}.",
         f"{task}: what is left to the best score by number of labelled training records, not counting those that "
-        f"penalties and layers are chosen on; mean over seeds with {curve_intervals(curves)} and draws of subsets; "
+        f"penalties and layers are chosen on; mean over seeds with {efficiency_intervals(curves)}; "
         f"lines: fitted curves.{_cut(names, drawn)}",
     )
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ecg_jax.evaluation.label_efficiency_plot import has_draws
 from ecg_jax.evaluation.scoring import score
 from ecg_jax.studies.report.cells import DASH, MINUS, SCORES, Cell, Table, interval, number, p_value, texts
 from ecg_jax.studies.report.load import Collection, Curves, Result
@@ -193,6 +194,12 @@ def curve_intervals(curves: Sequence[Curves]) -> str:
     return "; ".join(f"{100 * level:g} % intervals from {resampled({'': unit})}" for level, unit in settings)
 
 
+def efficiency_intervals(curves: Sequence[Curves]) -> str:
+    """The same of label efficiency, whose intervals hold draws of subsets where there are several."""
+    several = any(has_draws(curve.content) for curve in curves)
+    return curve_intervals(curves) + (" and draws of subsets" if several else "")
+
+
 def efficiency_table(task: str, curves: Sequence[Curves]) -> Table:
     """Scores by number of labelled records, mean over seeds, with the fitted curve."""
     sizes = sorted({size for curve in curves for size in curve.content["sizes"]})
@@ -212,7 +219,7 @@ def efficiency_table(task: str, curves: Sequence[Curves]) -> Table:
     return Table(
         f"label_efficiency_{task}",
         f"{task}: {SCORES[curves[0].content['metric']]} by number of labelled training records, mean over seeds, with "
-        f"{curve_intervals(curves)} and draws of subsets; penalty and layer are chosen on the validation records, "
+        f"{efficiency_intervals(curves)}; penalty and layer are chosen on the validation records, "
         "which are not counted; "
         "fitted: what is left to the best score (1 less AUROC, or the error) as C·n^-a + L0.",
         ["model", "fitted", *(f"n = {size}" for size in sizes)],
