@@ -333,10 +333,11 @@ def test_finished_fits_and_studies_are_not_repeated(done, run, synthetic_store, 
     def fitted_anew(*args, **kwargs):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(command, "choose_examples", corrected)
         patched.setattr(study, "fit_subset", fitted_anew)
-        label_efficiency(_config(root / "features"), work, [str(run)], synthetic_store)
+        with pytest.raises(KeyboardInterrupt):
+            label_efficiency(_config(root / "features"), work, [str(run)], synthetic_store)
     shutil.copy(root / "work" / "label_efficiency.json", work)
     with pytest.raises(UserError, match=r"another study \(other config\)"):
         label_efficiency(_config(root / "features", seed="3"), work, [str(run)], synthetic_store)
