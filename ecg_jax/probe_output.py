@@ -36,7 +36,6 @@ def write_predictions(path: Path, examples: Examples, fitted: Fitted, baselines:
         row=examples.test.rows,
         targets=examples.test.targets,
         probabilities=fitted.test,
-        probabilities_random_init=baselines.random_init[0],
         probabilities_random_init_seeds=baselines.random_init,
         probabilities_ecg_features=baselines.ecg_features,
         probabilities_majority=baselines.majority,

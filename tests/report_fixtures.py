@@ -244,7 +244,6 @@ def write_result(
         row=np.arange(n),
         targets=targets,
         probabilities=ours,
-        probabilities_random_init=seeds[0],
         probabilities_random_init_seeds=seeds,
         probabilities_ecg_features=ecg_features,
         probabilities_majority=majority,
