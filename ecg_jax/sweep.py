@@ -260,9 +260,11 @@ def read_finished(sweep: Sweep, output: Path) -> list[FinishedRun]:
             with np.load(folder / "probe" / "predictions.npz") as file:
                 predictions = dict(file)
             n = len(predictions["targets"])
-            for name in ("record_id", "patient_id", "probabilities", "probabilities_random_init"):
-                if len(predictions[name]) != n:
-                    raise ValueError(f"predictions.npz has {len(predictions[name])} of {name}, not {n}")
+            twins = predictions["probabilities_random_init_seeds"]
+            lengths = {name: len(predictions[name]) for name in ("record_id", "patient_id", "probabilities")}
+            for name, length in (lengths | {"probabilities_random_init_seeds": twins.shape[1]}).items():
+                if length != n:
+                    raise ValueError(f"predictions.npz has {length} of {name}, not {n}")
             for name in ("macro_auroc", "bootstrap", "baselines", "pretraining_config", "n_patients"):
                 results[name]
         times = folder / "times.jsonl"

@@ -127,18 +127,16 @@ def test_lead_order_and_unit_do_not_matter(run, recordings, tmp_path):
 
 
 def test_equals_the_features_of_the_prepared_store(run, tmp_path):
-    from ecg_jax.data.crops import non_overlapping_crops
     from ecg_jax.data.store import Store
-    from ecg_jax.evaluation.features import compute_features, mean_per_record
+    from ecg_jax.evaluation.feature_cache import FeatureCache
+    from ecg_jax.evaluation.features import mean_per_record
     from ecg_jax.prepare import prepare
-    from ecg_jax.training.pretrained import encode_fn, restore_encoder
+    from ecg_jax.training.pretrained import restore_encoder
 
     source = SAMPLE / "records100"
     prepare("wfdb", source, tmp_path / "store", workers=1, progress=False)
     store, encoder = Store(tmp_path / "store"), restore_encoder(run)
-    window = encoder.preprocessing.window_samples
-    starts, record = non_overlapping_crops(store.column("length"), store.column("offset"), window)
-    crops = compute_features(encode_fn(encoder), store.read_crops, starts, window, 64)
+    crops, record = FeatureCache(tmp_path / "features").pooled(encoder, store).of(np.arange(len(store)))
     expected = mean_per_record(crops, record, len(store))
     n_rows, problems = embed(str(run), source, tmp_path / "e.npz", batch_size=50)
     assert (n_rows, problems) == (len(store), [])

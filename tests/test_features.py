@@ -9,35 +9,18 @@ from ecg_jax.evaluation import features
 GOLDEN = load_golden("metrics")
 
 
-def test_features_of_every_crop_in_batches_of_one_shape():
-    signal = np.arange(10_000, dtype=np.int16)[:, None] + np.zeros(12, np.int16)
+def test_a_last_batch_is_filled_up_and_cut_again():
     shapes = []
-
-    def read_crops(starts, window):
-        return np.stack([signal[s : s + window] for s in starts])
 
     def encode(crops):
         shapes.append(crops.shape)
-        return np.stack([crops[:, 0, 0], crops.sum(axis=(1, 2))], axis=1).astype(np.float32)
+        return {"first": crops[:, 0, 0], "sum": crops.sum(axis=(1, 2))}
 
-    starts = np.arange(0, 2300, 100)
-    got = features.compute_features(encode, read_crops, starts, 100, batch_size=8)
-    assert got.dtype == np.float32
-    np.testing.assert_array_equal(got[:, 0], starts)
-    np.testing.assert_allclose(got[:, 1], [12 * (100 * s + 4950) for s in starts])
-    assert shapes == [(8, 100, 12)] * 3  # 23 crops, the last batch padded
-
-
-def test_an_encoder_that_diverged_is_refused():
-    def encode(crops):
-        return np.where(crops[:, 0, :1] == 0, np.nan, 1.0)
-
-    with pytest.raises(ValueError, match="not finite for 1 of 3"):
-        features.compute_features(
-            encode, lambda s, w: np.ones((len(s), w, 12), np.int16) * s[:, None, None], np.arange(3), 4, 2
-        )
-    with pytest.raises(ValueError, match="no crop"):
-        features.compute_features(encode, None, [], 4, 2)
+    crops = np.arange(5 * 4 * 12, dtype=np.int16).reshape(5, 4, 12)
+    got = features.encode_padded(encode, crops, batch_size=8)
+    assert shapes == [(8, 4, 12)]
+    np.testing.assert_array_equal(got["first"], crops[:, 0, 0])
+    np.testing.assert_array_equal(got["sum"], crops.sum(axis=(1, 2)))
 
 
 def test_golden_average_of_crop_probabilities():

@@ -16,7 +16,7 @@ from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, metrics
-from ecg_jax.evaluation.features import compute_features, mean_per_record
+from ecg_jax.evaluation.features import mean_per_record
 from ecg_jax.evaluation.robustness import (
     CLEAN,
     Condition,
@@ -70,7 +70,7 @@ def task(synthetic_store):
 
     rows = np.flatnonzero(~testing)
     starts, record = crops(rows)
-    x = compute_features(encode, store.read_crops, starts, WINDOW, 16)
+    x = encode(store.read_crops(starts, WINDOW))
     heads = [make_pipeline(StandardScaler(), LogisticRegression()).fit(x, y) for y in targets[rows][record].T]
 
     def head(features):
@@ -79,7 +79,7 @@ def task(synthetic_store):
     rows = np.flatnonzero(testing)
     records = Records(store, rows, [str(name) for name in store.column("record_id")[rows]])
     starts, record = crops(rows)
-    features = compute_features(encode, store.read_crops, starts, WINDOW, 16)
+    features = encode(store.read_crops(starts, WINDOW))
     expected = mean_per_record(head(features), record, len(rows))
     return head, records, targets[rows], patients[rows], expected
 

@@ -31,49 +31,6 @@ def encode_padded(encode: Callable, crops: np.ndarray, batch_size: int):
     return np.asarray(encoded, dtype=np.float32)[: batch_size - missing]
 
 
-def compute_features(
-    encode: Callable[[np.ndarray], np.ndarray],
-    read_crops: Callable[[np.ndarray, int], np.ndarray],
-    starts,
-    window: int,
-    batch_size: int,
-    progress: str | None = None,
-) -> np.ndarray:
-    """One feature vector per crop.
-
-    Args:
-        encode: int16 [B, T, C] microvolts -> float32 [B, D].
-        read_crops: (starts int64 [b], window) -> int16 [b, T, C], as `Store.read_crops`.
-        starts: int64 [n_crops] from `data.crops.non_overlapping_crops`.
-        window: samples of a crop, T.
-        batch_size: B; the last batch is padded to it.
-        progress: label of a progress bar, None for none.
-
-    Returns:
-        float32 [n_crops, D].
-
-    Raises:
-        ValueError: no crop at all, or the encoder returned values that are not finite.
-    """
-    from tqdm import tqdm
-
-    starts = np.asarray(starts, dtype=np.int64)
-    if not len(starts):
-        raise ValueError("there is no crop to encode")
-    features = None
-    batches = range(0, len(starts), batch_size)
-    for first in tqdm(batches, desc=progress, unit="batch", disable=progress is None, leave=False):
-        some = slice(first, min(first + batch_size, len(starts)))
-        encoded = encode_padded(encode, read_crops(starts[some], window), batch_size)
-        if features is None:
-            features = np.empty((len(starts), encoded.shape[1]), dtype=np.float32)
-        features[some] = encoded
-    if not np.isfinite(features).all():
-        bad = int((~np.isfinite(features)).any(axis=1).sum())
-        raise ValueError(f"the encoder gave values that are not finite for {bad} of {len(starts)} crops")
-    return features
-
-
 def mean_per_record(values, record, n_records: int) -> np.ndarray:
     """Arithmetic mean over the crops of each record.
 

@@ -106,6 +106,13 @@ class TaskScores:
         return next(entry for entry in self.ranked if entry.result is not None)
 
 
+_ARRAY_OF = {
+    "random_init": "probabilities_random_init_seeds",
+    "ecg_features": "probabilities_ecg_features",
+    "majority": "probabilities_majority",
+}
+
+
 def check_baselines(collection: Collection) -> None:
     """Refuses a report without the baselines of every task.
 
@@ -127,7 +134,7 @@ def check_baselines(collection: Collection) -> None:
                 needed.insert(0, "random_init")
             for name in needed:
                 baselines = result.results["baselines"]
-                in_file = f"probabilities_{name}" in result.predictions
+                in_file = _ARRAY_OF[name] in result.predictions
                 if name not in baselines or baselines[name] is None or not in_file:
                     raise UserError(
                         f"{result.folder / RESULTS} has no baseline {name} for task {task}; run `ecg-jax probe "
@@ -194,12 +201,17 @@ class _Twins:
     def include(self, result: Result) -> bool:
         """Whether a probe's twins are these: alike on a task known to both, or of a model known on other tasks."""
         if result.task in self.of_task:
-            ours = result.predictions["probabilities_random_init"]
+            ours = _first_twin(result)
             return any(
                 other.shape == ours.shape and np.allclose(other, ours, rtol=0, atol=1e-6)
                 for other in self.of_task[result.task]
             )
         return result.model in self.models
+
+
+def _first_twin(result: Result) -> np.ndarray:
+    """Predictions [n, K] of the first randomly initialised encoder beside a probe."""
+    return result.predictions["probabilities_random_init_seeds"][0]
 
 
 def _twin_mode(result: Result) -> str:
@@ -223,7 +235,7 @@ def _twin_rows(collection: Collection) -> dict[int, Row]:
             found = _Twins(mode, {}, {}, [])
             clusters.append(found)
         found.models[result.model] = None
-        found.of_task.setdefault(result.task, []).append(result.predictions["probabilities_random_init"])
+        found.of_task.setdefault(result.task, []).append(_first_twin(result))
         found.results.append(result)
     rows: dict[int, Row] = {}
     taken: set[Row] = set()
@@ -261,22 +273,15 @@ def _entries(results: Sequence[Result], twins: dict[int, Row]) -> list[Entry]:
         row, arrays = twins[id(result)], result.predictions
         if row not in entries:
             figures = result.results["baselines"]["random_init"]
-            several = arrays["probabilities_random_init_seeds"] if _has_seeds(arrays) else None
-            seeds = [arrays["probabilities_random_init"]] if several is None else list(several)
+            seeds = list(arrays["probabilities_random_init_seeds"])
             entries[row] = entry(row, figures, seeds, seeds=len(seeds))
-        elif not np.allclose(
-            entries[row].predictions[0], arrays["probabilities_random_init"], rtol=0, atol=1e-5
-        ):
+        elif not np.allclose(entries[row].predictions[0], _first_twin(result), rtol=0, atol=1e-5):
             raise ValueError(f"{result.folder}: its random initialisation is not that of the row {row.label}")
     for name, baseline in ((ECG_FEATURES, "ecg_features"), (MAJORITY, "majority")):
         array = results[0].predictions[f"probabilities_{baseline}"]
         row = Row(name, "" if name == MAJORITY else _FEATURES_MODE, name)
         entries[row] = entry(row, results[0].results["baselines"][baseline], [array])
     return list(entries.values())
-
-
-def _has_seeds(arrays) -> bool:
-    return "probabilities_random_init_seeds" in arrays and len(arrays["probabilities_random_init_seeds"]) > 0
 
 
 def _score(results: Sequence[Result], entries: Sequence[Entry]) -> list[Rank]:
