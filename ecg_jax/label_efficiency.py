@@ -20,17 +20,24 @@ import numpy as np
 from ecg_jax.config_flags import parse_command
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
-from ecg_jax.evaluation import bootstrap, leakage, tasks
+from ecg_jax.evaluation import bootstrap, tasks
 from ecg_jax.evaluation import label_efficiency as study
 from ecg_jax.evaluation.examples import Examples, choose_examples
 from ecg_jax.evaluation.label_efficiency import Curve
 from ecg_jax.evaluation.label_efficiency_plot import error_curves
 from ecg_jax.evaluation.label_efficiency_table import summary, table
 from ecg_jax.evaluation.probe_scores import check_scorable
-from ecg_jax.files import cache_folder, write_atomic
+from ecg_jax.files import write_atomic
 from ecg_jax.label_efficiency_models import ECG_FEATURES, RANDOM, probe_models
-from ecg_jax.probe import _pretrained_on
 from ecg_jax.probe_output import plain
+from ecg_jax.probe_provenance import (
+    checkpoint_identity,
+    config_identity,
+    features_folder,
+    finished,
+    leakage_verdict,
+    store_identity,
+)
 from ecg_jax.training.pretrained import RestoredEncoder, restore_encoder
 
 DESCRIPTION = """\
@@ -47,9 +54,6 @@ MAJORITY = "majority"
 _SEEDS = "Student's t, seeds - 1 degrees of freedom; each draw has another random_init"
 
 _NUMBERS = "z-scores by all training records at every size; values outside 1-99 % of those are unknown"
-
-#: Fields of a config that do not change results.
-_FREE_FIELDS = ("features", "batch_size")
 
 
 def check_config(config) -> None:
@@ -101,22 +105,14 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
     check_config(config)
     workdir, task, store = Path(workdir), tasks.get_task(config.task), Store(store)
     encoders = _open(checkpoints, store)
-    fields = {name: value for name, value in config.to_dict().items() if name not in _FREE_FIELDS}
     identity = plain(
         {
-            "config": fields,
-            "checkpoints": {
-                name: {"run": str(each.run.resolve()), "step": each.step} for name, each in encoders.items()
-            },
-            "store": {
-                "path": str(store.path.resolve()),
-                "corpus": store.corpus,
-                "fingerprint": store.fingerprint,
-                "table": store.table_digest(),
-            },
+            "config": config_identity(config),
+            "checkpoints": {name: checkpoint_identity(each) for name, each in encoders.items()},
+            "store": store_identity(store),
         }
     )
-    if before := _finished(workdir, identity):
+    if before := finished(workdir / RESULTS, identity, "study"):
         return before
     window = next(iter(encoders.values())).preprocessing.window_samples
     examples = choose_examples(task, store, None, window, config.min_count)
@@ -134,7 +130,7 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
     # [seed][size]
     subsets = [study.patient_subsets(examples, fractions, config.seed + i) for i in range(config.seeds)]
     sizes = np.array([[len(chosen) for chosen in of_seed] for of_seed in subsets]).T
-    folder = Path(config.features).expanduser() if config.features else cache_folder() / "features"
+    folder = features_folder(config)
     verdicts = {
         name: leakage_verdict(encoder, examples, config.near_duplicates, folder)
         for name, encoder in encoders.items()
@@ -215,54 +211,6 @@ def _open(checkpoints: Sequence[str], store: Store) -> dict[str, RestoredEncoder
                 f"{first.window_s:g} s; compare checkpoints of one window, they are tested on the same records."
             )
     return encoders
-
-
-def leakage_verdict(encoder: RestoredEncoder, examples: Examples, near: bool, folder: Path) -> dict[str, Any]:
-    """What of the test records an encoder was pretrained on, if that store is still there, or is trained on.
-
-    Args:
-        encoder: pretrained.
-        examples: of the task, all from one store.
-        near: look for near-identical recordings too.
-        folder: keeps signatures of recordings that were compared.
-    """
-    pretraining, rows, problem = None, None, None
-    try:
-        pretraining, rows = _pretrained_on(encoder)
-    except UserError as error:
-        problem = str(error)
-    verdict = leakage.verdict(
-        examples.train.store,
-        examples.test.rows,
-        np.concatenate([examples.train.rows, examples.val.rows]),
-        pretraining,
-        near,
-        pretraining_rows=rows,
-        cache=folder,
-    )
-    return verdict | {"pretraining_problem": problem}
-
-
-def _finished(workdir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The results in workdir if they are of this very study, None if there are none.
-
-    Raises:
-        UserError: workdir holds results of another study, or damaged ones.
-    """
-    path = workdir / RESULTS
-    if not path.exists():
-        return None
-    try:
-        before = json.loads(path.read_text())
-        differing = [key for key, value in identity.items() if before[key] != value]
-    except (OSError, ValueError, KeyError, TypeError):
-        differing = ["kind"]
-    if differing:
-        raise UserError(
-            f"--workdir={workdir} holds results of another study (other {', '.join(differing)}); choose another "
-            "folder."
-        )
-    return before
 
 
 def _model_entry(curve: Curve, fit, seed: int, level: float) -> dict[str, Any]:

@@ -17,21 +17,28 @@ from typing import Any
 import numpy as np
 
 from ecg_jax.config_flags import parse_command
-from ecg_jax.data.pipeline import select_records
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
-from ecg_jax.evaluation import leakage, tasks
+from ecg_jax.evaluation import tasks
 from ecg_jax.evaluation.ecg_feature_baseline import ecg_feature_layers
-from ecg_jax.evaluation.examples import Examples, choose_examples
+from ecg_jax.evaluation.examples import choose_examples
 from ecg_jax.evaluation.head_training import check_attention_heads
 from ecg_jax.evaluation.linear import FittedLinear, layers_to_compute
 from ecg_jax.evaluation.plots import auroc_forest
 from ecg_jax.evaluation.probe_scores import Baselines, Scores, Settings, check_scorable, majority_guess
 from ecg_jax.evaluation.targets import known_value_sets
-from ecg_jax.files import cache_folder, write_atomic
-from ecg_jax.probe_checks import check_config
+from ecg_jax.files import write_atomic
+from ecg_jax.probe_checks import check_config, check_workdir
 from ecg_jax.probe_modes import RANDOM_INIT_MODE, fit, random_init, solve
 from ecg_jax.probe_output import plain, summary, write_predictions
+from ecg_jax.probe_provenance import (
+    checkpoint_identity,
+    config_identity,
+    features_folder,
+    finished,
+    leakage_verdict,
+    store_identity,
+)
 from ecg_jax.training.pretrained import RestoredEncoder, restore_encoder
 
 DESCRIPTION = """\
@@ -46,9 +53,6 @@ patient, beside randomly initialised encoders, simple ECG features and the major
 Writes results.json, predictions.npz and a picture; for task=all a folder of these for each task that the store can
 serve. Run the same command again after an interruption: finished tasks are kept, fits go on at their last epoch.
 """
-
-#: Fields of a config that do not change results.
-_FREE_FIELDS = ("features", "batch_size")
 
 
 def probe(config, workdir, checkpoint: str, store, test_store=None) -> dict[str, Any]:
@@ -87,6 +91,7 @@ def probe_all(config, workdir, checkpoint: str, store, test_store=None) -> dict[
         UserError: as in `probe`, or no task is left.
     """
     encoder, store, test_store = _open(config, checkpoint, store, test_store)
+    check_workdir(Path(workdir))
     results, refused = {}, {}
     for task in tasks.fitting(store.corpus, list(store.classes), known_value_sets(store)):
         folder = Path(workdir) / task.name
@@ -129,8 +134,9 @@ def _probe_task(
         TaskUnavailable: the stores cannot serve the task.
         UserError: anything else.
     """
+    check_workdir(workdir)
     identity = plain(_identity(config, task, encoder, store, test_store))
-    if before := _finished(workdir, identity):
+    if before := finished(workdir / "results.json", identity, "probe"):
         return before
     examples = choose_examples(
         task, store, test_store, encoder.preprocessing.window_samples, config.min_count
@@ -143,8 +149,9 @@ def _probe_task(
         raise UserError(
             f"cannot write into --workdir={workdir}: {error.strerror}; name another folder."
         ) from error
-    folder = Path(config.features).expanduser() if config.features else cache_folder() / "features"
-    verdict = _leakage(config, encoder, examples, folder)
+    folder = features_folder(config)
+    pretrained = None if config.mode == "supervised" else encoder
+    verdict = leakage_verdict(pretrained, examples, config.near_duplicates, folder)
     fitted = fit(config, encoder, examples, workdir, folder)
     baselines = Baselines(
         random_init=np.stack(
@@ -208,91 +215,16 @@ def _model_name(config, encoder: RestoredEncoder) -> str:
     return f"supervised {encoder.config['model']['backbone']}" if same else "supervised S4, 100 Hz"
 
 
-def _leakage(config, encoder: RestoredEncoder, examples: Examples, folder: Path) -> dict[str, Any]:
-    """What of the test records was trained on, or pretrained on if that store is still there."""
-    pretraining, rows, problem = None, None, None
-    if config.mode != "supervised":
-        try:
-            pretraining, rows = _pretrained_on(encoder)
-        except UserError as error:
-            problem = str(error)
-    verdict = leakage.verdict(
-        examples.train.store,
-        examples.test.rows,
-        np.concatenate([examples.train.rows, examples.val.rows]),
-        pretraining,
-        config.near_duplicates,
-        test_store=examples.test.store,
-        pretraining_rows=rows,
-        pretrained=config.mode != "supervised",
-        cache=folder,
-    )
-    return verdict | {"pretraining_problem": problem}
-
-
-def _pretrained_on(encoder: RestoredEncoder) -> tuple[Store, np.ndarray]:
-    """The store that an encoder was pretrained on, and the rows of it that were trained on.
-
-    Raises:
-        UserError: it is not known, not there any more, or holds something else now.
-    """
-    path, data = encoder.config["store"], encoder.config["data"]
-    if encoder.store_fingerprint is None or path is None:
-        raise UserError("an imported checkpoint does not say which recordings it was pretrained on.")
-    store = Store(path)
-    if store.fingerprint != encoder.store_fingerprint:
-        raise UserError(f"the store {path} is not the one that {encoder.run} was pretrained on any more.")
-    selection = select_records(
-        store,
-        window_samples=encoder.preprocessing.window_samples,
-        val_folds=data["val_folds"],
-        max_records=data["max_records"],
-    )
-    return store, selection.train
-
-
 def _identity(
     config, task: tasks.Task, encoder: RestoredEncoder, store: Store, test_store: Store | None
 ) -> dict[str, Any]:
     """What makes two probes the same probe."""
-
-    def described(store: Store) -> dict[str, str]:
-        return {
-            "path": str(store.path.resolve()),
-            "corpus": store.corpus,
-            "fingerprint": store.fingerprint,
-            "table": store.table_digest(),
-        }
-
-    fields = {name: value for name, value in config.to_dict().items() if name not in _FREE_FIELDS}
     return {
-        "config": fields | {"task": task.name},
-        "checkpoint": {"run": str(encoder.run.resolve()), "step": encoder.step},
-        "store": described(store),
-        "test_store": None if test_store is None else described(test_store),
+        "config": config_identity(config) | {"task": task.name},
+        "checkpoint": checkpoint_identity(encoder),
+        "store": store_identity(store),
+        "test_store": None if test_store is None else store_identity(test_store),
     }
-
-
-def _finished(workdir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The results in workdir if they are of this very probe, None if there are none.
-
-    Raises:
-        UserError: workdir holds results of another config, checkpoint or store, or damaged ones.
-    """
-    path = workdir / "results.json"
-    if not path.exists():
-        return None
-    try:
-        before = json.loads(path.read_text())
-        differing = [key for key, value in identity.items() if before[key] != value]
-    except (ValueError, KeyError, TypeError):
-        differing = ["kind"]
-    if differing:
-        raise UserError(
-            f"--workdir={workdir} holds results of another probe (other {', '.join(differing)}); "
-            "choose another folder."
-        )
-    return before
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -310,6 +242,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> int:
     """`ecg-jax probe`."""
     config, options = parse_command("probe", DESCRIPTION, argv, _add_options, like="configs/probe.py")
+    if not options.workdir:
+        raise UserError("--workdir is empty; name a folder.")
     arguments = (config, options.workdir, options.checkpoint, options.store, options.test_store)
     if config.task == tasks.ALL:
         probe_all(*arguments)

@@ -1,5 +1,6 @@
 """What `ecg-jax probe` refuses before it does anything."""
 
+from pathlib import Path
 from typing import Any
 
 from ecg_jax.errors import UserError
@@ -27,8 +28,25 @@ _AT_LEAST_ONE = (
     "finetune.batch_size",
     "supervised.epochs",
     "supervised.batch_size",
-    "bootstrap.resamples",
 )
+#: Beyond these a number is a slip of the keyboard: it would end in a MemoryError, or never.
+_AT_MOST = {
+    "seed": 2**31 - 1,
+    "batch_size": 2**16,
+    "baseline_seeds": 100,
+    "linear.max_steps": 10**6,
+    "frozen.epochs": 10**5,
+    "frozen.batch_size": 2**16,
+    "frozen.seeds": 100,
+    "frozen.token_cache_gb": 10**6,
+    "finetune.epochs": 10**5,
+    "finetune.batch_size": 2**16,
+    "supervised.epochs": 10**5,
+    "supervised.batch_size": 2**16,
+    "bootstrap.resamples": 10**5,
+}
+#: Fewer resamples have no quantiles to speak of.
+MIN_RESAMPLES = 10
 _NOT_NEGATIVE = (
     "seed",
     "min_count",
@@ -70,6 +88,11 @@ def check_config(config) -> None:
     for name in _AT_LEAST_ONE:
         if value(name) < 1:
             refuse(name, "at least 1")
+    for name, most in _AT_MOST.items():
+        if value(name) > most:
+            refuse(name, f"at most {most}")
+    if config.bootstrap.resamples < MIN_RESAMPLES:
+        refuse("bootstrap.resamples", f"at least {MIN_RESAMPLES}")
     for name in _NOT_NEGATIVE:
         if not 0 <= value(name) < float("inf"):
             refuse(name, "at least 0")
@@ -82,3 +105,14 @@ def check_config(config) -> None:
             refuse(name, "a list of numbers above 0")
     if not 0 < config.bootstrap.level < 1:
         refuse("bootstrap.level", "between 0 and 1")
+
+
+def check_workdir(workdir: Path) -> None:
+    """Refuses a folder that belongs to something else.
+
+    Raises:
+        UserError: it is a pretraining run or a store.
+    """
+    for name, what in (("checkpoints", "a pretraining run"), ("zarr.json", "a store")):
+        if (workdir / name).exists():
+            raise UserError(f"--workdir={workdir} is {what}; choose another folder.")

@@ -209,7 +209,10 @@ def test_other_corpus_is_refused(run, synthetic_store, tmp_path):
         ("", {"linear__l2_grid": "()"}, "l2_grid"),
         ("", {"linear__tolerance": "0"}, "tolerance"),
         ("", {"batch_size": "0"}, "batch_size"),
-        ("", {"bootstrap__resamples": "0"}, "resamples"),
+        ("", {"bootstrap__resamples": "9"}, "resamples=9 must be at least 10"),
+        ("", {"bootstrap__resamples": "1000000000000"}, "resamples=1000000000000 must be at most"),
+        ("", {"baseline_seeds": "100000000"}, "baseline_seeds=100000000 must be at most 100"),
+        ("", {"seed": "99999999999999999999"}, "seed"),
         ("", {"bootstrap__level": "95"}, "level"),
         ("", {"bootstrap__undefined": "zero"}, "undefined"),
         ("", {"seed": "-1"}, "seed"),
@@ -239,6 +242,9 @@ def test_command_line(run, stores, tmp_path, capsys):
         ("--config=configs/probe.py:task=ptbxl_supper", "ptbxl_super"),
         (f"--checkpoint={run}/7", "no checkpoint at step 7"),
         (f"--store={tmp_path / 'nowhere'}", "no store"),
+        ("--workdir=", "--workdir is empty"),
+        (f"--workdir={run}", "is a pretraining run; choose another folder"),
+        (f"--workdir={stores['whole']}", "is a store; choose another folder"),
     ):
         assert cli.main(["probe", *arguments, f"--workdir={tmp_path / 'v'}", wrong]) == 2
         error = capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""What results say of where they come from, whether they are there already, and what leaked into them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecg_jax.data.pipeline import select_records
+from ecg_jax.data.store import Store
+from ecg_jax.errors import UserError
+from ecg_jax.evaluation import leakage
+from ecg_jax.evaluation.examples import Examples
+from ecg_jax.files import cache_folder
+from ecg_jax.training.pretrained import RestoredEncoder
+
+#: Fields of a config that do not change results.
+FREE_FIELDS = ("features", "batch_size")
+
+
+def features_folder(config) -> Path:
+    """Where features and signatures are kept."""
+    return Path(config.features).expanduser() if config.features else cache_folder() / "features"
+
+
+def config_identity(config) -> dict[str, Any]:
+    """The fields of a config that results depend on."""
+    return {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
+
+
+def store_identity(store: Store) -> dict[str, str]:
+    """Which store, which signals, and which labels, folds and patients."""
+    return {
+        "path": str(store.path.resolve()),
+        "corpus": store.corpus,
+        "fingerprint": store.fingerprint,
+        "table": store.table_digest(),
+    }
+
+
+def checkpoint_identity(encoder: RestoredEncoder) -> dict[str, Any]:
+    """Which checkpoint."""
+    return {"run": str(encoder.run.resolve()), "step": encoder.step}
+
+
+def finished(path: Path, identity: dict[str, Any], what: str) -> dict[str, Any] | None:
+    """The results in a file if they have this identity, None if there is no such file.
+
+    Args:
+        path: of results.json or its like, in the workdir.
+        identity: field -> value, as they stand in the file.
+        what: "probe", "study", ..., for the message.
+
+    Raises:
+        UserError: the file holds other results, or damaged ones.
+    """
+    if not path.exists():
+        return None
+    try:
+        before = json.loads(path.read_text())
+        differing = [key for key, value in identity.items() if before[key] != value]
+    except (OSError, ValueError, KeyError, TypeError):
+        differing = ["kind"]
+    if differing:
+        raise UserError(
+            f"--workdir={path.parent} holds results of another {what} (other {', '.join(differing)}); "
+            "choose another folder."
+        )
+    return before
+
+
+def leakage_verdict(
+    encoder: RestoredEncoder | None, examples: Examples, near: bool, folder: Path
+) -> dict[str, Any]:
+    """What of the test records was trained on, or pretrained on if that store is still there.
+
+    Args:
+        encoder: that was pretrained; None if there was no pretraining.
+        examples: of the task.
+        near: look for near-identical recordings too.
+        folder: keeps signatures of recordings that were compared.
+
+    Returns:
+        `leakage.verdict`, with "pretraining_problem": why the pretraining recordings were not examined, or None.
+    """
+    pretraining, rows, problem = None, None, None
+    if encoder is not None:
+        try:
+            pretraining, rows = _pretrained_on(encoder)
+        except UserError as error:
+            problem = str(error)
+    verdict = leakage.verdict(
+        examples.train.store,
+        examples.test.rows,
+        np.concatenate([examples.train.rows, examples.val.rows]),
+        pretraining,
+        near,
+        test_store=examples.test.store,
+        pretraining_rows=rows,
+        pretrained=encoder is not None,
+        cache=folder,
+    )
+    return verdict | {"pretraining_problem": problem}
+
+
+def _pretrained_on(encoder: RestoredEncoder) -> tuple[Store, np.ndarray]:
+    """The store that an encoder was pretrained on, and the rows of it that were trained on.
+
+    Raises:
+        UserError: it is not known, not there any more, or holds something else now.
+    """
+    path, data = encoder.config["store"], encoder.config["data"]
+    if encoder.store_fingerprint is None or path is None:
+        raise UserError("an imported checkpoint does not say which recordings it was pretrained on.")
+    store = Store(path)
+    if store.fingerprint != encoder.store_fingerprint:
+        raise UserError(f"the store {path} is not the one that {encoder.run} was pretrained on any more.")
+    selection = select_records(
+        store,
+        window_samples=encoder.preprocessing.window_samples,
+        val_folds=data["val_folds"],
+        max_records=data["max_records"],
+    )
+    return store, selection.train
