@@ -30,7 +30,7 @@ from ecg_jax.evaluation.targets import known_value_sets
 from ecg_jax.files import write_atomic
 from ecg_jax.probe_checks import check_config, check_workdir
 from ecg_jax.probe_modes import RANDOM_INIT_MODE, fit, random_init, solve
-from ecg_jax.probe_output import plain, summary, write_predictions
+from ecg_jax.probe_output import is_whole, plain, summary, write_predictions
 from ecg_jax.probe_provenance import (
     checkpoint_identity,
     config_identity,
@@ -136,7 +136,8 @@ def _probe_task(
     """
     check_workdir(workdir)
     identity = plain(_identity(config, task, encoder, store, test_store))
-    if before := finished(workdir / "results.json", identity, "probe"):
+    before = finished(workdir / "results.json", identity, "probe")
+    if before and is_whole(workdir, config.mode):
         return before
     examples = choose_examples(
         task, store, test_store, encoder.preprocessing.window_samples, config.min_count

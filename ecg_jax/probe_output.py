@@ -1,6 +1,8 @@
 """What a probe leaves behind: predictions.npz, JSON without NaN, and a few lines for the console."""
 
 import io
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,19 @@ def write_predictions(path: Path, examples: Examples, fitted: Fitted, baselines:
         val_probabilities=fitted.val,
     )
     write_atomic(path, buffer.getvalue())
+
+
+def is_whole(workdir: Path, mode: str) -> bool:
+    """Whether the files beside results.json are there and can be read."""
+    names = ["predictions.npz"] + (["linear_probe.npz"] if mode == "linear" else [])
+    try:
+        for name in names:
+            with np.load(workdir / name) as file:
+                for array in file.files:
+                    file[array]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        return False
+    return True
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ def checkpoint_identity(encoder: RestoredEncoder) -> dict[str, Any]:
 
 
 def finished(path: Path, identity: dict[str, Any], what: str) -> dict[str, Any] | None:
-    """The results in a file if they have this identity, None if there is no such file.
+    """The results in a file if they have this identity, None if there is no such file or it is cut short.
 
     Args:
         path: of results.json or its like, in the workdir.
@@ -52,14 +52,17 @@ def finished(path: Path, identity: dict[str, Any], what: str) -> dict[str, Any] 
         what: "probe", "study", ..., for the message.
 
     Raises:
-        UserError: the file holds other results, or damaged ones.
+        UserError: the file holds other results, or cannot be read.
     """
-    if not path.exists():
-        return None
     try:
         before = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    try:
         differing = [key for key, value in identity.items() if before[key] != value]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         differing = ["kind"]
     if differing:
         raise UserError(

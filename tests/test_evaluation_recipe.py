@@ -13,6 +13,7 @@ from ecg_jax import cli
 from ecg_jax.config_flags import load_config
 from ecg_jax.prepare import prepare
 from ecg_jax.pretrain import pretrain
+from ecg_jax.probe_output import is_whole
 
 SAMPLE = Path(ecg_jax.__file__).parent / "assets" / "ptbxl_sample"
 TASKS = ("ptbxl_super", "ptbxl_rhythm")
@@ -102,14 +103,22 @@ def test_again_computes_nothing(probed, capsys):
     assert "holds results of another probe (other config)" in capsys.readouterr().err
 
 
-def test_a_task_that_was_interrupted_is_probed_again_and_the_others_are_kept(probed):
+def test_a_task_that_was_interrupted_or_damaged_is_probed_again_and_the_others_are_kept(probed):
     kept, lost = (probed / "linear" / task / "results.json" for task in TASKS)
     before, whole = kept.stat().st_mtime_ns, json.loads(lost.read_text())
-    lost.unlink()
-    assert _probe(probed, "linear", "linear") == 0
-    assert kept.stat().st_mtime_ns == before
-    again = json.loads(lost.read_text())
-    assert {**again, "date": ""} == {**whole, "date": ""}
+    predictions = lost.with_name("predictions.npz")
+    for damage in (
+        lost.unlink,
+        lambda: lost.write_text("{"),
+        lambda: predictions.write_bytes(predictions.read_bytes()[:1000]),
+        lost.with_name("linear_probe.npz").unlink,
+    ):
+        damage()
+        assert _probe(probed, "linear", "linear") == 0
+        assert kept.stat().st_mtime_ns == before
+        again = json.loads(lost.read_text())
+        assert {**again, "date": ""} == {**whole, "date": ""}
+        assert is_whole(lost.parent, "linear")
 
 
 def test_the_report_is_one_page_of_all(probed, capsys):
