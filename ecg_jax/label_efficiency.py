@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ecg_jax import probe_checks
 from ecg_jax.config_flags import parse_command
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
@@ -65,26 +66,7 @@ def check_config(config) -> None:
     fractions = config.fractions
     if not fractions or not all(isinstance(f, int | float) and 0 < f <= 1 for f in fractions):
         raise UserError(f"--config.fractions={fractions} must be a list of numbers above 0, up to 1.")
-    grid = config.linear.l2_grid
-    if not grid or not all(isinstance(l2, int | float) and 0 < l2 < float("inf") for l2 in grid):
-        raise UserError(f"--config.linear.l2_grid={grid} must be a list of numbers above 0.")
-    if config.linear.solver not in ("auto", "lbfgs", "vmap"):
-        raise UserError(f'--config.linear.solver={config.linear.solver} must be "auto", "lbfgs" or "vmap".')
-    if not 0 < config.linear.tolerance < float("inf"):
-        raise UserError(f"--config.linear.tolerance={config.linear.tolerance} must be above 0.")
-    if not 0 < config.bootstrap.level < 1:
-        raise UserError(f"--config.bootstrap.level={config.bootstrap.level} must lie between 0 and 1.")
-    least = {
-        "seeds": (config.seeds, 1),
-        "batch_size": (config.batch_size, 1),
-        "linear.max_steps": (config.linear.max_steps, 1),
-        "bootstrap.resamples": (config.bootstrap.resamples, 1),
-        "seed": (config.seed, 0),
-        "min_count": (config.min_count, 0),
-    }
-    for name, (value, smallest) in least.items():
-        if value < smallest:
-            raise UserError(f"--config.{name}={value} must be at least {smallest}.")
+    probe_checks.check_config(config)
 
 
 def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict[str, Any]:
@@ -103,6 +85,7 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
         UserError: anything in the config, checkpoints, store or workdir that does not fit.
     """
     check_config(config)
+    probe_checks.check_workdir(Path(workdir))
     workdir, task, store = Path(workdir), tasks.get_task(config.task), Store(store)
     encoders = _open(checkpoints, store)
     identity = plain(

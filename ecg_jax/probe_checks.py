@@ -1,5 +1,6 @@
-"""What `ecg-jax probe` refuses before it does anything."""
+"""What `ecg-jax probe` and `ecg-jax label-efficiency` refuse before they do anything."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ _CHOICES = {
 _AT_LEAST_ONE = (
     "batch_size",
     "baseline_seeds",
+    "seeds",
     "linear.max_steps",
     "frozen.epochs",
     "frozen.batch_size",
@@ -34,6 +36,7 @@ _AT_MOST = {
     "seed": 2**31 - 1,
     "batch_size": 2**16,
     "baseline_seeds": 100,
+    "seeds": 1000,
     "linear.max_steps": 10**6,
     "frozen.epochs": 10**5,
     "frozen.batch_size": 2**16,
@@ -67,44 +70,49 @@ _POSITIVE_LISTS = ("linear.l2_grid", "frozen.learning_rates")
 
 
 def check_config(config) -> None:
-    """Refuses values that no probe can run with.
+    """Refuses values that no probe can run with: of the fields that a config declares, those that are known here.
 
     Raises:
         UserError: names the field.
     """
 
-    def value(name: str) -> Any:
-        node = config
-        for part in name.split("."):
-            node = node[part]
-        return node
+    def declared(names) -> Iterator[tuple[str, Any]]:
+        for name in names:
+            node = config
+            for part in name.split("."):
+                if part not in node:
+                    break
+                node = node[part]
+            else:
+                yield name, node
 
-    def refuse(name: str, must: str) -> None:
-        raise UserError(f"--config.{name}={value(name)} must be {must}.")
+    def refuse(name: str, value: Any, must: str) -> None:
+        raise UserError(f"--config.{name}={value} must be {must}.")
 
-    for name, allowed in _CHOICES.items():
-        if value(name) not in allowed:
-            refuse(name, " or ".join(f'"{word}"' for word in allowed))
-    for name in _AT_LEAST_ONE:
-        if value(name) < 1:
-            refuse(name, "at least 1")
-    for name, most in _AT_MOST.items():
-        if value(name) > most:
-            refuse(name, f"at most {most}")
-    if config.bootstrap.resamples < MIN_RESAMPLES:
-        refuse("bootstrap.resamples", f"at least {MIN_RESAMPLES}")
-    for name in _NOT_NEGATIVE:
-        if not 0 <= value(name) < float("inf"):
-            refuse(name, "at least 0")
-    for name in _POSITIVE:
-        if not 0 < value(name) < float("inf"):
-            refuse(name, "above 0")
-    for name in _POSITIVE_LISTS:
-        numbers = value(name)
-        if not numbers or not all(isinstance(n, int | float) and 0 < n < float("inf") for n in numbers):
-            refuse(name, "a list of numbers above 0")
-    if not 0 < config.bootstrap.level < 1:
-        refuse("bootstrap.level", "between 0 and 1")
+    for name, value in declared(_CHOICES):
+        if value not in _CHOICES[name]:
+            refuse(name, value, " or ".join(f'"{word}"' for word in _CHOICES[name]))
+    for name, value in declared(_AT_LEAST_ONE):
+        if value < 1:
+            refuse(name, value, "at least 1")
+    for name, value in declared(_AT_MOST):
+        if value > _AT_MOST[name]:
+            refuse(name, value, f"at most {_AT_MOST[name]}")
+    for name, value in declared(["bootstrap.resamples"]):
+        if value < MIN_RESAMPLES:
+            refuse(name, value, f"at least {MIN_RESAMPLES}")
+    for name, value in declared(_NOT_NEGATIVE):
+        if not 0 <= value < float("inf"):
+            refuse(name, value, "at least 0")
+    for name, value in declared(_POSITIVE):
+        if not 0 < value < float("inf"):
+            refuse(name, value, "above 0")
+    for name, value in declared(_POSITIVE_LISTS):
+        if not value or not all(isinstance(n, int | float) and 0 < n < float("inf") for n in value):
+            refuse(name, value, "a list of numbers above 0")
+    for name, value in declared(["bootstrap.level"]):
+        if not 0 < value < 1:
+            refuse(name, value, "between 0 and 1")
 
 
 def check_workdir(workdir: Path) -> None:

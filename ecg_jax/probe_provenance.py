@@ -56,7 +56,7 @@ def finished(path: Path, identity: dict[str, Any], what: str) -> dict[str, Any] 
     """
     try:
         before = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error

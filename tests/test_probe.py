@@ -71,7 +71,12 @@ def run(tmp_path_factory, stores):
 
 def _config(arg="mode=linear,task=ptbxl_super", **changes):
     config = load_config(f"configs/probe.py:{arg}")
-    changes = {"bootstrap__resamples": "60", "linear__l2_grid": "(1.0, 0.01)", "baseline_seeds": "2", **changes}
+    changes = {
+        "bootstrap__resamples": "60",
+        "linear__l2_grid": "(1.0, 0.01)",
+        "baseline_seeds": "2",
+        **changes,
+    }
     for name, value in changes.items():
         override(config, name.replace("__", "."), value)
     return config
