@@ -30,7 +30,7 @@ from ecg_jax.evaluation.targets import known_value_sets
 from ecg_jax.files import write_atomic
 from ecg_jax.probe_checks import check_config, check_workdir
 from ecg_jax.probe_modes import RANDOM_INIT_MODE, fit, random_init, solve
-from ecg_jax.probe_output import is_whole, plain, summary, write_predictions
+from ecg_jax.probe_output import is_whole, plain, summary, write_predictions, write_split
 from ecg_jax.probe_provenance import (
     checkpoint_identity,
     config_identity,
@@ -50,13 +50,14 @@ patient, beside randomly initialised encoders, simple ECG features and the major
   finetune    encoder and head trained together, one learning rate for each part
   supervised  the same from random initialisation: what the labels give without pretraining
 
-Writes results.json, predictions.npz and a picture; for task=all a folder of these for each task that the store can
-serve. Run the same command again after an interruption: finished tasks are kept, fits go on at their last epoch.
+Writes results.json, predictions.npz, split.csv and a picture; for task=all a folder of these for each task that the
+store can serve. Run the same command again after an interruption: finished tasks are kept, fits go on at their last
+epoch.
 """
 
 
 def probe(config, workdir, checkpoint: str, store, test_store=None) -> dict[str, Any]:
-    """Probes one task and writes results.json, predictions.npz and a picture, or finds them done.
+    """Probes one task and writes results.json, predictions.npz, split.csv and a picture, or finds them done.
 
     Args:
         config: from configs/probe.py.
@@ -194,6 +195,7 @@ def _probe_task(
     if isinstance(fitted, FittedLinear):
         fitted.probe.save(workdir / "linear_probe.npz")
     write_predictions(workdir / "predictions.npz", examples, fitted, baselines)
+    write_split(workdir / "split.csv", examples)
     if task.kind != "regression":
         patients = f", {results['n_patients']} patients" if results["n_patients"] else ""
         auroc_forest(

@@ -1,5 +1,6 @@
 """What a probe leaves behind: predictions.npz, JSON without NaN, and a few lines for the console."""
 
+import csv
 import io
 import zipfile
 import zlib
@@ -47,6 +48,15 @@ def write_predictions(path: Path, examples: Examples, fitted: Fitted, baselines:
         val_probabilities=fitted.val,
     )
     write_atomic(path, buffer.getvalue())
+
+
+def write_split(path: Path, examples: Examples) -> None:
+    """Who was trained, validated and tested on: a line `record_id,part` for each, to be published with results."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("record_id", "part"))
+    writer.writerows(examples.split_table())
+    write_atomic(path, text.getvalue().encode())
 
 
 def is_whole(workdir: Path, mode: str) -> bool:

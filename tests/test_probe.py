@@ -124,6 +124,13 @@ def test_split_follows_the_official_folds(results, stores):
     returned, workdir = results
     tested = np.load(workdir / "predictions.npz")["record_id"]
     assert {folds[record] for record in tested} == {"10"}
+    with open(workdir / "split.csv", newline="") as file:
+        parts = {}
+        for row in csv.DictReader(file):
+            parts.setdefault(row["part"], []).append(row["record_id"])
+    assert parts["test"] == tested.tolist()
+    assert {folds[record] for record in parts["validation"]} == {"9"}
+    assert len(parts["train"]) == returned["split"]["n_train"]
     split, excluded = returned["split"], returned["records_excluded"][str(stores["whole"])]
     assert split["n_train"] + split["n_val"] + split["n_test"] + sum(excluded.values()) == len(folds)
     assert returned["leakage"]["patients_train_test"] == 0
