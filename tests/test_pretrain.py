@@ -322,7 +322,7 @@ def test_divergence_after_a_checkpoint_names_it(tmp_path, finished, synthetic_st
         ({"optimiser__warmup_steps": 1000}, "config.optimiser.warmup_steps=1000 exceeds the 24 steps"),
         ({"seed": 10**22}, "must be below 2^63"),
         ({"recipe": "released"}, "the config has no field 'recipe'"),
-        ({"monitor__task": "sex"}, "There is no task 'sex'; choose one of ptbxl_super"),
+        ({"monitor__task": "sex"}, "There is no task 'sex'; known: ningbo, "),
         ({"monitor__task": "ptbxl_super"}, "Task ptbxl_super needs a store of corpus 'ptbxl'"),
         ({"monitor__probe_records": 0}, "config.monitor.probe_records=0 must be positive"),
         ({"monitor__min_rankme": -1}, "config.monitor.min_rankme=-1.0 must not be negative"),

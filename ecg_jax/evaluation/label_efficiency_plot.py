@@ -90,7 +90,8 @@ def error_figure(studies: Sequence[tuple[dict[str, Any], Mapping[str, str]]], lo
     axes.set_yscale("log")
     # Of a few draws Student's t makes bars that would squeeze everything else: the axis is of the means.
     middles = np.concatenate([error(model["mean"]) for _, _, model in drawn])
-    axes.set_ylim(0.6 * middles.min(), 1.6 * middles.max())
+    if np.isfinite(middles).any():
+        axes.set_ylim(0.6 * np.nanmin(middles), 1.6 * np.nanmax(middles))
     sizes = sorted({size for study, _ in studies for size in study["sizes"]})
     axes.set_xticks(sizes, [str(size) for size in sizes], rotation=30 if len(sizes) > 6 else 0)
     axes.xaxis.set_minor_locator(NullLocator())
