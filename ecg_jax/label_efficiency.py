@@ -6,12 +6,9 @@ C N^-a + L0 and the label-saving factors come with intervals over test patients 
 """
 
 import argparse
-import datetime
 import itertools
 import json
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,8 @@ from ecg_jax.probe_provenance import (
     features_folder,
     finished,
     leakage_verdict,
+    made_with,
+    make_folder,
     store_identity,
 )
 from ecg_jax.training.pretrained import RestoredEncoder, restore_encoder
@@ -100,12 +99,7 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
     window = next(iter(encoders.values())).preprocessing.window_samples
     examples = choose_examples(task, store, None, window, config.min_count)
     check_scorable(examples)
-    try:
-        (workdir / "fits").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write into --workdir={workdir}: {error.strerror}; name another folder."
-        ) from error
+    make_folder(workdir / "fits", workdir)
 
     codes, unit = bootstrap.units(examples.test.column("patient_id"), len(examples.test.rows))
     counts = bootstrap.draw(codes, config.bootstrap.resamples, config.seed)
@@ -121,7 +115,6 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
     curves, reports = probe_models(config, workdir, folder, encoders, examples, subsets, counts)
     fits = {name: study.fit_curve(curve, task.metric, config.seed) for name, curve in curves.items()}
 
-    packages = ("ecg-jax", "jax", "numpy", "scipy")
     results = plain(
         {
             "task": task.name,
@@ -160,8 +153,7 @@ def label_efficiency(config, workdir, checkpoints: Sequence[str], store) -> dict
                 "interval": "percentile",
             },
             **identity,
-            "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **made_with(("ecg-jax", "jax", "numpy", "scipy")),
         }
     )
     write_atomic(workdir / "label_efficiency.csv", table(results).encode())

@@ -7,10 +7,7 @@ stand beside every probe, and what leaked from training or pretraining into the 
 """
 
 import argparse
-import datetime
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,8 @@ from ecg_jax.probe_provenance import (
     features_folder,
     finished,
     leakage_verdict,
+    made_with,
+    make_folder,
     store_identity,
 )
 from ecg_jax.training.pretrained import RestoredEncoder, restore_encoder
@@ -144,13 +143,7 @@ def _probe_task(
         task, store, test_store, encoder.preprocessing.window_samples, config.min_count
     )
     check_scorable(examples)
-    # Before the long part, so that a folder that cannot be written to costs nothing.
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write into --workdir={workdir}: {error.strerror}; name another folder."
-        ) from error
+    make_folder(workdir, workdir)
     folder = features_folder(config)
     pretrained = None if config.mode == "supervised" else encoder
     verdict = leakage_verdict(pretrained, examples, config.near_duplicates, folder)
@@ -165,7 +158,6 @@ def _probe_task(
     )
     settings = Settings(**config.bootstrap.to_dict(), seed=config.seed)
     scores = Scores(examples, fitted, config.mode, baselines, settings)
-    packages = ("ecg-jax", "jax", "flax", "numpy", "scipy")
     results = plain(
         {
             "task": task.name,
@@ -188,8 +180,7 @@ def _probe_task(
             "pretraining_config": None if config.mode == "supervised" else encoder.config,
             **identity,
             "seed": config.seed,
-            "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **made_with(("ecg-jax", "jax", "flax", "numpy", "scipy")),
         }
     )
     if isinstance(fitted, FittedLinear):

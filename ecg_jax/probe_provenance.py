@@ -1,6 +1,10 @@
 """What results say of where they come from, whether they are there already, and what leaked into them."""
 
+import datetime
 import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,28 @@ def store_identity(store: Store) -> dict[str, str]:
 def checkpoint_identity(encoder: RestoredEncoder) -> dict[str, Any]:
     """Which checkpoint."""
     return {"run": str(encoder.run.resolve()), "step": encoder.step}
+
+
+def made_with(packages: Sequence[str]) -> dict[str, Any]:
+    """Versions of these packages and of Python, and the time."""
+    return {
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def make_folder(folder: Path, workdir: Path) -> None:
+    """Makes a folder in (or that is) the workdir before the long part, so that one not writable costs nothing.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write into --workdir={workdir}: {error.strerror}; name another folder."
+        ) from error
 
 
 def finished(path: Path, identity: dict[str, Any], what: str) -> dict[str, Any] | None:

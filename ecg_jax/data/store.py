@@ -111,6 +111,7 @@ class Store:
         self.fingerprint: str = attributes["fingerprint"]
         self.attributes: dict = attributes
         self._records = None
+        self._table_digest: str | None = None
         self._offsets = self.column("offset")
         self._lengths = self.column("length")
         if len(self) != attributes["n_records"]:
@@ -163,8 +164,10 @@ class Store:
         """SHA-256 of `records.parquet`: unlike the fingerprint, which is of signals, it tells other labels, folds,
         patients and values from those.
         """
-        with open(self.path / "records.parquet", "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        if self._table_digest is None:
+            with open(self.path / "records.parquet", "rb") as file:
+                self._table_digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._table_digest
 
     def value_matrix(self, name: str) -> np.ndarray:
         """The numbers of one value set.
