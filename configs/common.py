@@ -8,9 +8,10 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from ecg_jax.config_flags import parse_arg
+from ecg_jax.data import ladder
 
-#: The pretraining ladder: name -> largest number of recordings a run of that size uses.
-DATA_SIZES = {"18k": 18_000, "45k": 45_000, "106k": 106_000, "753k": 753_000, "11m": 11_000_000}
+#: The pretraining ladder: name -> about how many recordings a run of that size uses.
+DATA_SIZES = ladder.SIZES
 
 BACKBONES = ("s4", "transformer", "net1d")
 
@@ -31,7 +32,12 @@ def get_config(backbone: str, *, bidirectional: bool) -> ConfigDict:
     config = ConfigDict()
     config.model = model(backbone, bidirectional)
     config.seed = 0
-    config.store = placeholder(str)  # folder written by `ecg-jax prepare`
+    config.store = placeholder(str)  # folder written by `ecg-jax prepare`, or several, separated by commas
+    config.init = ConfigDict()  # what a new run begins with
+    config.init.checkpoint = (
+        ""  # RUN or RUN/STEP: its parameters (domain pretraining); "": drawn from the seed
+    )
+    config.init.part = "all"  # or "encoder": the objective's heads, teacher and codebooks begin anew
 
     config.batch_size = 64  # crops a step, over all devices
     config.accumulate = 1  # parts of a batch that pass through the model one after the other, to save memory
@@ -42,7 +48,13 @@ def get_config(backbone: str, *, bidirectional: bool) -> ConfigDict:
     )
 
     config.data = ConfigDict()
-    config.data.max_records = DATA_SIZES["18k"]  # recordings; a larger store is cut down patient by patient
+    config.data.ladder = "nested"  # random nested sets of patients; or "paper": the paper's sites and years
+    config.data.rung = "18k"  # size of a nested set, or whose partitions; 11m takes everything
+    config.data.max_records = 0  # recordings, cut down patient by patient; 0: as many as the rung has
+    config.data.selection = (
+        ""  # selection.json of another run, whose recordings to use; "": those of the rung
+    )
+    config.data.weights = ""  # "1,3": share of each store; "": in proportion to its recordings
     config.data.rate_hz = 240.0  # samples per second; must be the store's
     config.data.window_s = 2.5  # seconds in a crop
     config.data.normalisation = (
@@ -86,6 +98,9 @@ def get_config(backbone: str, *, bidirectional: bool) -> ConfigDict:
     config.monitor.probe_records = 512  # recordings, half to fit and half to score; each costs a forward pass
     config.monitor.task = "auto"  # one of `ecg-jax probe`; auto: the first that fits the store; "": none
     config.stop_on_collapse = False  # True: a warning ends the run, with exit code 2
+    config.stall_timeout_s = (
+        1800.0  # without a finished step; then stacks are printed and the run ends; 0: never
+    )
     return config.lock()  # a misspelt field is an error, in a config file too
 
 
@@ -119,9 +134,10 @@ def model(backbone: str, bidirectional: bool) -> ConfigDict:
     return config
 
 
-def set_size(config: ConfigDict, size: str) -> None:
-    """Sets the rung of the pretraining ladder."""
-    config.data.max_records = DATA_SIZES[size]
+def set_rung(config: ConfigDict, rung: str, which: str) -> None:
+    """Sets the rung of the pretraining ladder, and which of the two ladders."""
+    config.data.rung = rung
+    config.data.ladder = which
 
 
 def set_recipe(config: ConfigDict, recipe: str) -> None:
@@ -180,7 +196,13 @@ def parse_masked(arg: str, mask: str, **choices: tuple[str, ...]) -> SimpleNames
     """The argument of a masked objective's config; `mask` is its default strategy, `choices` its own keys."""
     strategies = (mask, *(name for name in STRATEGIES if name != mask))
     return parse_arg(
-        arg, **choices, backbone=BACKBONES, data=tuple(DATA_SIZES), recipe=RECIPES, mask=strategies
+        arg,
+        **choices,
+        backbone=BACKBONES,
+        data=tuple(DATA_SIZES),
+        ladder=ladder.LADDERS,
+        recipe=RECIPES,
+        mask=strategies,
     )
 
 
@@ -188,7 +210,7 @@ def masked_objective(arg: SimpleNamespace, objective: dict, with_teacher: bool =
     """The config of a masked objective.
 
     Args:
-        arg: `backbone`, `data`, `recipe` and `mask` of the config's argument.
+        arg: `backbone`, `data`, `ladder`, `recipe` and `mask` of the config's argument.
         objective: its name and its own fields.
         with_teacher: whether it has the fields of a teacher.
     """
@@ -198,6 +220,6 @@ def masked_objective(arg: SimpleNamespace, objective: dict, with_teacher: bool =
         if with_teacher:
             config.objective.teacher = teacher()
     config.lock()
-    set_size(config, arg.data)
+    set_rung(config, arg.data, arg.ladder)
     set_recipe(config, arg.recipe)
     return config

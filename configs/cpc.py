@@ -3,7 +3,8 @@
 
     ecg-jax pretrain --config=configs/cpc.py:data=18k --workdir=runs/cpc --config.store=stores/ptbxl
 
-Arguments: backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m, recipe=described|released.
+Arguments: backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m, ladder=nested|paper,
+recipe=described|released.
 At the defaults 3 194 880 trainable parameters; 10 epochs of 18k recordings are 2 800 steps.
 """
 
@@ -11,10 +12,17 @@ from ml_collections import ConfigDict
 
 from configs import common
 from ecg_jax.config_flags import parse_arg
+from ecg_jax.data import ladder
 
 
 def get_config(arg=""):
-    arg = parse_arg(arg, backbone=common.BACKBONES, data=tuple(common.DATA_SIZES), recipe=common.RECIPES)
+    arg = parse_arg(
+        arg,
+        backbone=common.BACKBONES,
+        data=tuple(common.DATA_SIZES),
+        ladder=ladder.LADDERS,
+        recipe=common.RECIPES,
+    )
     # CPC must not see what it predicts. Released Net1D has one form only, and that one does.
     released_net1d = arg.backbone == "net1d" and arg.recipe == "released"
     config = common.get_config(arg.backbone, bidirectional=released_net1d)
@@ -30,6 +38,6 @@ def get_config(arg=""):
             }
         )
     config.lock()
-    common.set_size(config, arg.data)
+    common.set_rung(config, arg.data, arg.ladder)
     common.set_recipe(config, arg.recipe)
     return config

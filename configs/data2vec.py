@@ -2,8 +2,8 @@
 
     ecg-jax pretrain --config=configs/data2vec.py:data=18k --workdir=runs/data2vec --config.store=stores/ptbxl
 
-Arguments: backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m, recipe=described|released,
-mask=span|block|ratio|time|independent|lead.
+Arguments: backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m, ladder=nested|paper,
+recipe=described|released, mask=span|block|ratio|time|independent|lead.
 """
 
 from configs import common

@@ -3,8 +3,8 @@
 
     ecg-jax pretrain --config=configs/dinosr.py:data=18k --workdir=runs/dinosr --config.store=stores/ptbxl
 
-Arguments: backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m, recipe=described|released,
-mask=span|block|ratio|time|independent|lead.
+Arguments: backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m, ladder=nested|paper,
+recipe=described|released, mask=span|block|ratio|time|independent|lead.
 """
 
 from configs import common

@@ -8,8 +8,8 @@ beforehand.
     ecg-jax pretrain --config=configs/hubert.py:variant=offline --workdir=runs/hubert_offline \
         --config.store=stores/ptbxl --config.data.targets=spectrum500
 
-Arguments: variant=online|offline, backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m, recipe=described|released,
-mask=span|block|ratio|time|independent|lead.
+Arguments: variant=online|offline, backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m,
+ladder=nested|paper, recipe=described|released, mask=span|block|ratio|time|independent|lead.
 """
 
 from configs import common

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ecg_jax.config_flags import load_config, with_argument
+from ecg_jax.data import ladder
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.errors import UserError, closest
 from ecg_jax.models import convolution
@@ -17,6 +18,7 @@ from ecg_jax.models.layers import REMAT
 from ecg_jax.objectives.masking import Masking
 from ecg_jax.run_setup import CONFIGS, DTYPES, OBJECTIVES, build_objective, build_teacher, flatten
 
+INIT_PARTS = ("all", "encoder")
 MOST_SAMPLES = 10**6  # in a window: more than an hour
 MOST_LAYERS = 10**4  # and blocks and channels of a stage
 _MOST = {"width": 10**5, "ff_width": 10**5, "state": 10**4, "layers": MOST_LAYERS, "kernel": 10**4}
@@ -24,12 +26,13 @@ _MOST = {"width": 10**5, "ff_width": 10**5, "state": 10**4, "layers": MOST_LAYER
 _POSITIVE = (
     "batch_size", "accumulate", "epochs", "log_every", "checkpoint_every", "keep_latest", "optimiser.learning_rate",
     "optimiser.eps",
-    "data.window_s", "data.rate_hz", "data.max_records", "data.max_val_crops", "data.prefetch",
+    "data.window_s", "data.rate_hz", "data.max_val_crops", "data.prefetch",
     "model.width", "model.layers", "model.l_max", "model.heads", "model.ff_width", "model.kernel", "model.group_width",
     "monitor.probe_records",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "steps", "keep_best", "seed", "data.val_folds", "data.read_threads", "optimiser.warmup_steps",
+    "steps", "keep_best", "seed", "stall_timeout_s", "data.max_records", "data.val_folds", "data.read_threads",
+    "optimiser.warmup_steps",
     "optimiser.clip_norm", "optimiser.weight_decay", "optimiser.factors.head", "optimiser.factors.backbone",
     "optimiser.factors.stem", "optimiser.factors.ssm", "monitor.min_rankme", "monitor.min_feature_std",
     "monitor.min_perplexity", "monitor.max_dead_share", "monitor.probe_every",
@@ -48,6 +51,9 @@ def check_config(config: ConfigDict) -> None:
         "precision": DTYPES,
         "data.normalisation": NORMALISATIONS,
         "optimiser.schedule": ("constant", "cosine"),
+        "data.ladder": ladder.LADDERS,
+        "data.rung": ladder.SIZES,
+        "init.part": INIT_PARTS,
     }
     fields = flatten(config.to_dict())
     for name, value in fields.items():
@@ -82,8 +88,34 @@ def check_config(config: ConfigDict) -> None:
             f"config.batch_size={config.batch_size} does not divide over {devices} devices{cut}; "
             f"use a multiple of {parts}"
         )
+    _check_sources(config)
     depth = _check_model(config)
     _check_objective(config, depth)
+
+
+def _check_sources(config: ConfigDict) -> None:
+    """Refuses stores and weights that do not fit each other."""
+    stores = () if config.store is None else config.store.split(",")
+    if not all(stores) or len(set(stores)) < len(stores):
+        raise UserError(
+            f"config.store={config.store!r} must name one store, or several different ones separated by commas"
+        )
+    if not config.data.weights:
+        return
+    try:
+        weights = [float(weight) for weight in config.data.weights.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(0 < weight < math.inf for weight in weights):
+        raise UserError(
+            f"config.data.weights={config.data.weights!r} must be positive numbers separated by commas, one for each "
+            "store"
+        )
+    if stores and len(weights) != len(stores):
+        raise UserError(
+            f"config.data.weights={config.data.weights!r} has {len(weights)} numbers, but config.store names "
+            f"{len(stores)} stores; give one for each"
+        )
 
 
 def _check_model(config: ConfigDict) -> int:

@@ -58,6 +58,7 @@ _FREE_FIELDS = {
     "keep_latest",
     "keep_best",
     "tensorboard",
+    "stall_timeout_s",
     "data.read_threads",
     "data.prefetch",
     # How a step is computed, not what.

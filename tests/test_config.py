@@ -53,7 +53,7 @@ def test_recipes_differ_in_the_learning_rate_groups():
     check_config(described)
     assert described.optimiser.factors.to_dict() == {"head": 1.0, "backbone": 1.0, "stem": 1.0, "ssm": 0.1}
     assert released.optimiser.factors.to_dict() == {"head": 1.0, "backbone": 0.1, "stem": 0.01, "ssm": 0.01}
-    assert load_config("configs/cpc.py:data=753k").data.max_records == 753_000
+    assert load_config("configs/cpc.py:data=753k").data.rung == "753k"
 
 
 def test_released_recipe_sets_every_switch_of_the_published_code():
@@ -174,7 +174,7 @@ def test_own_config_file_may_build_on_a_shipped_one(tmp_path):
         "from configs import cpc\n\ndef get_config(arg=''):\n    config = cpc.get_config(arg)\n"
         "    config.batch_size = 8\n    return config\n"
     )
-    assert load_config(f"{path}:data=45k").data.max_records == 45_000
+    assert load_config(f"{path}:data=45k").data.rung == "45k"
 
 
 def test_config_file_may_import_its_neighbour(tmp_path):

@@ -80,7 +80,7 @@ def select_records(store: Store, *, window_samples: int, val_folds: int, max_rec
             "outside the held-out folds and no duplicate."
         )
     available = len(train)
-    if available > max_records:
+    if max_records and available > max_records:
         patients, records = store.column("patient_id"), store.column("record_id")
         owner = [patients[row] if patients[row] is not None else records[row] for row in train]
         order = sorted(
