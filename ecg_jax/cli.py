@@ -24,6 +24,7 @@ COMMANDS = {
     "sweep": "many runs, each pretrained and probed -> one table with intervals",
     "embed": "checkpoint + recordings -> one embedding for each",
     "efficiency": "what backbones and objectives cost on this device, beside its roofline",
+    "capacity": "windows per second -> what disks and network must deliver, and hours of each rung",
     "import-checkpoint": "checkpoint of the reference implementation -> run, to be probed and embedded with",
 }
 
