@@ -8,7 +8,7 @@ from ecg_jax import cli
 from ecg_jax.capacity import Source, read_sources, work_out
 from ecg_jax.data.ladder import SIZES
 from ecg_jax.errors import UserError
-from ecg_jax.studies.capacity import Cluster, load, rungs
+from ecg_jax.studies.capacity import Cluster, _duration, load, rungs
 
 GIVEN = ["--windows-per-s=1000", "--parameters=1000000", "--batch=50"]
 
@@ -45,11 +45,26 @@ def test_nothing_may_be_zero(name):
         load(cluster=Cluster(1, 1), **fields)
 
 
-def test_hours_of_a_rung():
+def test_time_of_a_rung():
     (rung,) = rungs({"x": 7200}, epochs=10.0, rate=1000.0, cluster=Cluster(2, 1), batch=50, rate_hz=240.0)
     assert rung.steps == 720, "72 000 windows, 100 a step"
-    assert rung.hours == pytest.approx(36 / 3600)
+    assert rung.seconds == pytest.approx(36)
     assert rung.store_bytes == 7200 * 10 * 240 * 24
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.123, "0.12 s"),
+        (42.4, "42 s"),
+        (59.99, "60 s"),
+        (90, "2 min"),
+        (3599, "1 h 0 min"),
+        (200_000, "2 d 8 h"),
+    ],
+)
+def test_durations_are_readable(seconds, text):
+    assert _duration(seconds) == text
 
 
 def test_every_rung_on_every_cluster():
@@ -58,9 +73,9 @@ def test_every_rung_on_every_cluster():
     assert len(result["loads"]) == 2
     assert [row["name"] for row in result["rungs"]] == 2 * list(SIZES)
     alone, eight = (
-        {row["name"]: row["hours"] for row in result["rungs"] if row["devices"] == n} for n in (1, 8)
+        {row["name"]: row["seconds"] for row in result["rungs"] if row["devices"] == n} for n in (1, 8)
     )
-    assert alone["11m"] == pytest.approx(11_000_000 * 10 / 1000 / 3600, rel=1e-5)
+    assert alone["11m"] == pytest.approx(11_000_000 * 10 / 1000, rel=1e-5)
     assert eight["11m"] == pytest.approx(alone["11m"] / 8, rel=1e-4)
 
 
@@ -70,7 +85,7 @@ def test_command_prints_and_writes(tmp_path, capsys):
     assert "11m" in out
     result = json.loads((tmp_path / "out" / "capacity.json").read_text())
     assert result["loads"][0]["gradient_bytes"] == pytest.approx(7e6)
-    assert "| as given | 1000 | 8 | 2 | 8000 |" in (tmp_path / "out" / "capacity.md").read_text()
+    assert "| as given | 1 000 | 8 | 2 | 8 000 |" in (tmp_path / "out" / "capacity.md").read_text()
 
 
 def efficiency_json(path, **changes):

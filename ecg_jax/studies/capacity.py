@@ -86,7 +86,7 @@ class Rung(NamedTuple):
     name: str
     records: int
     steps: int
-    hours: float
+    seconds: float
     store_bytes: float
 
 
@@ -111,7 +111,7 @@ def rungs(
                 name=name,
                 records=records,
                 steps=steps,
-                hours=steps * batch / rate / 3600,
+                seconds=steps * batch / rate,
                 store_bytes=records * RECORD_S * rate_hz * BYTES_PER_SAMPLE,
             )
         )
@@ -119,16 +119,34 @@ def rungs(
 
 
 LOAD_HEAD = (
-    "model", "windows/s of a device", "devices", "hosts", "windows/s", "read MB/s of a host", "from cold disks MB/s",
-    "reads/s of a host", "step ms", "gradients MB a step", "network GB/s for 10 %",
+    "model", "windows/s each", "devices", "hosts", "windows/s", "read MB/s", "cold MB/s", "reads/s", "step ms",
+    "gradients MB", "network GB/s",
 )  # fmt: skip
-RUNG_HEAD = ("model", "windows/s of a device", "devices", "rung", "records", "store GB", "steps", "hours")
+RUNG_HEAD = ("model", "windows/s each", "devices", "rung", "records", "store GB", "steps", "time")
 NOTES = """\
-Load: "read" is what a host reads from its page cache, "from cold disks" what its disks or its share of a network file
-system deliver when nothing is cached: the pages that hold the crops. "gradients" are sent and received by each device
-in a step; "network" is the rate between devices, in each direction, at which that takes a tenth of the step. One device
-sums nothing. Hours are of training steps alone: no compilation, no validation, no checkpoints. All of it assumes that
+Load: "read" is what a host reads from its page cache, "cold" what its disks or its share of a network file system
+deliver when nothing is cached: the pages that hold the crops. "gradients" are sent and received by each device in a
+step; "network" is the rate between devices, in each direction, at which that takes a tenth of the step. One device
+sums nothing. Times are of training steps alone: no compilation, no validation, no checkpoints. All of it assumes that
 n devices make n times the windows of one."""
+
+
+def _whole(value: float) -> str:
+    """A number in three digits at least, thousands apart."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}".replace(",", " ")
+
+
+def _duration(seconds: float) -> str:
+    """Two units of time at most."""
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def load_cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -136,15 +154,15 @@ def load_cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
             row["model"],
-            f"{row['rate']:.4g}",
+            _whole(row["rate"]),
             str(row["devices"]),
             str(row["hosts"]),
-            f"{row['windows']:.4g}",
-            f"{row['read_bytes'] / row['hosts'] / 1e6:.4g}",
-            f"{row['cold_bytes'] / row['hosts'] / 1e6:.4g}",
-            f"{row['reads']:.4g}",
-            f"{1e3 * row['step_s']:.3g}",
-            f"{row['gradient_bytes'] / 1e6:.3g}",
+            _whole(row["windows"]),
+            _whole(row["read_bytes"] / row["hosts"] / 1e6),
+            _whole(row["cold_bytes"] / row["hosts"] / 1e6),
+            _whole(row["reads"]),
+            _whole(1e3 * row["step_s"]),
+            _whole(row["gradient_bytes"] / 1e6),
             f"{row['network_bytes_for_a_tenth'] / 1e9:.3g}" if row["devices"] > 1 else "-",
         )
         for row in rows
@@ -156,13 +174,13 @@ def rung_cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
             row["model"],
-            f"{row['rate']:.4g}",
+            _whole(row["rate"]),
             str(row["devices"]),
             row["name"],
-            f"{row['records']:,}".replace(",", " "),
-            f"{row['store_bytes'] / 1e9:.3g}",
-            str(row["steps"]),
-            f"{row['hours']:.3g}",
+            _whole(row["records"]),
+            _whole(row["store_bytes"] / 1e9),
+            _whole(row["steps"]),
+            _duration(row["seconds"]),
         )
         for row in rows
     ]
