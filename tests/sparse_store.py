@@ -1,8 +1,8 @@
 """A store of the size of HEEDB that takes no disk: a full table of records over chunk files that are holes.
 
-11 million records of 10 s are 634 GB to whoever lists the folder and a table of some hundred megabytes to the disk. Every
-signal reads as zeros and every checksum is that of zeros. What it proves is what depends on the number of records:
-opening, selecting, shuffling, memory. What it cannot prove is the speed of a disk.
+11 million records of 10 s are 634 GB to whoever lists the folder and a table of some hundred megabytes to the disk.
+Every signal reads as zeros and every checksum is that of zeros. What it proves is what depends on the number of
+records: opening, selecting, shuffling, memory. What it cannot prove is the speed of a disk.
 """
 
 from __future__ import annotations

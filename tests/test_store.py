@@ -1,12 +1,16 @@
 """The store: layout, reading, damage."""
 
 import concurrent.futures
+import itertools
 import json
 import math
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
+import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,13 +19,14 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import ecg_jax.data.store as store_module
+from ecg_jax.data import chunk_files
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import PARTIAL, Store
 from ecg_jax.data.synthetic import synthetic_recording
 from ecg_jax.data.writer import UnitWriter, finalise, read_sidecar, sidecar_path, unit_size
 from ecg_jax.errors import UserError
+from sparse_store import write_sparse_store
 
 
 def build(path, lengths_s=(3.0, 5.0, 2.0, 4.0, 6.0, 3.5), per_unit=2, skip_units=()):
@@ -172,26 +177,62 @@ def test_chunks_without_records_have_no_file_and_read_as_zeros(tmp_path):
 
 
 def test_few_descriptors_are_enough(made, monkeypatch):
-    monkeypatch.setattr(store_module, "MAX_OPEN_CHUNKS", 1)
+    monkeypatch.setattr(chunk_files, "MAX_OPEN_CHUNKS", 1)
     store = Store(made[0])
     for _ in range(3):
         for i, signal in enumerate(made[1]):
             np.testing.assert_array_equal(store.read(i), signal)
-    assert len(store._fds) == 1
+    assert len(store.chunk_files._fds) == 1
 
 
 def test_pickle_carries_neither_descriptors_nor_table(made):
     store = Store(made[0])
     store.read(0)
-    assert store._fds
+    assert store.chunk_files._fds
     assert store.records.num_rows == 6
     again = pickle.loads(pickle.dumps(store))
-    assert again._fds == {}
+    assert again.chunk_files._fds == {}
     assert again._records is None
     assert again.column("record_id").tolist() == store.column("record_id").tolist()
     assert again._records is None
     np.testing.assert_array_equal(again.read(5), made[1][5])
     assert again.records.equals(store.records)
+    assert again.read(3, verify=True).shape == made[1][3].shape
+
+
+def test_few_descriptors_of_the_process_are_enough(made):
+    """With a hard limit below what the chunks need, reading goes on, and other files can still be opened."""
+    code = f"""
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (270, 270))
+others = [os.open("/dev/null", os.O_RDONLY) for _ in range(12)]
+from ecg_jax.data.store import Store
+store = Store({str(made[0])!r})
+for row in range(6):
+    store.read(row, verify=True)
+assert len(store.chunk_files._fds) < 3, store.chunk_files._fds
+open({str(made[0] / "zarr.json")!r}).close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_many_chunks_raise_the_soft_limit_of_descriptors():
+    code = """
+import resource
+from pathlib import Path
+from ecg_jax.data.chunk_files import ChunkFiles
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+ChunkFiles(Path("store"), 24, frozenset(range(100)))
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1024, hard)
+ChunkFiles(Path("store"), 24, frozenset(range(2686)))
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 65536), hard)
+"""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 4096:
+        pytest.skip("the hard limit of this machine is too low")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_threads_and_processes_share_a_store(made):
@@ -236,9 +277,9 @@ def test_missing_chunk_is_found_on_opening(copy):
         Store(copy)
 
 
-@pytest.mark.parametrize("limit", [store_module.MAX_OPEN_CHUNKS, 0])
+@pytest.mark.parametrize("limit", [chunk_files.MAX_OPEN_CHUNKS, 0])
 def test_chunk_truncated_while_open_is_found_on_reading(copy, limit, monkeypatch):
-    monkeypatch.setattr(store_module, "MAX_OPEN_CHUNKS", limit)
+    monkeypatch.setattr(chunk_files, "MAX_OPEN_CHUNKS", limit)
     store = Store(copy)
     with open(copy / "signal/c/0/0", "r+b") as file:
         file.truncate(1000)
@@ -246,9 +287,9 @@ def test_chunk_truncated_while_open_is_found_on_reading(copy, limit, monkeypatch
         store.read(1)
 
 
-@pytest.mark.parametrize("limit", [store_module.MAX_OPEN_CHUNKS, 0])
+@pytest.mark.parametrize("limit", [chunk_files.MAX_OPEN_CHUNKS, 0])
 def test_chunk_removed_while_open_is_found_on_reading(copy, limit, monkeypatch):
-    monkeypatch.setattr(store_module, "MAX_OPEN_CHUNKS", limit)
+    monkeypatch.setattr(chunk_files, "MAX_OPEN_CHUNKS", limit)
     store = Store(copy)
     (copy / "signal/c/0/0").unlink()
     with pytest.raises(UserError, match="Cannot open"):
@@ -265,6 +306,42 @@ def test_flipped_bit_is_found_by_verifying(copy):
     with pytest.raises(UserError, match=r"synthetic0000000 .* checksum"):
         store.read(0, verify=True)
     store.read(1, verify=True)
+
+
+def test_verifying_reads_ids_and_checksums_by_row_group(copy):
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(copy / "records.parquet")
+    pyarrow.parquet.write_table(table, copy / "records.parquet", row_group_size=4)
+    store = Store(copy)
+    assert [(first, len(part)) for first, part in store.row_groups("offset")] == [(0, 4), (4, 2)]
+    for row in (5, 0, 4, 3):
+        assert store.read(row, verify=True).shape == (store.column("length")[row], 12)
+        assert len(store._identities[1]) == (4 if row < 4 else 2)
+    assert store._records is None
+    data = bytearray((copy / "signal/c/2/0").read_bytes())
+    data[0] ^= 1
+    (copy / "signal/c/2/0").write_bytes(data)
+    with pytest.raises(UserError, match=r"synthetic0000004 .* checksum"):
+        store.read(4, verify=True)
+    with pytest.raises(UserError, match="not all of the columns offset, colour"):
+        next(store.row_groups("offset", "colour"))
+
+
+def test_a_record_outside_the_array_is_found_on_opening(copy):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(copy / "records.parquet")
+    for wrong in (-5000, 10**12):
+        offsets = table["offset"].to_pylist()
+        offsets[3] = wrong
+        changed = table.set_column(
+            table.schema.get_field_index("offset"), "offset", pa.array(offsets, pa.int64())
+        )
+        pyarrow.parquet.write_table(changed, copy / "records.parquet")
+        with pytest.raises(UserError, match="a record outside the signal array"):
+            Store(copy)
 
 
 @pytest.mark.parametrize("file", ["records.parquet", "signal/zarr.json"])
@@ -386,3 +463,48 @@ def test_other_labels_have_another_digest_and_the_same_fingerprint(tmp_path):
         stores.append(Store(path))
     assert stores[0].fingerprint == stores[1].fingerprint
     assert stores[0].table_digest() != stores[1].table_digest()
+
+
+# ---------------------------------------------------------------- many records
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    return Store(write_sparse_store(tmp_path_factory.mktemp("sparse") / "s", 200_000))
+
+
+def test_sparse_store_is_one_that_prepare_could_have_written(sparse):
+    assert len(sparse) == sparse.records.num_rows == 200_000
+    assert sparse.corpus == "heedb"
+    assert not sparse.read(123_456, verify=True).any()
+    folds = dict(zip(sparse.column("patient_id"), sparse.column("fold"), strict=True))
+    assert [folds[p] for p in sparse.column("patient_id")] == sparse.column("fold").tolist()
+    assert sorted(set(folds.values())) == list(range(1, 21))
+    files = sparse.column("source_file")
+    assert len({file.rsplit("/", 1)[0] for file in files}) == 34
+    assert len(set(files)) == len(set(sparse.column("record_id"))) == 200_000
+    duplicates = [original for original in sparse.column("duplicate_of") if original is not None]
+    assert 500 < len(duplicates) < 2000
+    assert set(duplicates) < set(sparse.column("record_id"))
+    counts = Counter(itertools.chain.from_iterable(sparse.column("labels_dx")))
+    assert counts == {code: info["count"] for code, info in sparse.class_info["dx"].items()}
+    assert (sparse.path / "signal/c/0/0").stat().st_blocks < 64
+
+
+def test_opening_and_pickling_do_not_grow_with_the_records(sparse):
+    """NumPy and Python memory held by an open store: none of its columns, which would be 1.6 MB each here."""
+    Store(sparse.path)
+    tracemalloc.start()
+    store = Store(sparse.path)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 200_000
+    assert peak < 4_000_000
+    assert len(pickle.dumps(store)) < 50_000
+
+
+def test_texts_of_a_column_are_shared(sparse):
+    for name, different in (("corpus", 1), ("sex", 3), ("patient_id", 33_000)):
+        assert len({id(text) for text in sparse.column(name)}) <= different
+    assert set(sparse.column("sex")) == {"F", "M", None}
+    assert sparse.column("record_id").tolist() == sparse.arrow_column("record_id").to_pylist()

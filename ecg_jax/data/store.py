@@ -12,26 +12,23 @@ file. Any Zarr v3 reader opens the array.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
-import sys
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from ecg_jax.data.chunk_files import ChunkFiles
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.errors import UserError
 
 FORMAT_VERSION = 1
 PARTIAL = ".partial"
 BYTES_PER_SAMPLE = 24  # 12 leads of int16
-
-# Descriptors kept open per process; chunks beyond that are opened for each read. Well under the usual limit
-# of 1024.
-MAX_OPEN_CHUNKS = 512
 
 
 def checksum(signal: np.ndarray) -> str:
@@ -89,6 +86,7 @@ class Store:
       values: value set -> name -> description with its unit, of the numbers a record may have; see `value_matrix`.
       fold_source: where the folds come from.
       fingerprint: SHA-256 over record ids, checksums and preprocessing.
+      chunk_files: the files of its signals.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -111,22 +109,22 @@ class Store:
         self.fingerprint: str = attributes["fingerprint"]
         self.attributes: dict = attributes
         self._records = None
+        self._identities = 0, ()
         self._table_digest: str | None = None
-        self._offsets = self.column("offset")
-        self._lengths = self.column("length")
-        if len(self) != attributes["n_records"]:
-            raise UserError(
-                f"The store {self.path} is damaged: records.parquet has {len(self)} rows instead "
-                f"of {attributes['n_records']}; prepare it anew."
-            )
         self._chunk_samples, self._n_chunks = _read_array_metadata(self.path / "signal" / "zarr.json")
-        self._occupied = frozenset(np.unique(self._offsets // max(self._chunk_samples, 1)).tolist())
-        self._fds: dict[int, int] = {}
-        self._lock = threading.Lock()
-        self._check_chunk_files()
+        self.chunk_files = ChunkFiles(
+            self.path, self._chunk_samples * BYTES_PER_SAMPLE, self._occupied_chunks()
+        )
+        self.chunk_files.check()
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return self.attributes["n_records"]
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether its signals were made up by `ecg-jax synthesize`; every result from it has to say so."""
+        # Stores of recordings have no such attribute.
+        return bool(self.attributes.get("synthetic", False))
 
     @property
     def records(self):
@@ -152,7 +150,15 @@ class Store:
         if types.is_floating(column.type):
             return column.to_numpy()
         out = np.empty(len(column), object)
-        out[:] = column.to_pylist()
+        if types.is_string(column.type):
+            # One object for each different text: millions of records share patients, corpora and checksums.
+            chunks, end = column.dictionary_encode().unify_dictionaries().chunks, 0
+            texts = np.array([*(chunks[0].dictionary.to_pylist() if chunks else ()), None], object)
+            for chunk in chunks:
+                begin, end = end, end + len(chunk)
+                out[begin:end] = texts[chunk.indices.fill_null(len(texts) - 1).to_numpy()]
+        else:
+            out[:] = column.to_pylist()
         return out
 
     def arrow_column(self, name: str):
@@ -231,15 +237,7 @@ class Store:
             raise ValueError("a crop lies outside the store or straddles two chunks")
         size = n_samples * BYTES_PER_SAMPLE
         buffer = memoryview(out.reshape(-1).view(np.uint8))
-        fds, preadv = self._fds, os.preadv
-        end = 0
-        for chunk, position in zip(chunks.tolist(), (within * BYTES_PER_SAMPLE).tolist(), strict=True):
-            begin, end = end, end + size
-            fd = fds[chunk] if chunk in fds else self._open(chunk)
-            if fd is None:
-                self._read_uncached(chunk, position, buffer[begin:end])
-            elif preadv(fd, (buffer[begin:end],), position) != size:
-                self._read_rest(fd, chunk, position, buffer[begin:end])
+        self.chunk_files.read(chunks, within * BYTES_PER_SAMPLE, size, buffer)
         return out
 
     def read(self, index: int, verify: bool = False) -> np.ndarray:
@@ -257,111 +255,116 @@ class Store:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of a store of {len(self)}; rows are 0 to {len(self) - 1}")
-        signal = self.read_crops(self._offsets[index : index + 1], int(self._lengths[index]))[0]
+        offsets, lengths = self._places
+        signal = self.read_crops(offsets[index : index + 1], int(lengths[index]))[0]
         if verify:
-            row = self.records.slice(index, 1).to_pylist()[0]
-            if checksum(signal) != row["checksum"]:
+            record_id, expected = self._identity(index)
+            if checksum(signal) != expected:
                 raise UserError(
-                    f"Record {row['record_id']} of the store {self.path} is damaged (its checksum differs); "
+                    f"Record {record_id} of the store {self.path} is damaged (its checksum differs); "
                     "prepare the store anew."
                 )
         return signal
 
+    def row_groups(self, *names: str) -> Iterator[tuple[int, Mapping]]:
+        """The columns `names` in the pieces in which the table lies on disk, about a million rows at a time.
+
+        Yields:
+          (number of the first row, `pyarrow.Table` of the columns).
+
+        Raises:
+          UserError: the table is missing, damaged or has no such column.
+        """
+        path = self.path / "records.parquet"
+        with _table_errors(path):
+            import pyarrow.parquet
+
+            with pyarrow.parquet.ParquetFile(path) as file:
+                first = 0
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group, list(names))
+                    if table.num_columns != len(names):
+                        raise UserError(
+                            f"The store {self.path} has not all of the columns {', '.join(names)}."
+                        )
+                    yield first, table
+                    first += len(table)
+
     def close(self) -> None:
         """Closes the chunk files; the next read opens them again."""
-        with self._lock:
-            for fd in self._fds.values():
-                if fd is not None:
-                    os.close(fd)
-            self._fds.clear()
+        self.chunk_files.close()
 
     def __getstate__(self) -> dict:
-        # Descriptors and locks belong to one process; a table of 11 million records is 3 GB no worker needs.
-        left_out = ("_fds", "_lock", "_records")
+        # Of 11 million records the table is 3 GB and the places are 176 MB: a worker reads itself what it needs.
+        left_out = ("_records", "_places", "_identities")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: Mapping) -> None:
         self.__dict__.update(state)
         self._records = None
-        self._fds = {}
-        self._lock = threading.Lock()
+        self._identities = 0, ()
 
-    def __del__(self):
-        # At interpreter exit modules are gone already, and the system closes what is open.
-        if "_fds" in self.__dict__ and not sys.is_finalizing():
-            self.close()
+    @functools.cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """(offset, length) of each record, int64 [n] each; read when first needed."""
+        return self.column("offset"), self.column("length")
 
-    def _chunk_path(self, chunk: int) -> Path:
-        return self.path / "signal" / "c" / str(chunk) / "0"
+    def _identity(self, index: int) -> tuple[str, str]:
+        """(record id, checksum) of a row. Ids and checksums of the piece of the table it lies in are kept."""
+        first, table = self._identities
+        if not first <= index < first + len(table):
+            for first, table in self.row_groups("record_id", "checksum"):
+                if index < first + len(table):
+                    break
+            self._identities = first, table
+        return table["record_id"][index - first].as_py(), table["checksum"][index - first].as_py()
 
-    def _check_chunk_files(self) -> None:
-        """One `stat` per chunk that holds records: a damaged copy is found here and not at step 50 000."""
-        expected = self._chunk_samples * BYTES_PER_SAMPLE
-        for chunk in sorted(self._occupied):
-            path = self._chunk_path(chunk)
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise UserError(f"The store {self.path} is damaged: its file {path} is missing.") from error
-            if size != expected:
+    def _occupied_chunks(self) -> frozenset[int]:
+        """The chunks that hold records, without ever holding a column of the table.
+
+        Raises:
+          UserError: the table has another number of rows than the store, or a record outside the array.
+        """
+        occupied, rows = np.zeros(self._n_chunks, bool), 0
+        for _, table in self.row_groups("offset"):
+            chunks = table["offset"].to_numpy() // max(self._chunk_samples, 1)
+            rows += len(chunks)
+            if len(chunks) and not 0 <= chunks.min() <= chunks.max() < self._n_chunks:
                 raise UserError(
-                    f"The store {self.path} is damaged: its file {path} has {size} bytes instead of "
-                    f"{expected}; copy or prepare it again."
+                    f"The store {self.path} is damaged: records.parquet has a record outside the signal array; "
+                    "prepare it anew."
                 )
-
-    def _open(self, chunk: int) -> int | None:
-        """The cached descriptor of a chunk; None when the cache is full or the chunk has no file."""
-        with self._lock:
-            if chunk in self._fds:
-                return self._fds[chunk]
-            if len(self._fds) >= MAX_OPEN_CHUNKS or chunk not in self._occupied:
-                return None
-            try:
-                self._fds[chunk] = os.open(self._chunk_path(chunk), os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise UserError(f"Cannot open {self._chunk_path(chunk)}: {error.strerror}.") from error
-            return self._fds[chunk]
-
-    def _read_uncached(self, chunk: int, position: int, target: memoryview) -> None:
-        if chunk not in self._occupied:
-            target[:] = bytes(len(target))
-            return
-        try:
-            fd = os.open(self._chunk_path(chunk), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(f"Cannot open {self._chunk_path(chunk)}: {error.strerror}.") from error
-        try:
-            self._read_rest(fd, chunk, position, target)
-        finally:
-            os.close(fd)
-
-    def _read_rest(self, fd: int, chunk: int, position: int, target: memoryview) -> None:
-        """Reads until `target` is full: the kernel may hand over less than asked for."""
-        done = 0
-        while done < len(target):
-            n = os.preadv(fd, (target[done:],), position + done)
-            if n == 0:
-                raise UserError(
-                    f"The store {self.path} is damaged: its file {self._chunk_path(chunk)} ends too early; "
-                    "copy or prepare it again."
-                )
-            done += n
+            occupied[chunks] = True
+        if rows != len(self):
+            raise UserError(
+                f"The store {self.path} is damaged: records.parquet has {rows} rows instead of {len(self)}; "
+                "prepare it anew."
+            )
+        return frozenset(np.flatnonzero(occupied).tolist())
 
 
-def _read_table(path: Path, column: str | None = None):
-    """The whole table, or the part of it that is one column (no column if there is none of that name)."""
+@contextlib.contextmanager
+def _table_errors(path: Path) -> Iterator[None]:
+    """Turns a table that cannot be read into a sentence."""
     import pyarrow as pa
-    import pyarrow.parquet
 
     try:
-        if column is None:
-            return pyarrow.parquet.read_table(path)
-        with pyarrow.parquet.ParquetFile(path) as file:
-            return file.read([column] if column in file.schema_arrow.names else [])
+        yield
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"Cannot read {path}: the file is missing or damaged; prepare the store anew."
         ) from error
+
+
+def _read_table(path: Path, column: str | None = None):
+    """The whole table, or the part of it that is one column (no column if there is none of that name)."""
+    import pyarrow.parquet
+
+    with _table_errors(path):
+        if column is None:
+            return pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            return file.read([column] if column in file.schema_arrow.names else [])
 
 
 def _read_array_metadata(path: Path) -> tuple[int, int]:
