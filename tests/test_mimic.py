@@ -8,10 +8,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ecg_jax.data.corpora import mimic, mimic_tables
+from ecg_jax.data.corpora import mimic
 from ecg_jax.data.corpora.listing import hash_fold
 from ecg_jax.data.corpora.mimic_tables import nearest, read_columns
 from ecg_jax.data.corpora.mimic_targets import ECG, LABS, VITALS, ecg_features
+from ecg_jax.data.readers import columns as reader
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.prepare import prepare
@@ -304,7 +305,7 @@ class TestTables:
 
 
 def test_columns_of_a_gzipped_table_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(mimic_tables, "_BLOCK", 64)
+    monkeypatch.setattr(reader, "_BLOCK", 64)
     rows = [{"a": i, "b": "x, y" if i % 2 else "", "c": i / 2 if i % 3 else "", "d": "d"} for i in range(60)]
     path = write_table(tmp_path / "t.csv.gz", rows)
     sizes = []

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecg_jax.data.stratify import PAEDIATRIC_BINS, age_sex_labels, nested_subsets, stratified_folds
+from ecg_jax.data.stratify import (
+    PAEDIATRIC_BINS,
+    age_sex_labels,
+    batched_folds,
+    nested_subsets,
+    stratified_folds,
+)
 
 NAMES = "abcdef"
 RECORDS = st.lists(st.tuples(st.lists(st.sampled_from(NAMES), max_size=4), st.integers(0, 12)), max_size=40)
@@ -159,6 +165,53 @@ def test_nested_subsets_without_groups_and_wrong_fractions():
         nested_subsets(labels, None, [0.5, 0.0])
     with pytest.raises(ValueError, match="no records"):
         nested_subsets([], None, [0.5])
+
+
+def as_arrays(labels: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of labels as (starts, codes) for `batched_folds`."""
+    names = sorted({name for some in labels for name in some})
+    starts = np.concatenate([[0], np.cumsum([len(set(some)) for some in labels])]).astype(np.int64)
+    return starts, np.array([names.index(name) for some in labels for name in sorted(set(some))], np.int16)
+
+
+@given(RECORDS, st.integers(1, 6), st.integers(1, 5), st.integers(0, 3), st.randoms(use_true_random=False))
+def test_batches_are_a_partition_that_never_splits_a_group(records, n_folds, batch_size, seed, random):
+    found = []
+    for _ in range(2):
+        groups = np.array([group for _, group in records], np.int64)
+        labels = [as_arrays([names for names, _ in records]), groups % 3 - 1]
+        folds = batched_folds(groups, labels, n_folds, batch_size=batch_size, seed=seed)
+        assert folds.shape == groups.shape
+        assert ((folds >= 0) & (folds < n_folds)).all()
+        assert len(set(zip(groups, folds, strict=True))) == len(set(groups))
+        found.append(dict(zip(groups.tolist(), folds.tolist(), strict=True)))
+        # The order of the records is of no account, as long as the labels have the same codes.
+        random.shuffle(records)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("batch_size", [20, 10_000])
+def test_batches_make_up_for_each_other(batch_size):
+    labels, patients = realistic(4000)
+    column = np.array(patients) % 2
+    found = batched_folds(np.array(patients), [as_arrays(labels), column], 10, batch_size=batch_size)
+    with_column = [[*some, f"c{c}"] for some, c in zip(labels, column.tolist(), strict=True)]
+    at_once = stratified_folds(with_column, 10, groups=patients)
+    np.testing.assert_allclose(np.bincount(found), 400, rtol=0.1)
+    for name in {name for some in with_column for name in some}:
+        share = counts(with_column, found, 10, name)
+        # Forty batches, each with a record or two too many somewhere, would add up to far more than this.
+        spread = max(np.ptp(counts(with_column, at_once, 10, name)), 0.1 * share.mean())
+        assert np.ptp(share) <= 3 * spread + 3, name
+
+
+def test_batches_without_labels_and_with_wrong_arguments():
+    assert sorted(np.bincount(batched_folds(np.arange(9), [], 3, batch_size=2))) == [3, 3, 3]
+    assert batched_folds(np.zeros(0, np.int64), [np.zeros(0, np.int8)], 3).shape == (0,)
+    with pytest.raises(ValueError, match="batch_size"):
+        batched_folds(np.arange(2), [], 2, batch_size=0)
+    with pytest.raises(ValueError, match="2 records but labels of 3"):
+        batched_folds(np.arange(2), [np.zeros(3, np.int8)], 2)
 
 
 def test_age_and_sex_as_labels():

@@ -60,6 +60,73 @@ def stratified_folds(
     return folds[table.group_of]
 
 
+def batched_folds(
+    groups: np.ndarray,
+    labels: Sequence[np.ndarray | tuple[np.ndarray, np.ndarray]],
+    n_folds: int,
+    *,
+    batch_size: int = 10_000,
+    seed: int = 0,
+) -> np.ndarray:
+    """`stratified_folds` for millions of records: arrays instead of lists, and random batches of groups (spec §1.5).
+
+    The batches are distributed one after another; what folds lack counts all batches before, so that what one batch
+    could not share out evenly is made up for by the next. Time and memory grow with the number of records, not faster.
+
+    Args:
+      groups: integers [n]; records of one group come into the same fold.
+      labels: label columns. An array of integers [n] is one label a record, negative for none; a pair (starts
+        [n + 1], codes [m]) is any number of them: those of record i are `codes[starts[i]:starts[i + 1]]`. Codes
+        are small numbers from 0 on, of each column by itself; a label counts as often as a record has it.
+      n_folds: F, at least 1.
+      batch_size: groups distributed at once.
+      seed: for the order of the groups and the random choices.
+
+    Returns:
+      int16 [n], the fold of each record, 0 to F - 1. It does not depend on the order of the records.
+
+    Raises:
+      ValueError: n_folds or batch_size < 1, or a column of another length.
+    """
+    if n_folds < 1 or batch_size < 1:
+        raise ValueError(f"n_folds and batch_size must be at least 1, not {n_folds} and {batch_size}")
+    n = len(groups)
+    for column in labels:
+        length = len(column[0]) - 1 if isinstance(column, tuple) else len(column)
+        if length != n:
+            raise ValueError(f"there are {n} records but labels of {length}")
+    n_codes = [
+        int(codes.max(initial=-1)) + 1
+        for codes in (column[1] if isinstance(column, tuple) else column for column in labels)
+    ]
+    first_label = np.concatenate([[0], np.cumsum(n_codes)]).astype(np.int64)
+    n_labels = max(int(first_label[-1]), 1)
+    rng = np.random.default_rng(seed)
+    keys, group_of = np.unique(groups, return_inverse=True)
+    n_groups = len(keys)
+    position = rng.permutation(n_groups).astype(np.int32)[group_of]
+    del group_of
+    records = np.argsort(position, kind="stable")
+    limits = np.searchsorted(position[records], np.arange(0, n_groups + batch_size, batch_size))
+    shares = np.full(n_folds, 1 / n_folds)
+    has, size = np.zeros((n_labels, n_folds)), np.zeros(n_folds)
+    folds = np.empty(n, np.int16)
+    for batch, (start, stop) in enumerate(itertools.pairwise(limits.tolist())):
+        rows = records[start:stop]
+        group = position[rows].astype(np.int64) - batch * batch_size
+        pairs = []
+        for column, first in zip(labels, first_label[:-1].tolist(), strict=True):
+            of_group, codes = _gather(column, rows, group)
+            pairs.append(of_group * n_labels + codes + first)
+        flat = np.concatenate(pairs) if pairs else np.empty(0, np.int64)
+        entries, count = np.unique(flat, return_counts=True)
+        sizes = np.bincount(group)
+        starts = np.searchsorted(entries, np.arange(len(sizes) + 1) * n_labels)
+        table = _Table(group, sizes, starts, entries % n_labels, count, n_labels)
+        folds[rows] = _assign(table, shares, rng, has, size)[group]
+    return folds
+
+
 def nested_subsets(
     labels: Sequence[Sequence[str]],
     groups: Sequence[Hashable] | None,
@@ -204,8 +271,31 @@ def _tabulate(labels: Sequence[Sequence[str]], groups: Sequence[Hashable] | None
     return _Table(group_of, sizes, starts, entries % n_labels, count, n_labels)
 
 
-def _assign(table: _Table, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The fold of every group, int64 [G]; `shares` are F numbers that add up to 1."""
+def _gather(column, rows: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(group, code) of every label that some rows have in a label column of `batched_folds`."""
+    if not isinstance(column, tuple):
+        codes = column[rows]
+        known = codes >= 0
+        return group[known], codes[known].astype(np.int64)
+    starts, codes = column
+    lengths = (starts[rows + 1] - starts[rows]).astype(np.int64)
+    ends = np.cumsum(lengths)
+    places = np.repeat(starts[rows] - (ends - lengths), lengths) + np.arange(lengths.sum())
+    return np.repeat(group, lengths), codes[places].astype(np.int64)
+
+
+def _assign(
+    table: _Table,
+    shares: np.ndarray,
+    rng: np.random.Generator,
+    has: np.ndarray | None = None,
+    size: np.ndarray | None = None,
+) -> np.ndarray:
+    """The fold of every group, int64 [G]; `shares` are F numbers that add up to 1.
+
+    `has` [K, F] and `size` [F] are what the folds hold already, records of each label and altogether; they are
+    brought up to date. None: nothing.
+    """
     n_groups, n_folds = table.n_groups, len(shares)
     folds = np.full(n_groups, -1, np.int64)
     # Groups that are alike in all else come in random order, and so do folds.
@@ -213,9 +303,10 @@ def _assign(table: _Table, shares: np.ndarray, rng: np.random.Generator) -> np.n
     groups_with, counts_with = _by_label(table, order)
     left = np.bincount(table.label, table.count, table.n_labels)  # records not yet distributed
     # What a fold lacks is computed from these counts of what it has: sums of fractions would break ties.
-    wanted = np.outer(left, shares)
-    has = np.zeros((table.n_labels, n_folds))
-    wanted_size, size = table.sizes.sum() * shares, np.zeros(n_folds)
+    has = np.zeros((table.n_labels, n_folds)) if has is None else has
+    size = np.zeros(n_folds) if size is None else size
+    wanted = np.outer(left + has.sum(axis=1), shares)
+    wanted_size = (table.sizes.sum() + size.sum()) * shares
 
     def put(group: int, fold: int) -> None:
         folds[group] = fold

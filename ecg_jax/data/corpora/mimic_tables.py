@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ecg_jax.data.recording import Problem, cannot_read
+from ecg_jax.data.readers.columns import read_batches
+from ecg_jax.data.recording import Problem
 from ecg_jax.errors import UserError
-
-# Bytes parsed at once; a row must fit in, and those of mds_ed.csv have 1,900 cells.
-_BLOCK = 1 << 24
 
 
 def find_table(source: Path, name: str) -> Path | None:
@@ -42,35 +37,13 @@ def read_columns(
         "int", "time" or "bool" column must not be empty.
     """
     import pyarrow as pa
-    from pyarrow import csv as pa_csv
 
-    _check_header(path, columns)
-    types = {"int": pa.int64(), "float": pa.float64(), "time": pa.timestamp("s"), "bool": pa.bool_()}
-    types["text"] = pa.string()
-    options = {
-        "read_options": pa_csv.ReadOptions(block_size=_BLOCK),
-        "parse_options": pa_csv.ParseOptions(newlines_in_values=True),
-        "convert_options": pa_csv.ConvertOptions(
-            include_columns=list(columns),
-            column_types={name: types[kind] for name, kind in columns.items()},
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
-        ),
-    }
-    try:
-        with pa_csv.open_csv(path, **options) as reader:
-            parts = []
-            for batch in reader:
-                if keep is not None:
-                    batch = batch.filter(keep(dict(zip(batch.schema.names, batch.columns, strict=True))))
-                parts.append(batch)
-            table = pa.Table.from_batches(parts, reader.schema)
-    except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{path} is not the table PhysioNet has: {error}; take the file as it is there."
-        ) from error
-    except OSError as error:
-        raise cannot_read(path, error) from error
+    parts = []
+    for batch in read_batches(path, columns, "PhysioNet"):
+        if keep is not None:
+            batch = batch.filter(keep(dict(zip(batch.schema.names, batch.columns, strict=True))))
+        parts.append(batch)
+    table = pa.Table.from_batches(parts)
     found = {}
     for name, kind in columns.items():
         column = table.column(name)
@@ -83,23 +56,6 @@ def read_columns(
             column = column.cast(pa.int64())
         found[name] = column.to_numpy()
     return found
-
-
-def _check_header(path: Path, columns: Collection[str]) -> None:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            first_line = file.readline().decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error) as error:
-        raise cannot_read(path, error if isinstance(error, OSError) else OSError(str(error))) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no CSV file: {error}; take the file as PhysioNet has it.") from error
-    header = next(csv.reader([first_line]), [])
-    missing = [name for name in columns if name not in header]
-    if missing:
-        raise UserError(
-            f"{path} is not the table PhysioNet has: it has no column {', '.join(missing)}; take the file as "
-            "it is there, or remove it to do without."
-        )
 
 
 def take(column: np.ndarray, rows: np.ndarray) -> np.ndarray:
