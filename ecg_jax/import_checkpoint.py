@@ -27,7 +27,8 @@ from ecg_jax.interop.torch_names import Layout, check_derived, listed, read_layo
 from ecg_jax.models.encoder import tokens_of
 from ecg_jax.objectives.contract import Inputs
 from ecg_jax.run_setup import CONFIGS, IMPORT_NAME, build_objective, build_optimiser, flatten
-from ecg_jax.training.checkpoint import Checkpoints, describe_mismatch, flat_shapes
+from ecg_jax.training.checkpoint import Checkpoints
+from ecg_jax.training.checkpoint_tree import describe_mismatch, flat_shapes
 from ecg_jax.training.train_state import TrainState, seed_keys
 
 DESCRIPTION = """\

@@ -12,7 +12,8 @@ from ecg_jax.config_flags import load_config, override
 from ecg_jax.errors import UserError
 from ecg_jax.pretrain import pretrain
 from ecg_jax.run_setup import build_objective
-from ecg_jax.training.checkpoint import describe_mismatch, flat_shapes, resolve_checkpoint
+from ecg_jax.training.checkpoint import resolve_checkpoint
+from ecg_jax.training.checkpoint_tree import describe_mismatch, flat_shapes
 from ecg_jax.training.pretrained import encode_fn, random_twin, restore_encoder
 
 

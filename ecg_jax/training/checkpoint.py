@@ -1,17 +1,21 @@
-"""Checkpoints of a run: writing, exact resume, and restoring only the encoder. The one file that imports
-Orbax.
+"""Checkpoints of a run: writing, exact resume, and reading parts of one. The one file that imports Orbax.
 
 A checkpoint `RUN/checkpoints/STEP` holds two items. `state` is the tree of arrays (params, batch_stats, ssm,
 objective state, teacher, optimiser moments, step, key). `meta` is JSON: the run's config, its preprocessing
 contract, the fingerprint of its store, versions, and a CRC-32 of each array, so that a damaged file is found
 even where the storage format would not notice.
+
+The state is the same on every device, so process 0 alone writes it, cleans up and sets damaged checkpoints aside, as a
+run of one process would: nothing in a checkpoint tells how many processes or devices wrote it, and no barrier stands
+between a write and its end. Every process reads for itself. What became of each write and of each reading is agreed on
+before any process goes on (`agreement.py`).
 """
 
 import contextlib
-import dataclasses
 import logging
+import resource
 import sys
-import zlib
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +26,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.errors import UserError
+from ecg_jax.training.agreement import answers, on_first
+from ecg_jax.training.checkpoint_tree import (
+    checksums,
+    describe_mismatch,
+    flat_shapes,
+    place,
+    to_host,
+    words_of,
+)
 
 CHECKPOINTS = "checkpoints"
+#: Seconds after which a write that has not ended counts as failed.
+WRITE_TIMEOUT_S = 1200
 _SAVED_FIELDS = ("step", "params", "opt_state", "batch_stats", "ssm", "objective_state", "teacher", "rng")
 
 
@@ -33,87 +47,60 @@ def _saved(state) -> dict[str, Any]:
     return {name: getattr(state, name) for name in _SAVED_FIELDS}
 
 
-def flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Leaves of a tree as "a/b/c" -> shape; key arrays as their underlying words."""
-    flat = {}
-    for path, leaf in jax.tree.flatten_with_path(tree)[0]:
-        if _is_key(leaf):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
-        flat["/".join(_key_name(key) for key in path)] = tuple(leaf.shape)
-    return flat
-
-
-def _is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of random keys (leaves of stored metadata never are)."""
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jax.dtypes.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    )
-
-
-def _key_name(key: Any) -> str:
-    """The bare name of a pytree key: of a dict entry, an attribute, or a position."""
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    raise TypeError(f"unexpected pytree key {key!r}")
-
-
-def describe_mismatch(
-    stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], limit: int = 8
-) -> str | None:
-    """One sentence that lists missing, extra and differently shaped parameters; None when the two agree."""
-
-    def listed(names):
-        names = sorted(names, key=lambda name: (not name.startswith("params/"), name))
-        more = f" and {len(names) - limit} more" if len(names) > limit else ""
-        return ", ".join(names[:limit]) + more
-
-    parts = []
-    if missing := wanted.keys() - stored.keys():
-        parts.append(f"missing {listed(missing)}")
-    if extra := stored.keys() - wanted.keys():
-        parts.append(f"extra {listed(extra)}")
-    if different := [name for name in wanted.keys() & stored.keys() if wanted[name] != stored[name]]:
-        parts.append(
-            "shaped differently "
-            + listed(f"{name} (stored {stored[name]}, expected {wanted[name]})" for name in different)
-        )
-    return "; ".join(parts) or None
-
-
-def _checksums(tree: Any) -> dict[str, int]:
-    """CRC-32 of every leaf, by path. Leaves are replicated, so this process's copy stands for all."""
-
-    def crc(leaf):
-        if _is_key(leaf):
-            leaf = jax.random.key_data(leaf)
-        return zlib.crc32(np.ascontiguousarray(leaf.addressable_data(0)))
-
-    leaves = jax.tree.flatten_with_path(tree)[0]
-    return {"/".join(_key_name(key) for key in path): crc(leaf) for path, leaf in leaves}
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type when it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Orbax by this process alone: no barrier with the others."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process_{process}"
+    )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, asking JAX nothing about preemptions: it would name old steps, from its own thread, where JAX
+    counts on steps that only rise, and the processes could then stop at different ones.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
-    """The checkpoints of one run, newest and best kept, written in the background."""
+    """The checkpoints of one run, newest and best kept, written in the background.
+
+    All processes of the run make one and call its methods at the same steps.
+
+    Attributes:
+        last_save_seconds: how long the last `save` held the loop up; None before the first.
+        peak_memory_gib: the largest resident memory of this process as of the last `save`; None before the first.
+    """
 
     def __init__(self, workdir: Path, *, keep_latest: int, keep_best: int, meta: dict[str, Any]):
-        """Opens or creates `workdir/checkpoints`.
+        """Opens or creates `workdir/checkpoints`; what a killed run left half-written there is deleted.
 
         Args:
-            workdir: the run's folder.
+            workdir: the run's folder, on a file system that all processes see.
             keep_latest, keep_best: how many of the newest, and of those with the lowest validation loss, to
                 keep.
             meta: JSON-able: `config`, `preprocessing`, `store_fingerprint`; stored with every checkpoint.
+
+        Raises:
+            UserError: the folder cannot be made.
         """
         self._workdir = workdir
         self._meta = meta | {
             "versions": {name: version(name) for name in ("jax", "flax", "optax", "ecg-jax")}
         }
+        self.last_save_seconds: float | None = None
+        self.peak_memory_gib: float | None = None
+        self._manager: _Manager | None = None  # of process 0
+        on_first("opening the checkpoints", lambda: self._open(keep_latest, keep_best))
+
+    def _open(self, keep_latest: int, keep_best: int) -> None:
         policies = [LatestN(keep_latest)]
         if keep_best:
             policies.append(
@@ -124,31 +111,54 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._manager = ocp.CheckpointManager(
-            (workdir / CHECKPOINTS).absolute(),
+        folder = self._folder.absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {folder}: {error.strerror}") from error
+        self._manager = _Manager(
+            folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(policies),
                 best_fn=lambda metrics: metrics["val_loss"],
                 best_mode="min",
+                create=False,
                 cleanup_tmp_directories=True,
+                async_options=ocp.options.AsyncOptions(timeout_secs=WRITE_TIMEOUT_S),
+                multiprocessing_options=_alone(),
             ),
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone()),
+                "meta": ocp.JsonCheckpointHandler(multiprocessing_options=_alone()),
+            },
         )
+
+    @property
+    def _folder(self) -> Path:
+        return self._workdir / CHECKPOINTS
 
     def save(self, state, *, val_loss: float | None) -> None:
         """Starts writing `state`; returns once the arrays are copied.
 
         Raises:
-            UserError: this or an earlier write failed.
+            UserError: this or an earlier write failed; on every process.
+            NoAnswer: process 0 did not say how it went.
         """
-        tree = _saved(state)
+        begin, step = time.perf_counter(), int(state.step)
+        on_first(f"saving step {step}", lambda: self._start_write(step, state, val_loss))
+        self.last_save_seconds = time.perf_counter() - begin
+        kib = 1024 if sys.platform == "darwin" else 1  # macOS counts in bytes
+        self.peak_memory_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kib / 2**20
+
+    def _start_write(self, step: int, state, val_loss: float | None) -> None:
+        tree = to_host(_saved(state))
         with self._write_errors():
             self._manager.check_for_errors()
             self._manager.save(
-                int(state.step),
+                step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(tree),
-                    meta=ocp.args.JsonSave(self._meta | {"checksums": _checksums(tree)}),
+                    meta=ocp.args.JsonSave(self._meta | {"checksums": checksums(tree)}),
                 ),
                 metrics=None if val_loss is None else {"val_loss": val_loss},
                 force=True,
@@ -169,116 +179,168 @@ class Checkpoints:
                 else "there is no complete one yet"
             )
             raise UserError(
-                f"a checkpoint could not be written to {self._workdir / CHECKPOINTS}; {kept}. Free some space or mend "
-                f"the folder, and run the same command again ({_first_line(error)})"
+                f"a checkpoint could not be written to {self._folder}; {kept}. Free some space or mend "
+                f"the folder, and run the same command again ({first_line(error)})"
             ) from error
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, None when there is none."""
-        return self._manager.latest_step()
+        return on_first("the newest checkpoint", lambda: self._manager.latest_step())
 
     def reached_preemption(self, step: int) -> bool:
         """Whether the cluster asked all processes to stop (needs `jax.distributed`)."""
-        return jax.process_count() > 1 and self._manager.reached_preemption(step)
+        return jax.process_count() > 1 and ocp.multihost.reached_preemption(step)
 
-    def restore_latest(self, state, sharding) -> Any | None:
+    def restore_latest(self, state, sharding: jax.sharding.Sharding) -> Any | None:
         """The newest readable state, or None when the run has no checkpoint yet.
 
         A damaged checkpoint is moved to `workdir/damaged_checkpoints`, said on stderr, and the one before is
-        used.
+        used. It is damaged where process 0 cannot read it; all processes return the same step.
 
         Args:
             state: a freshly made state; gives tree, shapes and `basis`.
             sharding: where to place the restored arrays.
 
         Raises:
-            UserError: a checkpoint has other parameters than the config makes, or all are damaged.
+            UserError: a checkpoint has other parameters than the config makes, or belongs to another store; all are
+                damaged; or another process cannot read what process 0 can. On every process.
+            NoAnswer: a process did not say whether it could read a checkpoint.
         """
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), _saved(state)
-        )
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        fresh = _saved(state)
+        steps = on_first("the list of checkpoints", lambda: sorted(self._manager.all_steps(), reverse=True))
         for step in steps:
-            try:
-                return state.replace(**self._restore(step, abstract))
-            except UserError:
-                raise
-            # Damage surfaces as many types: tensorstore's, JSON's, the system's, our own checksum's.
-            except Exception as error:
-                if jax.process_count() > 1:
-                    raise UserError(
-                        f"checkpoint {self._path(step)} cannot be read ({_first_line(error)}); move it away to "
-                        "resume from the one before"
-                    ) from error
-                aside = self._set_aside(step)
-                print(
-                    f"warning: checkpoint {step} is damaged ({_first_line(error)}); moved it to {aside} and going back "
-                    "to the one before",
-                    file=sys.stderr,
+            tree, outcome = self._try_to_read(step, words_of(fresh))
+            outcomes = answers(f"reading checkpoint {step}", outcome)
+            for kind, reason in outcomes:
+                if kind == "refused":
+                    raise UserError(reason)
+            damaged = [process for process, (kind, _) in enumerate(outcomes) if kind == "damaged"]
+            if not damaged:
+                return state.replace(**place(tree, fresh, sharding))
+            kind, reason = outcomes[damaged[0]]
+            if damaged[0] != 0:  # a host that does not see the folder must not have the whole run set aside
+                raise UserError(
+                    f"process {damaged[0]} cannot read checkpoint {self._path(step)} ({reason}), and process 0 can; "
+                    "put the run's folder where every host sees it"
                 )
+            on_first(
+                f"setting checkpoint {step} aside", lambda step=step, why=reason: self._set_aside(step, why)
+            )
         if steps:
             raise UserError(
-                f"every checkpoint in {self._workdir / CHECKPOINTS} is damaged; they are now under "
+                f"every checkpoint in {self._folder} is damaged; they are now under "
                 f"{self._workdir / 'damaged_checkpoints'}. Start again to train from step 0, or use another --workdir"
             )
         return None
 
     def _path(self, step: int) -> Path:
-        return self._workdir / CHECKPOINTS / str(step)
+        return self._folder / str(step)
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int, reason: str) -> None:
         aside = self._workdir / "damaged_checkpoints" / str(step)
         aside.parent.mkdir(exist_ok=True)
         while aside.exists():
             aside = aside.with_name(aside.name + "x")
         self._path(step).rename(aside)
         self._manager.reload()
-        return aside
-
-    def _restore(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        path = self._path(step)
-        if mismatch := describe_mismatch(_stored_shapes(path), flat_shapes(abstract)):
-            raise UserError(f"checkpoint {path} does not fit the config: {mismatch}")
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
-                ),
-                meta=ocp.args.JsonRestore(),
-            ),
+        print(
+            f"warning: checkpoint {step} is damaged ({reason}); moved it to {aside} and going back to the one before",
+            file=sys.stderr,
         )
-        if restored["meta"]["store_fingerprint"] != self._meta["store_fingerprint"]:
+
+    def _try_to_read(
+        self, step: int, wanted: dict[str, Any]
+    ) -> tuple[dict[str, Any] | None, tuple[str, str]]:
+        """The arrays of a checkpoint, or None, and how it went: ("read" | "refused" | "damaged", why)."""
+        try:
+            return self._read(step, wanted), ("read", "")
+        except UserError as error:
+            return None, ("refused", str(error))
+        # Damage surfaces as many types: tensorstore's, JSON's, the system's, our own checksum's.
+        except Exception as error:
+            return None, ("damaged", first_line(error))
+
+    def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        path = self._path(step)
+        if mismatch := describe_mismatch(stored_shapes(path), flat_shapes(wanted)):
+            raise UserError(f"checkpoint {path} does not fit the config: {mismatch}")
+        meta = read_meta(path)
+        if meta["store_fingerprint"] != self._meta["store_fingerprint"]:
             raise UserError(
                 f"{self._workdir} was trained on another store (its content differs from "
                 f"{self._meta['config']['store']}); give the store it began with, or choose another --workdir"
             )
-        if _checksums(restored["state"]) != restored["meta"]["checksums"]:
+        tree = read_arrays(path, wanted)
+        if checksums(tree) != meta["checksums"]:
             raise OSError("the checksums of its arrays do not match")
-        return restored["state"]
+        return tree
+
+    def finish(self) -> None:
+        """Waits for the write in progress, so that every process knows how it ended.
+
+        Raises:
+            UserError: that write failed; on every process.
+            NoAnswer: process 0 did not say how it went.
+        """
+        on_first("the end of the last write", self._end_write)
+
+    def _end_write(self) -> None:
+        with self._write_errors():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits for the write in progress and closes.
+        """Waits for the write in progress, if it is this process's, and closes. Asks no other process, so that one that
+        leaves because of an error can call it.
 
         Raises:
             UserError: that write failed.
         """
-        with self._write_errors():
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        self._manager.close()
+        if self._manager is not None:
+            self._end_write()
+            self._manager.close()
 
 
-def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the arrays in the checkpoint at `path`."""
     # Orbax warns that an item has no metadata of a whole checkpoint; it need not.
     absl = logging.getLogger("absl")
     level = absl.level
     absl.setLevel(logging.ERROR)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return flat_shapes(checkpointer.metadata((path / "state").absolute()).item_metadata.tree)
+        with _reader(ocp.PyTreeCheckpointHandler) as reader:
+            return flat_shapes(reader.metadata((path / "state").absolute()).item_metadata.tree)
     finally:
         absl.setLevel(level)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The `meta` of the checkpoint at `path`."""
+    with _reader(ocp.JsonCheckpointHandler) as reader:
+        return reader.restore((path / "meta").absolute())
+
+
+def read_arrays(path: Path, wanted: Any) -> Any:
+    """Arrays of the checkpoint at `path`, on the host.
+
+    Args:
+        wanted: tree of shapes and types, all of the checkpoint's or a part; random keys as their words.
+
+    Returns:
+        The same tree of numpy arrays.
+    """
+    restore_args = jax.tree.map(
+        lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), wanted
+    )
+    with _reader(ocp.PyTreeCheckpointHandler) as reader:
+        return reader.restore(
+            (path / "state").absolute(),
+            args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True),
+        )
+
+
+def _reader(handler: type) -> ocp.Checkpointer:
+    return ocp.Checkpointer(handler(multiprocessing_options=_alone()), multiprocessing_options=_alone())
 
 
 def resolve_checkpoint(checkpoint: str | Path, step: int | None = None) -> tuple[Path, int]:
@@ -310,79 +372,3 @@ def finished_steps(run: Path) -> list[int]:
         return []
     folders = (run / CHECKPOINTS).iterdir()
     return sorted(int(p.name) for p in folders if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredEncoder:
-    """The encoder's part of a checkpoint.
-
-    Attributes:
-        run, step: where it comes from.
-        config: of the pretraining run, nested plain dict.
-        preprocessing: the contract, with `window_s` and `normalisation` of the run.
-        variables: `params`, `batch_stats` and, unless they were trained, `ssm` of the encoder; numpy arrays.
-        store_fingerprint: of the store it was pretrained on, None if it was imported.
-    """
-
-    run: Path
-    step: int
-    config: dict[str, Any]
-    preprocessing: Preprocessing
-    variables: dict[str, Any]
-    store_fingerprint: str | None
-
-
-def read_encoder(run: Path, step: int, abstract_encoder) -> StoredEncoder:
-    """Reads config, contract and the encoder's arrays of a checkpoint, and nothing else.
-
-    Args:
-        run, step: from `resolve_checkpoint`.
-        abstract_encoder: (config, contract) -> variables of the encoder (`params`, `batch_stats`, maybe
-            `ssm`) as shapes.
-
-    Raises:
-        UserError: missing, extra or differently shaped parameters, or a damaged checkpoint.
-    """
-    path = run / CHECKPOINTS / str(step)
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            meta = checkpointer.restore((path / "meta").absolute())
-        stored = _stored_shapes(path)
-        preprocessing = Preprocessing.from_dict(meta["preprocessing"])
-    except Exception as error:
-        raise UserError(
-            f"checkpoint {path} is damaged ({_first_line(error)}); choose another step of the run"
-        ) from error
-    wanted = {
-        collection: {"encoder": tree}
-        for collection, tree in abstract_encoder(meta["config"], preprocessing).items()
-        if tree
-    }
-    shapes = flat_shapes(wanted)
-    prefixes = ("params/encoder/", "batch_stats/encoder/", "ssm/encoder/")
-    of_encoder = {name: shape for name, shape in stored.items() if name.startswith(prefixes)}
-    if mismatch := describe_mismatch(of_encoder, shapes):
-        raise UserError(f"checkpoint {path} does not hold the encoder its config describes: {mismatch}")
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.restore(
-                (path / "state").absolute(),
-                args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True),
-            )
-        for key_path, leaf in jax.tree.flatten_with_path(tree)[0]:
-            name = "/".join(_key_name(key) for key in key_path)
-            if zlib.crc32(np.ascontiguousarray(leaf)) != meta["checksums"][name]:
-                raise OSError(f"the checksum of {name} does not match")
-    except Exception as error:
-        raise UserError(
-            f"checkpoint {path} is damaged ({_first_line(error)}); choose another step of the run"
-        ) from error
-    return StoredEncoder(
-        run=run,
-        step=step,
-        config=meta["config"],
-        preprocessing=preprocessing,
-        variables={collection: subtree["encoder"] for collection, subtree in tree.items()},
-        store_fingerprint=meta["store_fingerprint"],
-    )

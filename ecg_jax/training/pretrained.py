@@ -17,7 +17,8 @@ from clu.parameter_overview import count_parameters
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.models.encoder import build_encoder, constants, tokens_of
 from ecg_jax.models.inputs import to_model_input
-from ecg_jax.training.checkpoint import read_encoder, resolve_checkpoint
+from ecg_jax.training.checkpoint import resolve_checkpoint
+from ecg_jax.training.encoder_restore import read_encoder
 
 #: Name of the encoder's output beside those of its intermediates.
 FINAL = "tokens"
