@@ -17,7 +17,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,28 @@ BYTES_PER_SAMPLE = 24  # 12 leads of int16
 def checksum(signal: np.ndarray) -> str:
     """128-bit BLAKE2b of the little-endian bytes of an int16 signal [T, 12], as hexadecimal digits."""
     return hashlib.blake2b(np.ascontiguousarray(signal, "<i2").data, digest_size=16).hexdigest()
+
+
+def records_fingerprint(tables: Iterable, preprocessing: Preprocessing) -> str:
+    """The fingerprint of a store, from its table of records in pieces.
+
+    Args:
+      tables: `pyarrow.Table`s with columns record_id and checksum, in order.
+      preprocessing: the contract of its signals.
+
+    Returns:
+      SHA-256 over the contract, and over id and checksum of every record, as hexadecimal digits.
+    """
+    import pyarrow.compute
+
+    digest = hashlib.sha256(json.dumps(preprocessing.to_dict(), sort_keys=True).encode())
+    for table in tables:
+        for batch in table.select(["record_id", "checksum"]).to_batches(max_chunksize=65536):
+            # "\0id\0checksum" of each record, without an object of Python for it.
+            joined = pyarrow.compute.binary_join_element_wise("", *batch.columns, "\0")
+            _, ends, letters = joined.buffers()
+            digest.update(memoryview(letters)[: np.frombuffer(ends, np.int32)[len(joined)]])
+    return digest.hexdigest()
 
 
 def read_attributes(path: Path) -> dict:
@@ -86,11 +108,16 @@ class Store:
       values: value set -> name -> description with its unit, of the numbers a record may have; see `value_matrix`.
       fold_source: where the folds come from.
       fingerprint: SHA-256 over record ids, checksums and preprocessing.
-      chunk_files: the files of its signals.
+      chunk_samples, n_chunks: samples of each chunk, and how many chunks the array has.
+      chunk_files: the files of the chunks that hold records.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        """Opens a store and checks that every chunk file is there in full.
+    def __init__(self, path: str | os.PathLike, check_files: bool = True):
+        """Opens a store.
+
+        Args:
+          path: its folder.
+          check_files: look whether every chunk file is there in full; damage is found when reading otherwise.
 
         Raises:
           UserError: no store, incomplete, another format version, a missing or truncated file.
@@ -111,11 +138,12 @@ class Store:
         self._records = None
         self._identities = 0, ()
         self._table_digest: str | None = None
-        self._chunk_samples, self._n_chunks = _read_array_metadata(self.path / "signal" / "zarr.json")
+        self.chunk_samples, self.n_chunks = _read_array_metadata(self.path / "signal" / "zarr.json")
         self.chunk_files = ChunkFiles(
-            self.path, self._chunk_samples * BYTES_PER_SAMPLE, self._occupied_chunks()
+            self.path, self.chunk_samples * BYTES_PER_SAMPLE, self._occupied_chunks()
         )
-        self.chunk_files.check()
+        if check_files:
+            self.chunk_files.check()
 
     def __len__(self) -> int:
         return self.attributes["n_records"]
@@ -228,12 +256,8 @@ class Store:
             raise ValueError(f"out must be a C-contiguous int16 array of shape {shape}")
         if len(starts) == 0 or n_samples == 0:
             return out
-        chunks, within = np.divmod(starts, self._chunk_samples)
-        if (
-            starts.min() < 0
-            or chunks.max() >= self._n_chunks
-            or within.max() + n_samples > self._chunk_samples
-        ):
+        chunks, within = np.divmod(starts, self.chunk_samples)
+        if starts.min() < 0 or chunks.max() >= self.n_chunks or within.max() + n_samples > self.chunk_samples:
             raise ValueError("a crop lies outside the store or straddles two chunks")
         size = n_samples * BYTES_PER_SAMPLE
         buffer = memoryview(out.reshape(-1).view(np.uint8))
@@ -267,7 +291,7 @@ class Store:
         return signal
 
     def row_groups(self, *names: str) -> Iterator[tuple[int, Mapping]]:
-        """The columns `names` in the pieces in which the table lies on disk, about a million rows at a time.
+        """The columns `names`, or all, in the pieces in which the table lies on disk: a million rows at a time.
 
         Yields:
           (number of the first row, `pyarrow.Table` of the columns).
@@ -282,8 +306,8 @@ class Store:
             with pyarrow.parquet.ParquetFile(path) as file:
                 first = 0
                 for group in range(file.num_row_groups):
-                    table = file.read_row_group(group, list(names))
-                    if table.num_columns != len(names):
+                    table = file.read_row_group(group, list(names) or None)
+                    if names and table.num_columns != len(names):
                         raise UserError(
                             f"The store {self.path} has not all of the columns {', '.join(names)}."
                         )
@@ -325,11 +349,11 @@ class Store:
         Raises:
           UserError: the table has another number of rows than the store, or a record outside the array.
         """
-        occupied, rows = np.zeros(self._n_chunks, bool), 0
+        occupied, rows = np.zeros(self.n_chunks, bool), 0
         for _, table in self.row_groups("offset"):
-            chunks = table["offset"].to_numpy() // max(self._chunk_samples, 1)
+            chunks = table["offset"].to_numpy() // self.chunk_samples
             rows += len(chunks)
-            if len(chunks) and not 0 <= chunks.min() <= chunks.max() < self._n_chunks:
+            if len(chunks) and not 0 <= chunks.min() <= chunks.max() < self.n_chunks:
                 raise UserError(
                     f"The store {self.path} is damaged: records.parquet has a record outside the signal array; "
                     "prepare it anew."
@@ -373,8 +397,9 @@ def _read_array_metadata(path: Path) -> tuple[int, int]:
         metadata = json.loads(path.read_text())
         samples, _ = metadata["shape"]
         chunk_samples, _ = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        n_chunks = samples // chunk_samples
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"Cannot read {path}: the file is missing or damaged; prepare the store anew."
         ) from error
-    return chunk_samples, samples // chunk_samples
+    return chunk_samples, n_chunks
