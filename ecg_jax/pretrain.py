@@ -46,6 +46,7 @@ from ecg_jax.training.metric_writers import (
     rewind_log,
 )
 from ecg_jax.training.train_state import TrainState, eval_step, mean_of_sums, train_step, with_bases
+from ecg_jax.training.watchdog import Watchdog
 
 DESCRIPTION = """\
 Pretrains an encoder on a prepared store. Run the same command again to continue an interrupted run, exactly.
@@ -53,7 +54,8 @@ Pretrains an encoder on a prepared store. Run the same command again to continue
   ecg-jax pretrain --config=configs/cpc.py:data=18k --workdir=runs/cpc --config.store=stores/ptbxl
 
 Writes into the workdir: config.json, preprocessing.json, log.jsonl, tensorboard/, checkpoints/STEP/.
-SIGTERM or Ctrl-C saves and stops (exit code 0 or 130). A loss that is not finite stops the run and names the
+SIGTERM or Ctrl-C saves and stops (exit code 0 or 130). A run that makes no progress, or one of whose processes
+is lost, ends with exit code 75: run it again to continue. A loss that is not finite stops the run and names the
 last good checkpoint. Features that collapse are warned of, on stderr and in the log; with
 --config.stop_on_collapse=True they stop the run too.
 """
@@ -100,8 +102,13 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
         every=config.monitor.probe_every,
         max_records=config.monitor.probe_records,
     )
-    with claim_workdir(Path(workdir), config, preprocessing, store, targets):
-        return _run(config, Path(workdir), store, preprocessing, selection, targets, labelled, steps)
+    with (
+        claim_workdir(Path(workdir), config, preprocessing, store, targets),
+        Watchdog(config.stall_timeout_s, Path(workdir)) as watchdog,
+    ):
+        return _run(
+            config, Path(workdir), store, preprocessing, selection, targets, labelled, steps, watchdog
+        )
 
 
 def _run(
@@ -113,6 +120,7 @@ def _run(
     targets: Targets | None,
     labelled: tuple[online_probe.Slice | None, str],
     steps: int,
+    watchdog: Watchdog,
 ) -> TrainState:
     """The run itself, in a workdir that is this process's."""
     mesh = parallel.make_mesh()
@@ -169,7 +177,12 @@ def _run(
 
     def validate(state: TrainState) -> dict[str, float]:
         crops = val_batches(store, selection.val, max_crops=config.data.max_val_crops, **reading)
-        sums = jax.device_get([eval_fn(state, parallel.shard_batch(batch, mesh)) for batch in crops])
+        sums = []
+        for i, batch in enumerate(crops):
+            watchdog.beat(f"batch {i + 1} of the validation", slow=i == 0)  # the first compiles
+            sums.append(eval_fn(state, parallel.shard_batch(batch, mesh)))
+            jax.block_until_ready(sums[max(i - 1, 0)])  # one is computed while the next is read
+        sums = jax.device_get(sums)
         return {f"val_{name}": value for name, value in mean_of_sums(sums).items()}
 
     monitor = _monitor(config, store, preprocessing, labelled[0], mesh, bound)
@@ -206,6 +219,7 @@ def _run(
         # checkpoint at step s has consumed exactly s batches, and a step is logged while the next one runs,
         # so that the loop never waits for the device; what the log needs of its state is started beside it.
         for step in range(start, steps + 1):
+            watchdog.beat(f"step {step}", slow=step <= start + 1)  # the first compiles
             stopping = stop.received is not None or checkpoints.reached_preemption(step)
             last = stopping or step == steps
             due = step > start and (last or step % config.checkpoint_every == 0)
@@ -227,14 +241,18 @@ def _run(
                         raise UserError(
                             f"collapse at step {done}: {'; '.join(collapsed[:1])}; {_last_good(workdir, saved)}"
                         )
+                    watchdog.beat(f"step {step}")
                 if save_now:
+                    watchdog.beat(f"the checkpoint of step {step}", slow=True)
                     checkpoints.save(state, val_loss=scalars.get("val_loss"))
                     saved = step
                     meter.restart(step)
             if last:
                 break
+            watchdog.beat(f"reading the batch of step {step + 1}", slow=step == start)
             with meter.waiting_for_data():
                 batch = next(batches)
+            watchdog.beat(f"step {step + 1}", slow=step == start)
             batch = parallel.shard_batch(_device_part(batch), mesh)
             state, metrics = step_fn(state, batch)
             if step == start:
@@ -357,6 +375,21 @@ def main(argv: list[str]) -> int:
         group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
         group.add_argument("--num-processes", type=int, metavar="N")
         group.add_argument("--process-id", type=int, metavar="I")
+        group.add_argument(
+            "--init-timeout",
+            type=float,
+            default=distributed.INIT_TIMEOUT_S,
+            metavar="SECONDS",
+            help="wait so long until all processes have started (default: %(default)g)",
+        )
+        group.add_argument(
+            "--heartbeat-timeout",
+            type=float,
+            default=distributed.HEARTBEAT_S,
+            metavar="SECONDS",
+            help="a process that was not heard of for so long is lost, and the others end (default: %(default)g); one "
+            "that is killed is noticed at once",
+        )
 
     config, args = parse_command(
         "pretrain",
@@ -365,8 +398,16 @@ def main(argv: list[str]) -> int:
         options,
         like="configs/cpc.py",
     )
-    distributed.initialise(args.coordinator, args.num_processes, args.process_id)
-    pretrain(config, args.workdir)
+    together = distributed.initialise(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        init_timeout_s=args.init_timeout,
+        heartbeat_s=args.heartbeat_timeout,
+        run=args.workdir,
+    )
+    with together:
+        pretrain(config, args.workdir)
     if jax.process_index() == 0:
         print(
             "done; next: ecg-jax probe --config=configs/probe.py:mode=linear,task=ptbxl_super "

@@ -1,44 +1,71 @@
 #!/usr/bin/env python3
 """Runs one command as N processes of one run on this host, over the loopback interface.
 
-    python launch/local.py --processes 2 -- ecg-jax pretrain --config=configs/cpc.py --workdir=runs/cpc ...
+    python launch/local.py -n 2 -- ecg-jax pretrain --config=configs/cpc.py --workdir=runs/cpc ...
 
 Each process gets `--coordinator`, `--num-processes` and `--process-id`. On a host with several GPUs this is
 rarely needed: a single process already uses all of them. SIGTERM and Ctrl-C both reach the processes as
-SIGTERM, so that all of them save and stop at the same step; when one process fails the others are ended. The
-exit code is the first failure's, or 0.
+SIGTERM, so that all of them save and stop at the same step. When one process fails, the others are given some
+seconds to end by themselves, and are ended then; which process was the first, and how, is said on stderr.
+
+The exit code is 0 when all succeed; 75 when the run can be continued by running it again (a process was lost, or the
+run was stuck); else that of the first failure.
 """
 
 import argparse
+import contextlib
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+
+CONTINUE = os.EX_TEMPFAIL  # 75
+_GRACE_S = 15.0  # for the others to end by themselves after a failure; then again after SIGTERM
 
 
-def free_port() -> int:
-    """A TCP port on the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A TCP port on the loopback interface that nobody has, nor gets as long as it is held here.
+
+    Process 0 may listen on it all the same: the socket here does not listen, and both say SO_REUSEADDR.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
-def launch(command: list[str], processes: int) -> int:
+def launch(command: list[str], processes: int, log_dir: Path | None = None) -> int:
     """Starts `command` as `processes` processes and waits for all of them.
 
-    Returns:
-        0 when all succeed, else the exit code of the first that failed.
-    """
-    coordinator = f"127.0.0.1:{free_port()}"
-    children = [
-        subprocess.Popen(
-            [*command, f"--coordinator={coordinator}", f"--num-processes={processes}", f"--process-id={i}"],
-            start_new_session=True,  # a Ctrl-C in the terminal reaches this launcher only
-        )
-        for i in range(processes)
-    ]
+    Args:
+        command: program and arguments.
+        processes: how many.
+        log_dir: where each process's output goes, as process-I.log; None: to this one's.
 
+    Returns:
+        The exit code, see above.
+    """
+    with contextlib.ExitStack() as stack:
+        coordinator = f"127.0.0.1:{stack.enter_context(reserved_port())}"
+        children = []
+        for i in range(processes):
+            output = {}
+            if log_dir:
+                log_dir.mkdir(parents=True, exist_ok=True)
+                log = stack.enter_context((log_dir / f"process-{i}.log").open("a"))
+                output = {"stdout": log, "stderr": subprocess.STDOUT}
+            numbers = [f"--coordinator={coordinator}", f"--num-processes={processes}", f"--process-id={i}"]
+            # A session of its own: a Ctrl-C in the terminal reaches this launcher only.
+            children.append(subprocess.Popen([*command, *numbers], start_new_session=True, **output))
+        return _wait(children)
+
+
+def _wait(children: list[subprocess.Popen]) -> int:
     def hand_on(_number, _frame):
         # Processes of one run agree on the step to stop at when they get SIGTERM.
         for child in children:
@@ -46,33 +73,52 @@ def launch(command: list[str], processes: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)
-    while True:
-        codes = [child.poll() for child in children]
-        if failed := [code for code in codes if code]:
+    first = None
+    while any(child.poll() is None for child in children):
+        failed = [i for i, child in enumerate(children) if child.poll()]
+        if failed and first is None:
+            # Those that only say that another one is gone were not the first.
+            first = min(failed, key=lambda i: (children[i].returncode == CONTINUE, i))
+            _announce(first, children)
+            deadlines = [
+                (time.monotonic() + _GRACE_S * n, action) for n, action in ((1, "terminate"), (2, "kill"))
+            ]
+        if first is not None and deadlines and time.monotonic() > deadlines[0][0]:
             for child in children:
-                child.terminate()
-            for child in children:
-                try:
-                    child.wait(timeout=30)
-                except subprocess.TimeoutExpired:
-                    child.kill()
-            return failed[0] if failed[0] > 0 else 128 - failed[0]
-        if all(code == 0 for code in codes):
-            return 0
-        time.sleep(0.1)
+                getattr(child, deadlines[0][1])()
+            deadlines.pop(0)
+        time.sleep(0.05)
+    codes = [child.returncode for child in children]
+    if not any(codes):
+        return 0
+    if first is None:
+        first = min((i for i, code in enumerate(codes) if code), key=lambda i: (codes[i] == CONTINUE, i))
+        _announce(first, children)
+    if CONTINUE in codes:
+        return CONTINUE
+    return codes[first] if codes[first] > 0 else 128 - codes[first]
+
+
+def _announce(first: int, children: list[subprocess.Popen]) -> None:
+    code = children[first].returncode
+    how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+    print(f"launch: process {first} of {len(children)} failed first: {how}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, required=True, metavar="N")
+    parser.add_argument("-n", "--processes", type=int, required=True, metavar="N")
+    parser.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="write DIR/process-I.log instead of mixing outputs"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- followed by the command")
     args = parser.parse_args()
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command or args.processes < 1:
-        parser.error("give --processes N and, after --, the command to run")
-    return launch(command, args.processes)
+        parser.error("give -n N and, after --, the command to run")
+    return launch(command, args.processes, args.log_dir)
 
 
 if __name__ == "__main__":
