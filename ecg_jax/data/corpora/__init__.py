@@ -4,7 +4,20 @@ Every corpus module has `EXPECTS` (what SOURCE must hold), `list_records(source,
 `read(source, entry, assume_gain) -> Recording`.
 """
 
-from ecg_jax.data.corpora import challenge, chapman, code15, echonext, mimic, ptb, ptbxl, sph, wfdb, zzu
+from ecg_jax.data.corpora import (
+    challenge,
+    chapman,
+    code15,
+    echonext,
+    heedb,
+    heedb_emory,
+    mimic,
+    ptb,
+    ptbxl,
+    sph,
+    wfdb,
+    zzu,
+)
 
 CORPORA = {
     "ptbxl": ptbxl,
@@ -17,4 +30,6 @@ CORPORA = {
     "echonext": echonext,
     "zzu": zzu,
     "mimic": mimic,
+    "heedb": heedb,
+    "heedb_emory": heedb_emory,
 }
