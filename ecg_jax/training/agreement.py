@@ -97,4 +97,7 @@ def _hear(key: str, topic: str, process: int, wait_s: float) -> Any:
     try:
         return json.loads(_client().blocking_key_value_get(key, round(wait_s * 1000)))
     except jax.errors.JaxRuntimeError as error:
-        raise NoAnswer(f"process {process} did not answer about {topic} within {wait_s:g} s") from error
+        why = (
+            f"within {wait_s:g} s" if "DEADLINE_EXCEEDED" in str(error) else f"({str(error).splitlines()[0]})"
+        )
+        raise NoAnswer(f"process {process} did not answer about {topic} {why}") from error

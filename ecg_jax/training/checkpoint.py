@@ -12,6 +12,7 @@ before any process goes on (`agreement.py`).
 """
 
 import contextlib
+import json
 import logging
 import resource
 import sys
@@ -40,6 +41,8 @@ from ecg_jax.training.checkpoint_tree import (
 CHECKPOINTS = "checkpoints"
 #: Seconds after which a write that has not ended counts as failed.
 WRITE_TIMEOUT_S = 1200
+#: The last file of a checkpoint to be written.
+_FINISHED = "_CHECKPOINT_METADATA"
 _SAVED_FIELDS = ("step", "params", "opt_state", "batch_stats", "ssm", "objective_state", "teacher", "rng")
 
 
@@ -48,8 +51,10 @@ def _saved(state) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type when it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """What an error says in one line, or its type when it says nothing."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Some of Orbax's carry the traceback of another as their text.
+    return lines[-1 if lines[0].startswith("Traceback") else 0]
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -116,6 +121,7 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {folder}: {error.strerror}") from error
+        self._set_aside_without_metrics()
         self._manager = _Manager(
             folder,
             options=ocp.CheckpointManagerOptions(
@@ -132,6 +138,16 @@ class Checkpoints:
                 "meta": ocp.JsonCheckpointHandler(multiprocessing_options=_alone()),
             },
         )
+
+    def _set_aside_without_metrics(self) -> None:
+        """Orbax reads the metrics of all checkpoints as it opens them, and would stop at damaged ones."""
+        for step in finished_steps(self._workdir):
+            path = self._path(step) / "metrics" / "metrics"
+            try:
+                if path.exists():
+                    float(json.loads(path.read_bytes())["val_loss"])
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                self._set_aside(step, f"its metrics cannot be read: {first_line(error)}")
 
     @property
     def _folder(self) -> Path:
@@ -182,10 +198,6 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self._folder}; {kept}. Free some space or mend "
                 f"the folder, and run the same command again ({first_line(error)})"
             ) from error
-
-    def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, None when there is none."""
-        return on_first("the newest checkpoint", lambda: self._manager.latest_step())
 
     def reached_preemption(self, step: int) -> bool:
         """Whether the cluster asked all processes to stop (needs `jax.distributed`)."""
@@ -242,7 +254,8 @@ class Checkpoints:
         while aside.exists():
             aside = aside.with_name(aside.name + "x")
         self._path(step).rename(aside)
-        self._manager.reload()
+        if self._manager is not None:
+            self._manager.reload()
         print(
             f"warning: checkpoint {step} is damaged ({reason}); moved it to {aside} and going back to the one before",
             file=sys.stderr,
@@ -262,6 +275,8 @@ class Checkpoints:
 
     def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         path = self._path(step)
+        if step not in finished_steps(self._workdir):
+            raise OSError(f"its {_FINISHED} is missing")
         if mismatch := describe_mismatch(stored_shapes(path), flat_shapes(wanted)):
             raise UserError(f"checkpoint {path} does not fit the config: {mismatch}")
         meta = read_meta(path)
@@ -309,9 +324,12 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     absl.setLevel(logging.ERROR)
     try:
         with _reader(ocp.PyTreeCheckpointHandler) as reader:
-            return flat_shapes(reader.metadata((path / "state").absolute()).item_metadata.tree)
+            metadata = reader.metadata((path / "state").absolute()).item_metadata
     finally:
         absl.setLevel(level)
+    if metadata is None:
+        raise OSError("the list of its arrays cannot be read")
+    return flat_shapes(metadata.tree)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -371,4 +389,4 @@ def finished_steps(run: Path) -> list[int]:
     if not (run / CHECKPOINTS).is_dir():
         return []
     folders = (run / CHECKPOINTS).iterdir()
-    return sorted(int(p.name) for p in folders if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists())
+    return sorted(int(p.name) for p in folders if p.name.isdigit() and (p / _FINISHED).exists())
