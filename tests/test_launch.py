@@ -180,7 +180,7 @@ def test_two_processes_train_through_the_batch_script_and_go_on_after_its_time_l
     job = cluster.start_job(script)
     until(lambda: logged() >= 4, job)
     job.send_signal(signal.SIGUSR1)  # two minutes before the time limit
-    out, _ = job.communicate(timeout=120)
+    out, _ = job.communicate(timeout=240)
     assert job.returncode == 0, out
     assert "cpc on s4" in out
     assert re.search(r"float32, 2 x cpu", out)
@@ -195,7 +195,7 @@ def test_two_processes_train_through_the_batch_script_and_go_on_after_its_time_l
     # The user stops it: `scancel --signal=TERM`, which reaches the tasks and not the batch shell.
     identity = {"SLURM_JOB_ID": "1"}
     subprocess.run(["scancel", "--signal=TERM", "1"], env=cluster.environment | identity, check=True)
-    out, _ = job.communicate(timeout=120)
+    out, _ = job.communicate(timeout=240)
     assert job.returncode == 0, out
     assert f"continuing at step {saved} of 100000" in out
     assert len(cluster.calls("scontrol")) == 1, "a job that was stopped is not requeued"
