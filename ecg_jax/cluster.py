@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ecg_jax.data.folds import highest_folds
-from ecg_jax.data.pipeline import select_records
+from ecg_jax.data.selection import select_records
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import MAX_CODES, TargetsWriter, Windows, check_name
 from ecg_jax.errors import UserError
@@ -271,7 +271,7 @@ def cluster(
         opened,
         window_samples=described.grid.window,
         val_folds=val_folds,
-        max_records=max_records or len(opened),
+        max_records=max_records or 0,
     )
     with unwritten as writer:
         vectors = sample_vectors(

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from ecg_jax.config_flags import load_config, with_argument
 from ecg_jax.data import ladder
+from ecg_jax.data.mixture import parse_weights
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.errors import UserError, closest
 from ecg_jax.models import convolution
@@ -102,18 +103,10 @@ def _check_sources(config: ConfigDict) -> None:
         )
     if not config.data.weights:
         return
-    try:
-        weights = [float(weight) for weight in config.data.weights.split(",")]
-    except ValueError:
-        weights = []
-    if not weights or not all(0 < weight < math.inf for weight in weights):
+    shares = parse_weights(config.data.weights)
+    if stores and len(shares) != len(stores):
         raise UserError(
-            f"config.data.weights={config.data.weights!r} must be positive numbers separated by commas, one for each "
-            "store"
-        )
-    if stores and len(weights) != len(stores):
-        raise UserError(
-            f"config.data.weights={config.data.weights!r} has {len(weights)} numbers, but config.store names "
+            f"config.data.weights={config.data.weights!r} has {len(shares)} numbers, but config.store names "
             f"{len(stores)} stores; give one for each"
         )
 

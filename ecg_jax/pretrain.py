@@ -11,49 +11,35 @@ from typing import Any
 
 import jax
 import numpy as np
-from clu.parameter_overview import count_parameters
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ecg_jax.config_checks import check_config
 from ecg_jax.config_flags import parse_command
-from ecg_jax.data.pipeline import Selection, select_records, train_batches, val_batches
-from ecg_jax.data.preprocessing import Preprocessing
-from ecg_jax.data.store import Store
-from ecg_jax.data.targets import Targets
+from ecg_jax.data.pipeline import train_batches, val_batches
 from ecg_jax.errors import Stopped, UserError
-from ecg_jax.evaluation import online_probe
 from ecg_jax.models.encoder import tokens_of
-from ecg_jax.run_setup import (
-    build_objective,
-    build_optimiser,
-    build_teacher,
-    claim_workdir,
-    convolutions,
-    initial_state,
-    open_store,
-    open_targets,
-)
-from ecg_jax.training import collapse, distributed, parallel
-from ecg_jax.training.checkpoint import Checkpoints
+from ecg_jax.run_data import RunData, open_data
+from ecg_jax.run_origin import begin_with
+from ecg_jax.run_reporting import announce, build_monitor, open_writer, summary, warn
+from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state
+from ecg_jax.training import distributed, parallel
+from ecg_jax.training.checkpoint import Checkpoints, finished_steps
 from ecg_jax.training.metric_writers import (
-    WARNING,
-    JsonlWriter,
     MultiWriter,
     RateMeter,
-    TensorBoardWriter,
-    rewind_log,
 )
 from ecg_jax.training.train_state import TrainState, eval_step, mean_of_sums, train_step, with_bases
 from ecg_jax.training.watchdog import Watchdog
+from ecg_jax.workdir import claim_workdir
 
 DESCRIPTION = """\
 Pretrains an encoder on a prepared store. Run the same command again to continue an interrupted run, exactly.
 
   ecg-jax pretrain --config=configs/cpc.py:data=18k --workdir=runs/cpc --config.store=stores/ptbxl
 
-Writes into the workdir: config.json, preprocessing.json, log.jsonl, tensorboard/, checkpoints/STEP/.
+Several stores, separated by commas, are mixed; --config.init.checkpoint=RUN begins with the parameters of another run.
+Writes into the workdir: config.json, preprocessing.json, selection.json, log.jsonl, tensorboard/, checkpoints/STEP/.
 SIGTERM or Ctrl-C saves and stops (exit code 0 or 130). A run that makes no progress, or one of whose processes
 is lost, ends with exit code 75: run it again to continue. A loss that is not finite stops the run and names the
 last good checkpoint. Features that collapse are warned of, on stderr and in the log; with
@@ -64,9 +50,9 @@ last good checkpoint. Features that collapse are warned of, on stderr and in the
 def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Runs or continues pretraining until the configured step.
 
-    Writes `config.json`, `preprocessing.json`, `log.jsonl`, `tensorboard/` and `checkpoints/STEP/` into the
-    workdir. A run that was stopped at any moment continues exactly: the same losses and parameters as
-    without the stop, on the same devices.
+    Writes `config.json`, `preprocessing.json`, `selection.json`, `log.jsonl`, `tensorboard/` and
+    `checkpoints/STEP/` into the workdir. A run that was stopped at any moment continues exactly: the same losses and
+    parameters as without the stop, on the same devices.
 
     Args:
         config: see `configs/common.py`.
@@ -82,51 +68,29 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
         Stopped: SIGTERM, Ctrl-C or a preemption came, and the state is saved.
     """
     check_config(config)
-    store, preprocessing = open_store(config)
-    targets = open_targets(config, store)
-    selection = select_records(
-        store,
-        window_samples=preprocessing.window_samples,
-        val_folds=config.data.val_folds,
-        max_records=config.data.max_records,
-    )
-    steps = config.steps or math.ceil(config.epochs * len(selection.train) / config.batch_size)
+    workdir = Path(workdir)
+    data = open_data(config, workdir)
+    steps = config.steps or math.ceil(config.epochs * len(data.selection.train) / config.batch_size)
     if config.optimiser.warmup_steps > steps:
         raise UserError(
             f"config.optimiser.warmup_steps={config.optimiser.warmup_steps} exceeds the {steps} steps of the run"
         )
-    labelled = online_probe.choose_slice(
-        store,
-        selection.train,
-        task=config.monitor.task,
-        every=config.monitor.probe_every,
-        max_records=config.monitor.probe_records,
-    )
     with (
-        claim_workdir(Path(workdir), config, preprocessing, store, targets),
-        Watchdog(config.stall_timeout_s, Path(workdir)) as watchdog,
+        claim_workdir(workdir, config, data),
+        Watchdog(config.stall_timeout_s, workdir) as watchdog,
     ):
-        return _run(
-            config, Path(workdir), store, preprocessing, selection, targets, labelled, steps, watchdog
-        )
+        return _run(config, workdir, data, steps, watchdog)
 
 
-def _run(
-    config: ConfigDict,
-    workdir: Path,
-    store: Store,
-    preprocessing: Preprocessing,
-    selection: Selection,
-    targets: Targets | None,
-    labelled: tuple[online_probe.Slice | None, str],
-    steps: int,
-    watchdog: Watchdog,
-) -> TrainState:
+def _run(config: ConfigDict, workdir: Path, data: RunData, steps: int, watchdog: Watchdog) -> TrainState:
     """The run itself, in a workdir that is this process's."""
-    mesh = parallel.make_mesh()
+    mesh, preprocessing = parallel.make_mesh(), data.preprocessing
     schedule, tx = build_optimiser(config, steps)
     teacher = build_teacher(config, steps)
-    state = parallel.replicate(initial_state(config, tx, preprocessing, teacher), mesh)
+    state = initial_state(config, tx, preprocessing, teacher)
+    if data.origin and not finished_steps(workdir):
+        state = begin_with(state, data.origin, config, preprocessing, teacher)
+    state = parallel.replicate(state, mesh)
     checkpoints = Checkpoints(
         workdir,
         keep_latest=config.keep_latest,
@@ -134,8 +98,7 @@ def _run(
         meta={
             "config": config.to_dict(),
             "preprocessing": preprocessing.to_dict(),
-            "store_fingerprint": store.fingerprint,
-            "targets_fingerprint": targets and targets.fingerprint,
+            **data.provenance(),
         },
     )
     if restored := checkpoints.restore_latest(state, state.step.sharding):
@@ -163,11 +126,12 @@ def _run(
         "window_samples": preprocessing.window_samples,
         "process": jax.process_index(),
         "processes": jax.process_count(),
-        "targets": targets,
+        "targets": data.targets,
     }
     batches = train_batches(
-        store,
-        selection.train,
+        data.store,
+        data.selection.train,
+        shares=data.shares,
         seed=config.seed,
         start_step=start,
         threads=config.data.read_threads,
@@ -176,7 +140,7 @@ def _run(
     )
 
     def validate(state: TrainState) -> dict[str, float]:
-        crops = val_batches(store, selection.val, max_crops=config.data.max_val_crops, **reading)
+        crops = val_batches(data.store, data.selection.val, max_crops=config.data.max_val_crops, **reading)
         sums = []
         for i, batch in enumerate(crops):
             watchdog.beat(f"batch {i + 1} of the validation", slow=i == 0)  # the first compiles
@@ -185,16 +149,15 @@ def _run(
         sums = jax.device_get(sums)
         return {f"val_{name}": value for name, value in mean_of_sums(sums).items()}
 
-    monitor = _monitor(config, store, preprocessing, labelled[0], mesh, bound)
+    monitor = build_monitor(config, data, mesh, bound)
 
     def is_logged(step: int) -> bool:
         return step % config.log_every == 0 or step % config.checkpoint_every == 0 or step == steps
 
     primary = jax.process_index() == 0
     if primary:
-        _announce(config, store, selection, state, steps)
-        print(labelled[1])
-    writer = _open_writer(workdir, start, config.tensorboard) if primary else MultiWriter()
+        announce(config, data, state, steps)
+    writer = open_writer(workdir, start, config.tensorboard) if primary else MultiWriter()
     progress = tqdm(
         total=steps,
         initial=start,
@@ -235,8 +198,8 @@ def _run(
                     if save_now and not stopping:
                         scalars |= validate(state)
                     writer.write_scalars(done, scalars)
-                    progress.set_postfix_str(_summary(scalars))
-                    collapsed = _warn(monitor, scalars, done, writer)
+                    progress.set_postfix_str(summary(scalars))
+                    collapsed = warn(monitor, scalars, done, writer)
                     if config.stop_on_collapse and distributed.first_says(bool(collapsed)):
                         raise UserError(
                             f"collapse at step {done}: {'; '.join(collapsed[:1])}; {_last_good(workdir, saved)}"
@@ -287,78 +250,10 @@ def _finite(metrics: dict[str, Any], step: int, workdir: Path, saved: int | None
     return scalars
 
 
-def _warn(monitor: collapse.Monitor, scalars: dict[str, float], step: int, writer: MultiWriter) -> list[str]:
-    """Writes what looks like a collapse into the log at every step it holds, and on stderr when it is news."""
-    collapsed, news = monitor.judge(scalars)
-    for sentence in collapsed:
-        writer.write_texts(step, {WARNING: sentence})
-    for sentence in news if jax.process_index() == 0 else ():
-        tqdm.write(f"warning: step {step}: {sentence}", file=sys.stderr)
-    return collapsed
-
-
 def _last_good(workdir: Path, saved: int | None) -> str:
     if saved is None:
         return "no checkpoint was written yet"
     return f"the last good checkpoint is {workdir / 'checkpoints' / str(saved)}"
-
-
-def _monitor(
-    config: ConfigDict,
-    store: Store,
-    preprocessing: Preprocessing,
-    labelled: online_probe.Slice | None,
-    mesh: Mesh,
-    bound: dict[str, Any],
-) -> collapse.Monitor:
-    """What watches a run as `config.monitor` says."""
-    probe = labelled and online_probe.OnlineProbe(
-        labelled,
-        store,
-        mesh,
-        model=bound["model"],
-        normalisation=bound["normalisation"],
-        batch_size=config.batch_size,
-        window_samples=preprocessing.window_samples,
-    )
-    limits = collapse.Limits(
-        min_rankme=config.monitor.min_rankme,
-        min_feature_std=config.monitor.min_feature_std,
-        min_perplexity=config.monitor.min_perplexity,
-        max_dead_share=config.monitor.max_dead_share,
-    )
-    return collapse.Monitor(limits, mesh, probe=probe, probe_every=config.monitor.probe_every, **bound)
-
-
-def _open_writer(workdir: Path, start: int, tensorboard: bool) -> MultiWriter:
-    rewind_log(workdir, start)
-    return MultiWriter(JsonlWriter(workdir), *([TensorBoardWriter(workdir, start)] if tensorboard else []))
-
-
-def _summary(scalars: dict[str, float]) -> str:
-    names = [name for name in ("loss", "accuracy", "val_loss") if name in scalars]
-    shown = [f"{name} {scalars[name]:.4g}" for name in names]
-    if "windows_per_s" in scalars:
-        shown.append(f"{scalars['windows_per_s']:.0f} windows/s")
-    return ", ".join(shown)
-
-
-def _announce(config: ConfigDict, store: Store, selection: Selection, state: TrainState, steps: int) -> None:
-    start, devices = int(state.step), jax.devices()
-    parameters = count_parameters(state.params)
-    lines = [f"store {store.path}: {selection.describe()}"]
-    if selection.available < config.data.max_records:
-        asked = f"data.max_records allows {config.data.max_records} recordings"
-        lines.append(f"{asked}; the store has {selection.available} to train on")
-    lines.append(
-        f"{config.objective.name} on {config.model.backbone}: {parameters:,} trainable parameters, "
-        f"{config.precision}, {len(devices)} x {devices[0].device_kind}"
-    )
-    lines += convolutions(config, tokens_of(round(config.data.window_s * config.data.rate_hz)))
-    lines.append(
-        f"continuing at step {start} of {steps}" if start else f"{steps} steps of {config.batch_size} windows"
-    )
-    print("\n".join(lines))
 
 
 def main(argv: list[str]) -> int:
@@ -411,6 +306,6 @@ def main(argv: list[str]) -> int:
     if jax.process_index() == 0:
         print(
             "done; next: ecg-jax probe --config=configs/probe.py:mode=linear,task=ptbxl_super "
-            f"--checkpoint={args.workdir} --store={config.store} --workdir={args.workdir}-probe"
+            f"--checkpoint={args.workdir} --store={config.store.split(',')[0]} --workdir={args.workdir}-probe"
         )
     return 0

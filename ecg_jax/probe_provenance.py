@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ecg_jax.data.pipeline import select_records
+from ecg_jax.data.mixture import StoreSet
+from ecg_jax.data.selection import SELECTION_NAME, select_as_configured, use_selection
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import leakage
 from ecg_jax.evaluation.examples import Examples
 from ecg_jax.files import cache_folder
+from ecg_jax.run_origin import describe_run
 from ecg_jax.training.pretrained import RestoredEncoder
 
 #: Fields of a config that do not change results.
@@ -101,7 +103,7 @@ def finished(path: Path, identity: dict[str, Any], what: str) -> dict[str, Any] 
 def leakage_verdict(
     encoder: RestoredEncoder | None, examples: Examples, near: bool, folder: Path
 ) -> dict[str, Any]:
-    """What of the test records was trained on, or pretrained on if that store is still there.
+    """What of the test records was trained on, or pretrained on if all those stores are still there.
 
     Args:
         encoder: that was pretrained; None if there was no pretraining.
@@ -112,10 +114,10 @@ def leakage_verdict(
     Returns:
         `leakage.verdict`, with "pretraining_problem": why the pretraining recordings were not examined, or None.
     """
-    pretraining, rows, problem = None, None, None
+    pretraining, problem = [], None
     if encoder is not None:
         try:
-            pretraining, rows = _pretrained_on(encoder)
+            pretraining = _pretrained_on(encoder)
         except UserError as error:
             problem = str(error)
     verdict = leakage.verdict(
@@ -125,29 +127,48 @@ def leakage_verdict(
         pretraining,
         near,
         test_store=examples.test.store,
-        pretraining_rows=rows,
         pretrained=encoder is not None,
         cache=folder,
     )
     return verdict | {"pretraining_problem": problem}
 
 
-def _pretrained_on(encoder: RestoredEncoder) -> tuple[Store, np.ndarray]:
-    """The store that an encoder was pretrained on, and the rows of it that were trained on.
+def _pretrained_on(encoder: RestoredEncoder) -> list[tuple[Store, np.ndarray]]:
+    """The stores that an encoder was pretrained on and the rows of each that were trained on, of its own run and of all
+    runs that this one began with.
 
     Raises:
-        UserError: it is not known, not there any more, or holds something else now.
+        UserError: one of them is not known, not there any more, or holds something else now.
     """
-    path, data = encoder.config["store"], encoder.config["data"]
-    if encoder.store_fingerprint is None or path is None:
+    seen, run = [], describe_run(encoder.run, encoder.step)
+    while run is not None:
+        seen += _trained_on(run)
+        run = run["origin"]
+    return seen
+
+
+def _trained_on(run: dict[str, Any]) -> list[tuple[Store, np.ndarray]]:
+    """Stores and rows of a run, see `run_origin.describe_run`."""
+    if run["store_fingerprint"] is None or run["store"] is None:
         raise UserError("an imported checkpoint does not say which recordings it was pretrained on.")
-    store = Store(path)
-    if store.fingerprint != encoder.store_fingerprint:
-        raise UserError(f"the store {path} is not the one that {encoder.run} was pretrained on any more.")
-    selection = select_records(
-        store,
-        window_samples=encoder.preprocessing.window_samples,
-        val_folds=data["val_folds"],
-        max_records=data["max_records"],
-    )
-    return store, selection.train
+    stores = StoreSet([Store(path) for path in run["store"].split(",")])
+    if stores.fingerprint != run["store_fingerprint"]:
+        one = len(stores.stores) == 1
+        raise UserError(
+            f"the store{'' if one else 's'} {stores} {'is' if one else 'are'} not what {run['run']} was pretrained on "
+            "any more."
+        )
+    path = Path(run["run"]) / SELECTION_NAME
+    if path.exists():
+        selection = use_selection(path, stores, run["window_samples"])
+    else:
+        selection = select_as_configured(stores, run["data"], run["window_samples"])
+    if run["selection_fingerprint"] not in (None, selection.fingerprint):
+        raise UserError(
+            f"{run['run']} was pretrained on other recordings than {path} tells; put its own file there."
+        )
+    return [
+        (store, selection.rows_of(number)[0])
+        for number, store in enumerate(stores.stores)
+        if len(selection.rows_of(number)[0])
+    ]

@@ -1,21 +1,17 @@
-"""What the config of a run means: what it refuses, and the objective, optimiser and first state it describes."""
+"""What the config of a run means: the stores, objective, optimiser and first state it describes."""
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ecg_jax.data.mixture import StoreSet
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import Targets
 from ecg_jax.errors import UserError
-from ecg_jax.files import lock, write_atomic
 from ecg_jax.models import convolution
 from ecg_jax.models.encoder import build_encoder, tokens_of
 from ecg_jax.objectives.cpc import CPC
@@ -26,7 +22,6 @@ from ecg_jax.objectives.jepa import JEPA
 from ecg_jax.objectives.masking import Masking
 from ecg_jax.objectives.teacher import Teacher
 from ecg_jax.training import optim
-from ecg_jax.training.checkpoint import finished_steps
 from ecg_jax.training.train_state import TrainState, create_train_state
 
 #: Name of an objective -> its module.
@@ -50,25 +45,6 @@ CONFIGS = {
 #: What `ecg-jax import-checkpoint` writes beside a checkpoint, and no run of ours.
 IMPORT_NAME = "import.json"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-# What may differ when a run is continued; everything else makes it another run.
-_FREE_FIELDS = {
-    "store",
-    "log_every",
-    "keep_latest",
-    "keep_best",
-    "tensorboard",
-    "stall_timeout_s",
-    "data.read_threads",
-    "data.prefetch",
-    # How a step is computed, not what.
-    "model.conv", "model.remat",
-    # Monitoring reads the state and never changes it.
-    "stop_on_collapse", "monitor.min_rankme", "monitor.min_feature_std", "monitor.min_perplexity",
-    "monitor.max_dead_share", "monitor.probe_every", "monitor.probe_records", "monitor.task",
-}  # fmt: skip
-# The length of a run shapes its learning rates and the teacher's momentum unless they are constant.
-_LENGTH_FIELDS = {"steps", "epochs"}
 
 
 def build_objective(config: ConfigDict, axis_name: str | None):
@@ -140,12 +116,12 @@ def convolutions(config: ConfigDict, tokens: int) -> list[str]:
     return lines
 
 
-def open_targets(config: ConfigDict, store: Store) -> Targets | None:
+def open_targets(config: ConfigDict, stores: StoreSet) -> Targets | None:
     """The offline targets of the run, None for objectives without.
 
     Raises:
-        UserError: there are no such targets, they do not fit the store, or have another number of codes than
-            the config.
+        UserError: there are several stores or no such targets, they do not fit the store, or have another number of
+            codes than the config.
     """
     objective = config.objective
     if (objective.name == "hubert") != bool(config.data.targets):
@@ -158,7 +134,12 @@ def open_targets(config: ConfigDict, store: Store) -> Targets | None:
         )
     if not config.data.targets:
         return None
-    targets = Targets(store, config.data.targets)
+    if len(stores.stores) > 1:
+        raise UserError(
+            f"config.data.targets={config.data.targets!r}: offline targets lie beside one store, but config.store "
+            f"names {len(stores.stores)}; pretrain on one store, or with an objective that makes its own targets"
+        )
+    targets = Targets(stores.stores[0], config.data.targets)
     targets.verify()
     if targets.codes != config.objective.codes:
         raise UserError(
@@ -168,103 +149,37 @@ def open_targets(config: ConfigDict, store: Store) -> Targets | None:
     return targets
 
 
-def open_store(config: ConfigDict) -> tuple[Store, Preprocessing]:
-    """The store and the contract of the run: the store's own, with the run's window and normalisation.
+def open_store(config: ConfigDict) -> tuple[StoreSet, Preprocessing]:
+    """The stores and the contract of the run: the stores' own, with the run's window and normalisation.
 
     Raises:
-        UserError: no store given, or it has other leads or another rate than the config.
+        UserError: no store given, or one has other leads or another rate than the config, or the stores were made under
+            different contracts.
     """
     if config.store is None:
         raise UserError("config.store is not set; give the folder of a prepared store: --config.store=STORE")
-    store = Store(config.store)
-    if store.leads != CANONICAL_LEADS:
-        raise UserError(
-            f"the store {store.path} has the leads {', '.join(store.leads)}; a run needs "
-            f"{', '.join(CANONICAL_LEADS)}"
-        )
-    if store.rate_hz != config.data.rate_hz:
-        raise UserError(
-            f"the store {store.path} has {store.rate_hz:g} samples per second, config.data.rate_hz is "
-            f"{config.data.rate_hz:g}; prepare the recordings again or change the field"
-        )
-    contract = store.preprocessing.to_dict() | {
-        "window_s": config.data.window_s,
-        "normalisation": config.data.normalisation,
-    }
-    return store, Preprocessing.from_dict(contract)
-
-
-@contextlib.contextmanager
-def claim_workdir(
-    workdir: Path, config: ConfigDict, preprocessing: Preprocessing, store: Store, targets: Targets | None
-) -> Iterator[None]:
-    """Holds the workdir for this run: locked against a second process, and known to belong to this very
-    config.
-
-    Writes config.json and preprocessing.json when no run with a checkpoint is there yet. A store is known by
-    its
-    content: config.json holds its fingerprint beside the config, and the store may have moved when a run goes
-    on. So are offline targets.
-
-    Raises:
-        UserError: the workdir belongs to another run (the differing fields are named) or holds an imported
-            checkpoint, is in use, or is no folder.
-    """
-    if jax.process_index() != 0:
-        yield
-        return
-    if (workdir / IMPORT_NAME).exists():
-        raise UserError(
-            f"{workdir} is an imported checkpoint, which can be probed but not continued: its store and optimiser are "
-            "not known; choose another --workdir"
-        )
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        held = (workdir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write into --workdir={workdir}: {error.strerror}") from error
-    with held:
-        lock(held, f"another `ecg-jax pretrain` is using {workdir}; choose another --workdir")
-        wanted = json.loads(json.dumps(config.to_dict())) | {"store_fingerprint": store.fingerprint}
-        if targets:
-            wanted |= {"targets_fingerprint": targets.fingerprint}
-        if finished_steps(workdir):
-            _check_same_run(workdir, wanted, constant_schedule=_is_constant(config))
-        else:
-            files = {"preprocessing.json": preprocessing.to_dict(), "config.json": wanted}
-            for name, value in files.items():
-                write_atomic(workdir / name, (json.dumps(value, indent=2) + "\n").encode())
-        yield
-
-
-def _is_constant(config: ConfigDict) -> bool:
-    """Whether a run of another length would have the same steps as far as both go."""
-    moving = "teacher" in config.objective and (
-        config.objective.teacher.momentum != config.objective.teacher.momentum_end
+    stores = [Store(path) for path in config.store.split(",")]
+    first = stores[0].preprocessing.to_dict()
+    for store in stores:
+        if store.leads != CANONICAL_LEADS:
+            raise UserError(
+                f"the store {store.path} has the leads {', '.join(store.leads)}; a run needs "
+                f"{', '.join(CANONICAL_LEADS)}"
+            )
+        if store.rate_hz != config.data.rate_hz:
+            raise UserError(
+                f"the store {store.path} has {store.rate_hz:g} samples per second, config.data.rate_hz is "
+                f"{config.data.rate_hz:g}; prepare the recordings again or change the field"
+            )
+        contract = store.preprocessing.to_dict()
+        if differ := [name for name in first if contract[name] != first[name]]:
+            raise UserError(
+                f"the stores {stores[0].path} and {store.path} were prepared differently: they differ in "
+                f"{', '.join(differ)}; a run needs one contract, so prepare one of them again"
+            )
+    return StoreSet(stores), Preprocessing.from_dict(
+        first | {"window_s": config.data.window_s, "normalisation": config.data.normalisation}
     )
-    return config.optimiser.schedule == "constant" and not moving
-
-
-def _check_same_run(workdir: Path, wanted: dict[str, Any], constant_schedule: bool) -> None:
-    """Compares a config with the one that a workdir's checkpoints were written under."""
-    path = workdir / "config.json"
-    try:
-        there = flatten(json.loads(path.read_text()))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} is missing or damaged, so it cannot be told which run the checkpoints beside it belong to; "
-            "put it back (a checkpoint's meta holds the config), or choose another --workdir"
-        ) from error
-    wanted = flatten(wanted)
-    free = _FREE_FIELDS | (_LENGTH_FIELDS if constant_schedule else set())
-    names = sorted(there.keys() | wanted.keys())
-    differ = [name for name in names if name not in free and there.get(name) != wanted.get(name)]
-    if differ:
-        shown = ", ".join(
-            f"{name} ({there.get(name)!r} there, {wanted.get(name)!r} now)" for name in differ[:5]
-        )
-        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise UserError(f"{workdir} holds another run: it differs in {shown}{more}; choose another --workdir")
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -17,8 +17,10 @@ from ml_collections import ConfigDict
 
 from ecg_jax.config_checks import check_config
 from ecg_jax.config_flags import parse_command
-from ecg_jax.data.pipeline import select_records, train_batches
+from ecg_jax.data.mixture import parse_weights
+from ecg_jax.data.pipeline import train_batches
 from ecg_jax.data.preprocessing import MICROVOLTS_PER_MV
+from ecg_jax.data.selection import select_as_configured
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
 from ecg_jax.objectives.masking import STRATEGIES, Mask, Masking
@@ -134,11 +136,14 @@ def first_crops(config: ConfigDict, seed: int, records: int) -> Crops:
     """
     store, preprocessing = open_store(config)
     samples = preprocessing.window_samples
-    selection = select_records(
-        store, window_samples=samples, val_folds=config.data.val_folds, max_records=config.data.max_records
-    )
+    selection = select_as_configured(store, config.data.to_dict(), samples)
     batches = train_batches(
-        store, selection.train, batch_size=config.batch_size, window_samples=samples, seed=seed
+        store,
+        selection.train,
+        batch_size=config.batch_size,
+        window_samples=samples,
+        seed=seed,
+        shares=parse_weights(config.data.weights),
     )
     with contextlib.closing(batches):
         batch = next(batches)

@@ -14,7 +14,8 @@ from ecg_jax import cli
 from ecg_jax import cluster as cluster_module
 from ecg_jax.cluster import cluster, label_store, sample_vectors
 from ecg_jax.config_flags import load_config
-from ecg_jax.data.pipeline import select_records, train_batches, val_batches
+from ecg_jax.data.pipeline import train_batches, val_batches
+from ecg_jax.data.selection import select_records
 from ecg_jax.data.store import Store
 from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.data.targets import NO_LABEL, Grid, Targets, TargetsWriter, label_range

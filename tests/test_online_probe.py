@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import Mesh
 
 from ecg_jax.config_flags import load_config, override
-from ecg_jax.data.pipeline import select_records
 from ecg_jax.data.preprocessing import Preprocessing
+from ecg_jax.data.selection import select_records
 from ecg_jax.data.store import Store
 from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.errors import UserError

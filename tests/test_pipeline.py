@@ -7,15 +7,14 @@ from hypothesis import strategies as st
 
 from ecg_jax.data.crops import non_overlapping_crops
 from ecg_jax.data.pipeline import (
-    select_records,
     shuffled_by_position,
     train_batches,
     uniform_by_position,
     val_batches,
 )
+from ecg_jax.data.selection import select_records
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import Targets, TargetsWriter, label_range
-from ecg_jax.errors import UserError
 
 WINDOW = 600
 FROZEN_ORDER = [1, 0, 3, 7, 2, 5, 6, 4]
@@ -140,61 +139,6 @@ def test_order_of_the_data_is_frozen():
     """A change here changes what every run sees; a resumed run would no longer continue itself."""
     np.testing.assert_array_equal(shuffled_by_position(7, np.arange(8), 8), FROZEN_ORDER)
     np.testing.assert_allclose(uniform_by_position(7, np.arange(2)), FROZEN_UNIFORM, rtol=1e-15)
-
-
-def test_selection_splits_by_fold_and_leaves_out_short_and_duplicate(store):
-    fold = store.column("fold")
-    selection = select_records(store, window_samples=WINDOW, val_folds=2, max_records=10**9)
-    largest = np.unique(fold)[-2:]
-    assert set(fold[selection.val]) <= set(largest)
-    assert not set(fold[selection.train]) & set(largest)
-    assert len(selection.train) + len(selection.val) == len(store)
-    none_held = select_records(store, window_samples=WINDOW, val_folds=0, max_records=10**9)
-    assert len(none_held.val) == 0
-    assert len(none_held.train) == len(store)
-    with pytest.raises(UserError, match="leaves no recording to train on"):
-        select_records(store, window_samples=10**6, val_folds=1, max_records=10)
-
-
-class FakeStore:
-    """A records table without signals."""
-
-    path = "fake"
-
-    def __init__(self, **columns):
-        self.columns = columns
-
-    def column(self, name):
-        return self.columns[name]
-
-    def __len__(self):
-        return len(self.columns["fold"])
-
-
-def test_duplicates_and_short_records_are_left_out_and_counted():
-    fake = FakeStore(
-        length=np.array([600, 599, 600, 600]), fold=np.array([1, 1, 2, 3]), record_id=np.array(list("abcd")),
-        patient_id=np.array(list("pqrs"), object), duplicate_of=np.array([None, None, "a", None], object),
-    )  # fmt: skip
-    selection = select_records(fake, window_samples=600, val_folds=1, max_records=10)
-    np.testing.assert_array_equal(selection.train, [0])
-    np.testing.assert_array_equal(selection.val, [3])
-    assert (selection.too_short, selection.duplicates) == (1, 1)
-    assert "1 shorter than a window left out; 1 duplicate signals left out" in selection.describe()
-
-
-def test_smaller_rung_is_contained_in_larger_and_keeps_patients_whole():
-    n = 400
-    fake = FakeStore(
-        length=np.full(n, 900), fold=np.ones(n, int), record_id=np.array([str(i) for i in range(n)]),
-        patient_id=np.array([f"p{i // 4}" for i in range(n)], object), duplicate_of=np.full(n, None, object),
-    )  # fmt: skip
-    rungs = [
-        set(select_records(fake, window_samples=600, val_folds=0, max_records=m).train) for m in (40, 80, 400)
-    ]
-    assert [len(rung) for rung in rungs] == [40, 80, 400]
-    assert rungs[0] < rungs[1] < rungs[2]
-    assert all({row // 4 * 4 + i for i in range(4)} <= rungs[0] for row in rungs[0])
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -93,7 +93,7 @@ def finished(tmp_path_factory, synthetic_store):
 def test_run_writes_what_it_promises(finished):
     workdir, out = finished
     assert {p.name for p in workdir.iterdir()} == {
-        ".lock", "checkpoints", "config.json", "log.jsonl", "preprocessing.json", "tensorboard",
+        ".lock", "checkpoints", "config.json", "log.jsonl", "preprocessing.json", "selection.json", "tensorboard",
     }  # fmt: skip
     log = read_log(workdir)
     assert [entry["step"] for entry in log] == list(range(1, 25))
@@ -352,6 +352,7 @@ def test_missing_store_is_refused(tmp_path, capsys):
 
 
 def test_another_store_is_refused_on_resume(tmp_path, finished, capsys):
+    from ecg_jax.data.selection import select_records, write_selection
     from ecg_jax.data.store import Store
     from ecg_jax.data.synthetic import write_synthetic_store
 
@@ -362,6 +363,9 @@ def test_another_store_is_refused_on_resume(tmp_path, finished, capsys):
     config = workdir / "config.json"
     fields = json.loads(config.read_text()) | {"store_fingerprint": Store(store).fingerprint}
     config.write_text(json.dumps(fields))
+    assert "recordings differs in the content of its stores" in refusal(capsys, arguments(workdir, store))
+    selection = select_records(Store(store), window_samples=120, val_folds=1)
+    write_selection(workdir / "selection.json", selection)
     assert cli.main(arguments(workdir, store)) == 2
     assert "was trained on another store" in capsys.readouterr().err
 

@@ -9,7 +9,8 @@ import pytest
 
 from ecg_jax import cli, show_masks
 from ecg_jax.config_flags import load_config
-from ecg_jax.data.pipeline import select_records, train_batches
+from ecg_jax.data.pipeline import train_batches
+from ecg_jax.data.selection import select_records
 from ecg_jax.objectives.masking import STRATEGIES, Masking
 from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state, open_store
 from ecg_jax.training.train_state import train_step

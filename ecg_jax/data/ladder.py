@@ -2,8 +2,17 @@
 
 A partition is a site and a year of HEEDB ("S0001-1987"), a year of HEEDB-Emory ("emory-2010"), or all of CODE-15 %
 ("code15"). The two ladders: `paper` takes the partitions of a rung, so that sizes differ in site and year too; `nested`
-takes random patients of everything there is, each rung inside the next, so that sizes differ in size alone.
+takes random patients of everything there is, each rung inside the next, so that rungs differ in size alone.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ecg_jax.data.store import Store
 
 #: What `config.data.ladder` may be.
 LADDERS = ("nested", "paper")
@@ -37,3 +46,34 @@ PARTITIONS = {
 def nested_size(rung: str) -> int | None:
     """How many recordings a nested selection of a rung holds at most; None for everything."""
     return None if rung == EVERYTHING else SIZES[rung]
+
+
+def partitions(store: Store) -> tuple[list[str | None], np.ndarray]:
+    """Which partition each record of a store belongs to.
+
+    Returns:
+        (partitions, None for none of the ladder's; int32 [n], index into them for each record).
+
+    Raises:
+        UserError: the store has no column `source_file`.
+    """
+    import pyarrow.compute as pc
+
+    if store.corpus == "heedb":
+        from ecg_jax.data.corpora.heedb import partition_of
+    elif store.corpus == "heedb_emory":
+        from ecg_jax.data.corpora.heedb_emory import partition_of
+    else:
+        return ["code15" if store.corpus == "code15" else None], np.zeros(len(store), np.int32)
+    # Millions of files lie in thousands of folders: asking for each folder once takes no time.
+    folders = pc.replace_substring_regex(store.arrow_column("source_file"), r"[^/]*$", "")
+    codes, names = dictionary_codes(folders)
+    return [partition_of(f"{folder}record.hea") for folder in names], codes
+
+
+def dictionary_codes(column) -> tuple[np.ndarray, list[str]]:
+    """A `pyarrow.ChunkedArray` of text without nulls as (int32 [n] codes, the different texts in order of code)."""
+    chunks = column.dictionary_encode().unify_dictionaries().chunks
+    if not chunks:
+        return np.zeros(0, np.int32), []
+    return np.concatenate([chunk.indices.to_numpy() for chunk in chunks]), chunks[0].dictionary.to_pylist()

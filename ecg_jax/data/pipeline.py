@@ -1,4 +1,4 @@
-"""The input pipeline: which recordings, in which order, which crop. The one file that imports Grain.
+"""The input pipeline: recordings in their order, and a crop of each. The one file that imports Grain.
 
 Three indices, kept apart:
 
@@ -11,149 +11,19 @@ the same for any number of processes, and the step number is the whole state of 
 reads positions p, p+P, p+2P, ...
 """
 
-import dataclasses
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ecg_jax.data.crops import non_overlapping_crops
-from ecg_jax.data.folds import highest_folds
+from ecg_jax.data.mixture import StoreSet, as_set
+from ecg_jax.data.order import mixed_by_position, shuffled_by_position, uniform_by_position
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import TOKEN_SAMPLES, Targets
-from ecg_jax.errors import UserError
-
-# One per round: multiples of 2^64 / golden ratio.
-_FEISTEL_CONSTANTS = [np.uint64(i * 0x9E3779B97F4A7C15 % 2**64) for i in range(6)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Rows of a store that a run uses.
-
-    Attributes:
-        train, val: int64 rows of `store.records`, ascending.
-        too_short: records left out because they are shorter than a window.
-        duplicates: records left out because an earlier one has the same signal.
-        available: training records there were before `max_records` cut them down.
-    """
-
-    train: np.ndarray
-    val: np.ndarray
-    too_short: int
-    duplicates: int
-    available: int
-
-    def describe(self) -> str:
-        """One line for people."""
-        line = f"{len(self.train)} recordings to train on, {len(self.val)} held out"
-        if len(self.train) < self.available:
-            line += f"; cut down from {self.available} by data.max_records"
-        if self.too_short:
-            line += f"; {self.too_short} shorter than a window left out"
-        if self.duplicates:
-            line += f"; {self.duplicates} duplicate signals left out"
-        return line
-
-
-def select_records(store: Store, *, window_samples: int, val_folds: int, max_records: int) -> Selection:
-    """Chooses the recordings of a run.
-
-    The `val_folds` largest fold numbers are held out. Records shorter than a window and records whose signal
-    an earlier record has (they may lie in other folds) are left out of both. If more than `max_records`
-    remain to train on, whole patients are taken in an order given by a hash of their id, so that a smaller
-    selection is contained in a larger one.
-
-    Raises:
-        UserError: nothing is left to train on.
-    """
-    long_enough = store.column("length") >= window_samples
-    first = np.array([original is None for original in store.column("duplicate_of")], bool)
-    usable = long_enough & first
-    folds = store.column("fold")
-    held_out = np.isin(folds, highest_folds(folds, val_folds))
-    train = np.flatnonzero(usable & ~held_out)
-    if not len(train):
-        raise UserError(
-            f"The store {store.path} leaves no recording to train on: of {len(store)} records "
-            f"{int(long_enough.sum())} are at least {window_samples} samples long, and none of them is both "
-            "outside the held-out folds and no duplicate."
-        )
-    available = len(train)
-    if max_records and available > max_records:
-        patients, records = store.column("patient_id"), store.column("record_id")
-        owner = [patients[row] if patients[row] is not None else records[row] for row in train]
-        order = sorted(
-            range(available),
-            key=lambda i: (hashlib.blake2b(str(owner[i]).encode(), digest_size=8).digest(), train[i]),
-        )
-        train = np.sort(train[order[:max_records]])
-    return Selection(
-        train=train,
-        val=np.flatnonzero(usable & held_out),
-        too_short=int((~long_enough).sum()),
-        duplicates=int((long_enough & ~first).sum()),
-        available=available,
-    )
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): a hash of uint64 to uint64."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _hash(seed: int, stream: int, value: np.ndarray) -> np.ndarray:
-    """uint64 hash of (seed, stream, value); streams keep order, crops and rounds apart."""
-    key = np.array([(seed * 0x9E3779B97F4A7C15 + stream * 0xD1342543DE82EF95) % 2**64], np.uint64)
-    return _mix(_mix(np.asarray(value).astype(np.uint64) + _mix(key)))
-
-
-def uniform_by_position(seed: int, position: np.ndarray) -> np.ndarray:
-    """Uniform numbers in [0, 1), a pure function of (seed, position).
-
-    Args:
-        seed: of the run.
-        position: integers [B].
-
-    Returns:
-        float64 [B].
-    """
-    return (_hash(seed, 0, position) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def shuffled_by_position(seed: int, position: np.ndarray, n: int) -> np.ndarray:
-    """Which of n items stands at each position of the endless order.
-
-    Positions e n .. (e+1) n - 1 hold a permutation of 0 .. n-1, another one for each epoch e: a Feistel network
-    on the smallest even number of bits that holds n, walked until the result is below n (Black & Rogaway 2002).
-    No table is kept, so 11 million items cost as much as 11.
-
-    Args:
-        seed: of the run.
-        position: integers [B].
-        n: number of items.
-
-    Returns:
-        int64 [B], each below n.
-    """
-    epoch, index = np.divmod(np.asarray(position, np.int64), n)
-    half = np.uint64(max((n - 1).bit_length() + 1, 2) // 2)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    key, value = _hash(seed, 1, epoch), index.astype(np.uint64)
-    pending = np.arange(len(value))
-    while len(pending):
-        left, right = value[pending] >> half, value[pending] & mask
-        for constant in _FEISTEL_CONSTANTS:
-            left, right = right, left ^ (_mix(right + key[pending] + constant) & mask)
-        value[pending] = left << half | right
-        pending = pending[value[pending] >= n]
-    return value.astype(np.int64)
 
 
 def train_batches(
-    store: Store,
+    store: Store | StoreSet,
     rows: np.ndarray,
     *,
     batch_size: int,
@@ -165,15 +35,17 @@ def train_batches(
     threads: int = 2,
     prefetch: int = 4,
     targets: Targets | None = None,
+    shares: Sequence[int] | None = None,
 ):
     """Endless training batches of this process, from step `start_step` on.
 
     Each epoch visits every row once in a new order, with a new uniform crop; epochs follow each other without
-    a gap, so a batch may hold the end of one and the beginning of the next.
+    a gap, so a batch may hold the end of one and the beginning of the next. With `shares` each store has its own
+    epochs, see `order.mixed_by_position`.
 
     Args:
-        store: to read from.
-        rows: rows of the store, e.g. `Selection.train`.
+        store: to read from, one or several.
+        rows: ascending (joint) rows of the store, e.g. `Selection.train`.
         batch_size: B, over all processes.
         window_samples: T.
         seed: of order and crops.
@@ -181,25 +53,32 @@ def train_batches(
         process, processes: this process and how many there are.
         threads, prefetch: threads that read, and batches held ready.
         targets: of the same store, for objectives that predict offline labels.
+        shares: of each store in the crops, as whole numbers; None mixes all rows, each as often as any other.
 
     Returns:
         An iterator (close it with `.close()`) of {"signal": int16 [B/P, T, C], "record_index": int32 [B/P],
         "row": int64 [B/P]}, and with targets "labels": int32 [B/P, L], -1 where there is none.
 
     Raises:
-        ValueError: B is not a multiple of P.
+        ValueError: B is not a multiple of P, or a store with a share has no rows.
     """
     import grain
 
     if batch_size % processes:
         raise ValueError(f"batch size {batch_size} is not a multiple of {processes} processes")
+    sizes = [] if shares is None else [len(part) for part in as_set(store).split(rows)]
+    if not all(sizes):
+        raise ValueError(f"every store needs rows for its share, but they have {sizes}")
     local = batch_size // processes
     offsets, lengths = store.column("offset")[rows], store.column("length")[rows]
     record_index = np.arange(local, dtype=np.int32) * processes + process
 
     def read(step):
         position = np.int64(step) * batch_size + record_index
-        chosen = shuffled_by_position(seed, position, len(rows))
+        if shares is None:
+            chosen = shuffled_by_position(seed, position, len(rows))
+        else:
+            chosen = mixed_by_position(seed, position, shares, sizes)
         choices = lengths[chosen] - window_samples + 1
         start = offsets[chosen] + (uniform_by_position(seed, position) * choices).astype(np.int64)
         return {
@@ -217,7 +96,7 @@ def train_batches(
 
 
 def val_batches(
-    store: Store,
+    store: Store | StoreSet,
     rows: np.ndarray,
     *,
     batch_size: int,

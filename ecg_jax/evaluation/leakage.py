@@ -8,10 +8,12 @@ mean the same people within one corpus only.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ecg_jax.data.mixture import joint_fingerprint
 from ecg_jax.data.store import Store
 from ecg_jax.evaluation.near_duplicates import near_identical, too_many
 from ecg_jax.evaluation.signatures import Signatures, signatures
@@ -105,7 +107,7 @@ def verdict(
     store: Store,
     test_rows: np.ndarray,
     train_rows: np.ndarray,
-    pretraining_store: Store | None,
+    pretraining: Store | Sequence[tuple[Store, np.ndarray]] | None,
     near: bool,
     *,
     test_store: Store | None = None,
@@ -119,12 +121,12 @@ def verdict(
       store: trained on, and tested on unless `test_store` is given.
       test_rows: int [n], recordings tested on.
       train_rows: int [m], recordings trained and validated on.
-      pretraining_store: the encoder was pretrained on; None if it was not pretrained or the store is not at hand,
-        and the verdict says that this was not examined.
+      pretraining: stores that the encoder was pretrained on, each with the rows it has seen, or one store; nothing if
+        it was not pretrained or not all of its stores are at hand, and the verdict says that this was not examined.
       near: look for near-identical recordings too, not only for identical ones, where there are no more than
         `near_duplicates.MAX_RECORDINGS`.
       test_store: of the test rows, if it is another one.
-      pretraining_rows: int, the recordings the encoder was pretrained on; None takes all of the store.
+      pretraining_rows: int, the recordings of the one store; None takes all of them.
       pretrained: whether there was any pretraining.
       cache: folder that keeps signatures of the recordings that were compared.
 
@@ -142,9 +144,12 @@ def verdict(
     tested = store if test_store is None else test_store
     ids = tested.column("record_id")
     sides = [(store, np.asarray(train_rows), "the training and validation recordings")]
-    if pretraining_store is not None:
-        rows = np.arange(len(pretraining_store)) if pretraining_rows is None else np.asarray(pretraining_rows)
-        sides.append((pretraining_store, rows, f"the {len(rows)} pretraining recordings"))
+    if isinstance(pretraining, Store):
+        every = np.arange(len(pretraining))
+        pretraining = [(pretraining, every if pretraining_rows is None else pretraining_rows)]
+    for other, rows in pretraining or ():
+        of = f" of {other.path}" if len(pretraining) > 1 else ""
+        sides.append((other, np.asarray(rows), f"the {len(rows)} pretraining recordings{of}"))
     described = (
         _described(tested, test_rows, [(store, rows) for store, rows, _ in sides], cache) if near else {}
     )
@@ -155,16 +160,16 @@ def verdict(
         overlaps.append(overlap)
         too_large = too_many(len(test_rows), len(rows)) if near else None
         sentences.append(_sentence(overlap, len(test_rows), where, too_large))
-    training, pretraining = overlaps[0], None
-    if pretraining_store is None:
+    training, of_pretraining = overlaps[0], None
+    if not pretraining:
         sentences.append(
             "pretraining recordings were not examined" if pretrained else "there was no pretraining"
         )
     else:
-        overlap = overlaps[1]
-        pretraining = {
-            "store": str(pretraining_store.path),
-            "fingerprint": pretraining_store.fingerprint,
+        overlap = _joined(overlaps[1:])
+        of_pretraining = {
+            "store": ", ".join(str(other.path) for other, _ in pretraining),
+            "fingerprint": joint_fingerprint([other.fingerprint for other, _ in pretraining]),
             "identical_test": len(overlap.identical),
             "near_identical_test": _count(overlap.near),
             "same_patients": _count(overlap.patients),
@@ -176,15 +181,28 @@ def verdict(
         "near_identical_train_test": _count(training.near),
         "patients_train_test": _count(training.patients),
         "records_train_test": [str(ids[row]) for row in training.rows],
-        "pretraining": pretraining,
+        "pretraining": of_pretraining,
         "examined": {
             "identical": True,
             "near_identical": all(overlap.near is not None for overlap in overlaps),
-            "pretraining": pretraining is not None if pretrained else None,
+            "pretraining": of_pretraining is not None if pretrained else None,
         },
         "clean": not any(overlap.rows or overlap.patients for overlap in overlaps),
         "verdict": text[0].upper() + text[1:],
     }
+
+
+def _joined(overlaps: list[Overlap]) -> Overlap:
+    """What test recordings have in common with any of several stores; near ones unknown if they are for one of them,
+    patients unknown if they are for all of them (where a corpus differs, they can be no one's).
+    """
+    identical = sorted({row for overlap in overlaps for row in overlap.identical})
+    near = None
+    if all(overlap.near is not None for overlap in overlaps):
+        near = sorted({row for overlap in overlaps for row in overlap.near} - set(identical))
+    known = [overlap.patients for overlap in overlaps if overlap.patients is not None]
+    patients = sorted({patient for each in known for patient in each}) if known else None
+    return Overlap(identical, near, max(overlap.bit_for_bit_only for overlap in overlaps), patients)
 
 
 def _described(
