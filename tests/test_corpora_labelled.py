@@ -41,6 +41,19 @@ def assert_signals(store, signals, rate, tolerance_mv=0.001):
     assert not store.column("missing_leads").any()
 
 
+def assert_patient_folds(store, lowest, highest):
+    """Folds are of whole patients, in these limits, and -1 exactly where no patient is known."""
+    fold_of = {}
+    for patient, fold in zip(store.column("patient_id"), store.column("fold"), strict=True):
+        if patient is None:
+            assert fold == -1
+        else:
+            assert lowest <= fold <= highest
+            assert fold_of.setdefault(patient, fold) == fold
+    # The replicas have fewer patients than folds: each has its own.
+    assert len(set(fold_of.values())) == len(fold_of)
+
+
 def problems(store):
     """The lines of problems.jsonl."""
     return [json.loads(line) for line in (store.path / "problems.jsonl").read_text().splitlines()]
@@ -51,17 +64,78 @@ def test_sph(tmp_path):
     store = make("sph", tmp_path)
     assert_signals(store, signals, 500)
     table = {row["ECG_ID"]: row for row in replicas.read_csv(tmp_path / "source" / "metadata.csv")}
-    found = rows(store, "labels_aha", "patient_id", "fold", "age", "sex", "flags")
+    found = rows(store, "labels_aha", "patient_id", "age", "sex", "flags")
     for record, row in table.items():
         primary = sorted({s.split("+")[0] for s in row["AHA_Code"].split(";")}, key=int)
-        patient = row["Patient_ID"]
-        expected = (primary, patient, hash_fold(patient), float(row["Age"]), row["Sex"], [])
-        assert found[record] == expected
+        assert found[record] == (primary, row["Patient_ID"], float(row["Age"]), row["Sex"], [])
+    assert_patient_folds(store, 1, 10)
     # Statements that occur, without their modifiers and in numeric order.
     assert store.classes == {"aha": ["1", "21", "22", "50", "145", "146"]}
     assert store.class_info["aha"]["50"]["description"] == "Atrial fibrillation"
     # The recording without a row can be trained on only.
-    assert found["A00009"] == ([], None, -1, pytest.approx(np.nan, nan_ok=True), None, ["no_table_row"])
+    assert found["A00009"] == ([], None, pytest.approx(np.nan, nan_ok=True), None, ["no_table_row"])
+
+
+def enlarge(path, n, ids):
+    """Makes a table of n rows out of a replica's; `ids(i)` are the cells that tell row i from others."""
+    table = replicas.read_csv(path)
+    replicas.write_csv(path, [{**table[i // 2 * 7 % len(table)], **ids(i)} for i in range(n)])
+
+
+def test_folds_are_stratified_by_labels(tmp_path):
+    """Six hundred rows of a table, without signals: a listing does not read them."""
+    n = 600
+    replicas.write_sph(tmp_path / "sph", 9, seconds=1.0, unlisted=False)
+    enlarge(
+        tmp_path / "sph" / "metadata.csv",
+        n,
+        lambda i: {"ECG_ID": f"A{i:05d}", "Patient_ID": f"S{i // 2}", "Age": i % 90},
+    )
+    replicas.write_zzu(tmp_path / "zzu", 9, seconds=1.0)
+    enlarge(
+        tmp_path / "zzu" / "AttributesDictionary.csv",
+        n,
+        lambda i: {"ECG_ID": f"E{i}", "Patient_ID": f"P{i // 2}", "Lead": 12, "Age": f"{i * 10}d"},
+    )
+    replicas.write_chapman(tmp_path / "chapman", 9, seconds=1.0, xlsx=False)
+    enlarge(tmp_path / "chapman" / "Diagnostics.csv", n, lambda i: {"FileName": f"M{i}"})
+    for corpus, label_set in (("sph", "aha"), ("zzu", "finding"), ("chapman", "all")):
+        entries = [e for e in CORPORA[corpus].list_records(tmp_path / corpus, None).entries if e.fold != -1]
+        assert len(entries) == n
+        folds = np.array([entry.fold for entry in entries])
+        assert set(folds) == set(range(1, 11))
+        fold_of = {}
+        assert all(fold_of.setdefault(e.patient_id, e.fold) == e.fold for e in entries)
+        np.testing.assert_allclose(np.bincount(folds)[1:], n / 10, atol=6)
+        for label in {label for entry in entries for label in entry.labels[label_set]}:
+            has = np.array([label in entry.labels[label_set] for entry in entries])
+            # By chance one of ten folds would be off by about 11 of 266 records.
+            found = np.bincount(folds[has], minlength=11)[1:]
+            assert np.abs(found - has.sum() / 10).max() <= 5, (corpus, label, found)
+
+
+def test_code15_has_a_hundred_folds(tmp_path):
+    import h5py
+
+    replicas.write_code15(tmp_path, 4, parts=1)
+    enlarge(
+        tmp_path / "exams.csv",
+        800,
+        lambda i: {"exam_id": 1 + i, "patient_id": 5000 + i // 2, "age": 20 + i // 2 % 60},
+    )
+    with h5py.File(tmp_path / "exams_part0.hdf5", "w") as file:
+        file.create_dataset(
+            "tracings", (801, 4096, 12), "float32", chunks=(1, 4096, 12)
+        )  # never written: no bytes
+        file["exam_id"] = np.arange(1, 802)
+    entries = CORPORA["code15"].list_records(tmp_path, None).entries
+    fold_of = {}
+    for entry in entries:
+        assert fold_of.setdefault(entry.patient_id, entry.fold) == entry.fold
+    # The last exam has no row, so nobody knows whose it is.
+    assert fold_of.pop(None) == -1
+    assert len(fold_of) == 400
+    assert sorted(np.bincount(list(fold_of.values()))) == [4] * 100
 
 
 def test_sph_with_files_beside_the_table(tmp_path):
@@ -89,15 +163,15 @@ def test_code15(tmp_path, units_per_mv):
     # Padding at both ends is gone, and the row of zeros is no record.
     assert_signals(store, signals, 400)
     table = {row["exam_id"]: row for row in replicas.read_csv(tmp_path / "source" / "exams.csv")}
-    found = rows(store, "labels_code15", "patient_id", "fold", "age", "sex")
+    found = rows(store, "labels_code15", "patient_id", "age", "sex")
     for record, row in table.items():
         labels = [name for name in code15.DIAGNOSES if row[name] == "True"]
         sex = "M" if row["is_male"] == "True" else "F"
-        patient = row["patient_id"]
-        assert found[record] == (labels, patient, hash_fold(patient), float(row["age"]), sex)
+        assert found[record] == (labels, row["patient_id"], float(row["age"]), sex)
+    assert_patient_folds(store, 0, 99)
     assert sum(bool(labels) for labels, *_ in found.values()) > 3
     assert store.classes == {"code15": ["1dAVb", "RBBB", "LBBB", "SB", "ST", "AF"]}
-    assert found["1049"][:3] == ([], None, -1)
+    assert found["1049"][:2] == ([], None)
     units = [(p["record"], p["action"]) for p in problems(store) if p["kind"] == "unit_detected"]
     unit = "millivolts" if units_per_mv == 1 else "1e-4 V"
     assert units == [("exams_part0.hdf5", unit), ("exams_part1.hdf5", unit)]
@@ -139,14 +213,15 @@ def test_chapman(tmp_path, xlsx):
     signals = replicas.write_chapman(tmp_path / "source", 6, seconds=4.0, xlsx=xlsx)
     store = make("chapman", tmp_path)
     assert_signals(store, signals, 500)
-    found = rows(store, "labels_rhythm", "labels_beat", "labels_all", "patient_id", "fold", "age", "sex")
+    found = rows(store, "labels_rhythm", "labels_beat", "labels_all", "patient_id", "age", "sex")
     for i, record in enumerate(sorted(signals)):
         _, truth = replicas.synthetic(i, 4.0, 500)
         rhythm = {"sinus": "SR", "irregular": "AFIB", "brady": "SB", "tachy": "ST"}[truth.rhythm]
         beat = {"st_elevation": ["STE"], "st_depression": ["STDD"], "st_normal": []}[truth.st]
         beat = sorted(beat + {"axis_left": ["ALS"], "axis_right": ["ARS"], "axis_normal": []}[truth.axis])
-        expected = ([rhythm], beat, sorted([rhythm, *beat]), record, hash_fold(record), 50.0 + i, "MF"[i % 2])
+        expected = ([rhythm], beat, sorted([rhythm, *beat]), record, 50.0 + i, "MF"[i % 2])
         assert found[record] == expected
+    assert_patient_folds(store, 1, 10)
     assert "NONE" not in store.classes["beat"]
     assert set(store.classes["all"]) == {*store.classes["rhythm"], *store.classes["beat"]}
     assert store.class_info["rhythm"]["AFIB"]["description"] == "atrial fibrillation"
@@ -327,7 +402,7 @@ def test_zzu(tmp_path):
     store = make("zzu", tmp_path)
     assert_signals(store, signals, 500)
     assert len(signals) == 8
-    found = rows(store, "labels_aha", "labels_finding", "patient_id", "fold", "age", "sex")
+    found = rows(store, "labels_aha", "labels_finding", "patient_id", "age", "sex")
     aha = {"sinus": "A1", "irregular": "F50", "brady": "C22", "tachy": "C21"}
     text = {
         "A1": "Normal ECG",
@@ -349,8 +424,9 @@ def test_zzu(tmp_path):
             "st_depression": ["Left ventricular high voltage"],
         }.get(truth.st, [])
         age = pytest.approx((572 + 100 * i) / 365.25)
-        expected = (sorted(codes), sorted(findings), patient, hash_fold(patient), age, "FM"[i // 2 % 2])
+        expected = (sorted(codes), sorted(findings), patient, age, "FM"[i // 2 % 2])
         assert found[record] == expected
+    assert_patient_folds(store, 1, 10)
     assert store.class_info["aha"]["L145"]["description"] == "ST deviation"
     assert [p["record"] for p in problems(store) if p["kind"] == "too_few_leads"] == [
         "P00003_E01",

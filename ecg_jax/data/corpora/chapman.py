@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ecg_jax.data.corpora.entries import recording_from, refuse_rate
-from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated
+from ecg_jax.data.corpora.entries import recording_from, refuse_rate, with_stratified_folds
+from ecg_jax.data.corpora.listing import Entry, Listing, drop_repeated
 from ecg_jax.data.readers.rows import age_or_none, convert_cell, not_empty, read_rows, sex_or_none
 from ecg_jax.data.recording import (
     CANONICAL_LEADS,
@@ -56,7 +56,7 @@ def list_records(source: Path, rate: int | None) -> Listing:
     Label sets: `rhythm`, the one code of column Rhythm; `beat`, the codes of column Beat, separated by blanks,
     none where it says NONE; `all`, both. Classes are the codes that occur, in alphabetical order. Each patient
     has one recording, so its name is the patient id. Of ECGData and ECGDataDenoised the first is taken where
-    both are there: raw signals are what every other corpus has.
+    both are there: raw signals are what every other corpus has. Folds: 1 to 10, stratified by `all`.
 
     Raises:
       UserError: `rate` is given, the table or both folders are missing, or the table is not Chapman's.
@@ -73,12 +73,20 @@ def list_records(source: Path, rate: int | None) -> Listing:
     entries = [_entry(row, table, folder) for row in read_rows(table, columns, _PUBLISHER)]
     entries.sort(key=lambda entry: entry.record_id)
     entries, problems = drop_repeated(entries)
+    entries = with_stratified_folds(entries, "all")
     sets = ("rhythm", "beat", "all")
     classes = {name: sorted({code for entry in entries for code in entry.labels[name]}) for name in sets}
     descriptions = {
         name: {code: RHYTHMS[code] for code in classes[name] if code in RHYTHMS} for name in ("rhythm", "all")
     }
-    return Listing(entries, problems, sets, classes, descriptions, HASHED_FOLDS)
+    return Listing(
+        entries,
+        problems,
+        sets,
+        classes,
+        descriptions,
+        "10 stratified folds of recordings, each of another patient",
+    )
 
 
 def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:

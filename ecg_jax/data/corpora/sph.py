@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ecg_jax.data.corpora.entries import UNLABELLED_FOLD, recording_from, refuse_rate
-from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated
+from ecg_jax.data.corpora.entries import UNLABELLED_FOLD, recording_from, refuse_rate, with_stratified_folds
+from ecg_jax.data.corpora.listing import Entry, Listing, drop_repeated
 from ecg_jax.data.readers.arrays import read_hdf5
 from ecg_jax.data.readers.rows import age_or_none, convert_cell, not_empty, read_rows, sex_or_none
 from ecg_jax.data.recording import BadRecording, Problem, Recording
+from ecg_jax.data.stratify import ADULT_BINS
 from ecg_jax.errors import UserError
 
 RATE_HZ = 500
 EXPECTS = "the SPH folder: metadata.csv, code.csv and records/ with one .h5 per recording"
 
+_FOLD_SOURCE = "10 folds of whole patients, stratified by statements, sex and age"
 _PUBLISHER = "figshare collection 5779802"
 _MODIFIER = "Modifier"  # category in code.csv of codes that qualify a statement and are none themselves
 
@@ -29,7 +31,8 @@ def list_records(source: Path, rate: int | None) -> Listing:
 
     Label set `aha`: AHA_Code is a list of statements separated by ";", each a primary code with modifiers behind
     "+" (`60+310;147`); the primary codes are the classes, in numeric order, those that occur. Descriptions
-    come from code.csv, if it is there; a code it does not know is reported and ignored.
+    come from code.csv, if it is there; a code it does not know is reported and ignored. Folds:
+    1 to 10, stratified by statements, sex and age.
 
     Raises:
       UserError: `rate` is given, metadata.csv is missing or not SPH's, or there is no .h5 file.
@@ -52,10 +55,11 @@ def list_records(source: Path, rate: int | None) -> Listing:
         problem = Problem(name, "no_table_row", "kept", "metadata.csv has no row for it.")
         entries.append(Entry(name, f"{folder}{name}.h5", fold=UNLABELLED_FOLD, problems=(problem,)))
     entries, problems = drop_repeated(entries)
+    entries = with_stratified_folds(entries, "aha", age_bins=ADULT_BINS)
     occurring = {code for entry in entries if entry.labels for code in entry.labels["aha"]}
     classes = sorted(occurring, key=int)
     descriptions = {code: known[code] for code in classes} if known is not None else {}
-    return Listing(entries, problems, ("aha",), {"aha": classes}, {"aha": descriptions}, HASHED_FOLDS)
+    return Listing(entries, problems, ("aha",), {"aha": classes}, {"aha": descriptions}, _FOLD_SOURCE)
 
 
 def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:

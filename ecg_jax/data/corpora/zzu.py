@@ -11,16 +11,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ecg_jax.data.corpora.entries import complete, refuse_rate
-from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated
+from ecg_jax.data.corpora.entries import complete, refuse_rate, with_stratified_folds
+from ecg_jax.data.corpora.listing import Entry, Listing, drop_repeated
 from ecg_jax.data.readers.rows import age_or_none, convert_cell, not_empty, read_rows, sex_or_none
 from ecg_jax.data.readers.wfdb import read_wfdb
 from ecg_jax.data.recording import Problem, Recording
+from ecg_jax.data.stratify import PAEDIATRIC_BINS
 from ecg_jax.errors import UserError
 
 RATE_HZ = 500
 EXPECTS = "the ZZU pECG folder: AttributesDictionary.csv, ECGCode.csv and Child_ecg/ with WFDB records"
 
+_FOLD_SOURCE = "10 folds of whole patients, stratified by statements, sex and age"
 _PUBLISHER = "figshare 27078763"
 _FOLDER = "Child_ecg"
 _AHA_COLUMN = "AHA(Category&Code)"
@@ -37,7 +39,8 @@ def list_records(source: Path, rate: int | None) -> Listing:
     or a description where the AHA has no code. Label sets: `aha`, the AHA codes without modifiers; `finding`, all
     items by their description in ECGCode.csv. Classes are those of ECGCode.csv that occur, in alphabetical order. An
     item that ECGCode.csv does not know is reported and ignored. Records of 9 leads are refused: the tasks are
-    defined on 12. Ages are given in days.
+    defined on 12. Ages are given in days. Folds: 1 to 10, stratified by findings,
+    sex and age.
 
     Raises:
       UserError: `rate` is given, a table or Child_ecg is missing, or a table is not ZZU's.
@@ -64,10 +67,11 @@ def list_records(source: Path, rate: int | None) -> Listing:
             entries.append(_entry(row, table, described, descriptions))
     entries.sort(key=lambda entry: entry.record_id)
     entries, repeated = drop_repeated(entries)
+    entries = with_stratified_folds(entries, "finding", age_bins=PAEDIATRIC_BINS)
     sets = ("aha", "finding")
     classes = {name: sorted({label for entry in entries for label in entry.labels[name]}) for name in sets}
     texts = {"aha": {code: described[code] for code in classes["aha"]}, "finding": {}}
-    return Listing(entries, refused + repeated, sets, classes, texts, HASHED_FOLDS)
+    return Listing(entries, refused + repeated, sets, classes, texts, _FOLD_SOURCE)
 
 
 def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
