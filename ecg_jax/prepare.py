@@ -2,92 +2,44 @@
 
 The list of recordings is cut into units; processes convert units to chunk files; finalisation makes them a
 store. Killed at any moment, the same command goes on where it stopped. The result does not depend on the
-number of processes.
+number of processes, nor on whether shards on several hosts (--shard) did the units before --merge made them a
+store.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
 import shutil
 import sys
 import textwrap
 import time
-from collections import Counter
 from pathlib import Path
 
-from ecg_jax.data.attempt import check_same_job, partial_folder, refuse_another_job
+from ecg_jax.data.attempt import (
+    last_count,
+    one_shard,
+    outline,
+    refuse_another_job,
+    shard_folder,
+    whole_store,
+)
 from ecg_jax.data.conversion import Job, convert
 from ecg_jax.data.corpora import CORPORA
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.readers.gains import check_assume_gain
-from ecg_jax.data.recording import KINDS, Problem, strict_error
-from ecg_jax.data.store import PARTIAL, Store, read_attributes
-from ecg_jax.data.writer import disk_errors, finalise, unit_size
+from ecg_jax.data.recording import KINDS, strict_error
+from ecg_jax.data.shard import WHOLE, Shard, shards_of
+from ecg_jax.data.store import PARTIAL
+from ecg_jax.data.unit_files import DamagedUnits, disk_errors
+from ecg_jax.data.writer import finalise, unit_size
 from ecg_jax.errors import UserError
+from ecg_jax.prepare_summary import ShardSummary, Summary, Survey, finished_units, summarise, survey
 
 # A lower --clip-mv would cut off ordinary QRS complexes, and nothing after it would notice.
 MIN_CLIP_MV = 0.5
 
 HELP_WIDTH = 105
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What a store holds and how it came about.
-
-    Attributes:
-      store: its folder.
-      corpus: its corpus.
-      written: records in the store.
-      refused: recordings that could not be used.
-      problems: kind -> number of recordings.
-      derived: recordings with limb leads derived.
-      missing: recordings with missing leads.
-      saturated: saturated samples, all recordings together.
-      folds: fold -> records.
-      fold_source: where the folds come from.
-      hours: recorded time.
-      seconds: wall time of this call.
-      already_complete: nothing had to be done.
-    """
-
-    store: Path
-    corpus: str
-    written: int
-    refused: int
-    problems: dict[str, int]
-    derived: int
-    missing: int
-    saturated: int
-    folds: dict[int, int]
-    fold_source: str
-    hours: float
-    seconds: float
-    already_complete: bool
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.store}: {self.written} records of {self.corpus}, {self.hours:.2f} hours"
-            + (
-                " (was complete already, nothing done)"
-                if self.already_complete
-                else f", in {self.seconds:.1f} s"
-            ),
-            f"  refused            {self.refused}",
-            f"  leads              {self.derived} records with derived, {self.missing} with missing leads",
-            f"  saturated samples  {self.saturated}",
-            f"  folds              {', '.join(f'{fold}: {n}' for fold, n in self.folds.items())}",
-            f"                     from {self.fold_source}",
-        ]
-        if self.problems:
-            lines.append(f"  problems           one line each in {self.store / 'problems.jsonl'}")
-            lines += [f"    {kind:<24} {n}" for kind, n in self.problems.items()]
-        else:
-            lines.append("  problems           none")
-        return "\n".join(lines)
 
 
 def prepare(
@@ -101,9 +53,15 @@ def prepare(
     clip_mv: float | None = None,
     duplicates: str = "keep",
     assume_gain: float | None = None,
+    shard: str | None = None,
+    merge: bool = False,
+    dry_run: bool = False,
     progress: bool = True,
-) -> Summary:
+) -> Summary | ShardSummary | Survey:
     """Converts the recordings of a corpus into a store.
+
+    Many hosts that share a drive each convert one shard, then one of them merges: for i of 0 to 63, on any host and
+    at any time, `prepare(..., shard=f"{i}/64")`, and after the last one `prepare(..., merge=True)`.
 
     Args:
       corpus: a name of `data.corpora.CORPORA`.
@@ -117,18 +75,27 @@ def prepare(
       duplicates: "keep" marks records with an identical signal in column `duplicate_of`, "drop" leaves them
         out.
       assume_gain: integers per mV for recordings whose header gain cannot be trusted; None refuses them.
-      progress: show a progress bar.
+      shard: "i/n" converts the units i, i + n, i + 2n, ... only and leaves finishing the store to `merge`.
+      merge: finish a store whose units shards have converted.
+      dry_run: look what there is to do and write nothing.
+      progress: tell on stderr how far it is: a bar in a terminal, elsewhere a line a minute.
 
     Returns:
-      A `Summary`; `print` it.
+      A `Summary`, with `shard` a `ShardSummary`, with `dry_run` a `Survey`; `print` it.
 
     Raises:
-      UserError: a wrong folder, a store of another job, a full disk, a problem under `strict`, ...
+      UserError: a wrong folder, a store of another job, a full disk, a problem under `strict`, units that are missing
+        under `merge`, ...
     """
     started = time.monotonic()
     source, store = Path(source), Path(store)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     rate = _check_arguments(corpus, source, store, rate, workers, clip_mv, duplicates, assume_gain)
+    part = WHOLE if shard is None else Shard.parse(shard)
+    if merge and shard is not None:
+        raise UserError(
+            "--shard converts and --merge finishes: give one of them, and --merge after all shards."
+        )
     settings = {
         "corpus": corpus,
         "source": str(source.resolve()),
@@ -141,27 +108,91 @@ def prepare(
     # for only that tells whether labels and recordings of SOURCE still are what the store was made from.
     with disk_errors(store):
         refuse_another_job(store, settings)
-    job = _job(source, store, strict, settings)
-    if (store / "zarr.json").exists():
-        check_same_job(store, read_attributes(store), job.settings)
-        shutil.rmtree(store / PARTIAL, ignore_errors=True)
-        return _summary(job, started, already_complete=True)
-    with disk_errors(store), partial_folder(store, job.settings):
-        convert(job, workers, progress)
-        finalise(
-            store,
-            n_units=len(job.units),
-            preprocessing=job.preprocessing,
-            attributes=job.settings,
-            label_sets=job.listing.label_sets,
-            classes=job.listing.classes,
-            descriptions=job.listing.descriptions,
-            values=job.listing.values,
-            first_problems=job.listing.problems,
-            drop_duplicates=duplicates == "drop",
-            strict=strict,
+    if (
+        merge
+        and not dry_run
+        and not any((store / name).exists() for name in ("zarr.json", f"{PARTIAL}/plan.json"))
+    ):
+        raise UserError(
+            f"There is nothing to merge in {store}: no shard has been started; begin with --shard=0/N."
         )
-    return _summary(job, started, already_complete=False)
+    job = _job(source, store, strict, settings)
+    with disk_errors(store):
+        refuse_another_job(store, job.settings, job.outline)
+        complete = (store / "zarr.json").exists()
+        if dry_run:
+            return survey(job, part, complete)
+        converted = 0
+        if complete:
+            shutil.rmtree(store / PARTIAL, ignore_errors=True)
+        elif shard is None:
+            complete = not _make_store(job, workers, merge, progress)
+        else:
+            with one_shard(store, job.settings, job.outline, part) as folder:
+                complete = folder is None
+                if not complete:
+                    converted = convert(job, part, folder, workers, progress)
+    if shard is None:
+        return summarise(job, started, already_complete=complete)
+    units = part.units(len(job.units))
+    return ShardSummary(
+        store=store,
+        corpus=corpus,
+        shard=part,
+        units=len(units),
+        recordings=sum(len(job.units[unit]) for unit in units),
+        converted=converted,
+        seconds=time.monotonic() - started,
+        already_complete=complete,
+    )
+
+
+def _make_store(job: Job, workers: int, merge: bool, progress: bool) -> bool:
+    """Converts what is not converted (not under `merge`) and makes a store of it; False if another process just did."""
+    with whole_store(job.store, job.settings, job.outline) as unfinished:
+        if not unfinished:
+            return False
+        if merge:
+            _refuse_missing(job)
+        else:
+            with shard_folder(job.store, WHOLE) as folder:
+                convert(job, WHOLE, folder, workers, progress)
+        count = last_count(job.store)
+        try:
+            finalise(
+                job.store,
+                n_units=len(job.units),
+                preprocessing=job.preprocessing,
+                attributes=job.settings,
+                label_sets=job.listing.label_sets,
+                classes=job.listing.classes,
+                descriptions=job.listing.descriptions,
+                values=job.listing.values,
+                first_problems=job.listing.problems,
+                drop_duplicates=job.settings["duplicates"] == "drop",
+                strict=job.strict,
+                progress=progress,
+            )
+        except DamagedUnits as error:
+            if not merge or count == 1:
+                raise
+            again = shards_of(error.units, count)
+            raise UserError(
+                f"{error.what}; run {again} again, which writes only what is damaged, then --merge."
+            ) from error
+    return True
+
+
+def _refuse_missing(job: Job) -> None:
+    """Raises UserError when there are units that no shard has finished."""
+    missing = sorted(set(range(len(job.units))) - set(finished_units(job.store, len(job.units))))
+    count = last_count(job.store)
+    if missing:
+        how = "without --merge" if count == 1 else f"with {shards_of(missing, count)}"
+        raise UserError(
+            f"{len(missing)} of {len(job.units)} units of {job.store} are not converted yet; run the same command "
+            f"{how} first, which does only what is missing."
+        )
 
 
 def _check_arguments(corpus, source, store, rate, workers, clip_mv, duplicates, assume_gain) -> int | None:
@@ -203,61 +234,22 @@ def _job(source: Path, store: Path, strict: bool, settings: dict) -> Job:
     }
     if strict and listing.problems:
         raise strict_error(listing.problems[0])
-    n = unit_size(len(listing.entries))
-    units = [listing.entries[i : i + n] for i in range(0, len(listing.entries), n)]
-    preprocessing = Preprocessing(clip_mv=settings["clip_mv"])
-    corpus, assume_gain = settings["corpus"], settings["assume_gain"]
-    return Job(corpus, source, store, strict, assume_gain, preprocessing, listing, settings, units)
-
-
-def _read_problems(store: Path) -> list[Problem]:
-    """The lines of problems.jsonl.
-
-    Raises:
-      UserError: it is missing, cannot be read or is not what `finalise` writes.
-    """
-    path = store / "problems.jsonl"
-    advice = (
-        f"the signals of {store} are complete, but to know its problems bring that file back or prepare anew"
-    )
-    try:
-        # Not splitlines(): it also splits at characters that a lead's name may hold.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise UserError(f"Cannot read {path}: {reason}; {advice}.") from error
-    problems = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            problems.append(Problem(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"Line {number} of {path} is damaged; {advice}.") from error
-    return problems
-
-
-def _summary(job: Job, started: float, already_complete: bool) -> Summary:
-    written = Store(job.store)
-    problems = _read_problems(job.store)
-    if already_complete and job.strict and problems:
-        raise strict_error(problems[0])
-    kinds = Counter(problem.kind for problem in problems)
-    folds = Counter(written.column("fold").tolist())
-    return Summary(
-        store=job.store,
-        corpus=job.corpus,
-        written=len(written),
-        refused=sum(problem.action == "refused" for problem in problems),
-        problems=dict(kinds.most_common()),
-        derived=kinds["derived_leads"],
-        missing=kinds["missing_leads"],
-        saturated=int(written.column("saturated").sum()),
-        folds=dict(sorted(folds.items())),
-        fold_source=written.fold_source,
-        hours=float(written.column("length").sum()) / written.rate_hz / 3600,
-        seconds=time.monotonic() - started,
-        already_complete=already_complete,
+    n_records = len(listing.entries)
+    if not n_records:
+        raise UserError(f"{settings['corpus']} finds no recording in SOURCE {source}.")
+    size = unit_size(n_records)
+    units = [range(begin, min(begin + size, n_records)) for begin in range(0, n_records, size)]
+    return Job(
+        corpus=settings["corpus"],
+        source=source,
+        store=store,
+        strict=strict,
+        assume_gain=settings["assume_gain"],
+        preprocessing=Preprocessing(clip_mv=settings["clip_mv"]),
+        listing=listing,
+        settings=settings,
+        units=units,
+        outline=outline(listing, units),
     )
 
 
@@ -289,6 +281,11 @@ Leads are matched by name, absent limb leads are derived from two others, units 
 whatever is wrong with a recording is one line in STORE/problems.jsonl. Interrupted at any moment, the same
 command goes on where it stopped; on a complete store it does nothing.
 
+Many hosts that share a drive, here as a SLURM array of 64 tasks and a job that follows it:
+  sbatch --array=0-63 --wrap 'ecg-jax prepare CORPUS SOURCE STORE --shard=$SLURM_ARRAY_TASK_ID/64'
+  sbatch --dependency=afterok:JOBID --wrap 'ecg-jax prepare CORPUS SOURCE STORE --merge'
+Tasks that fail are submitted again as they are; --merge names those that are missing.
+
 CORPUS and what it expects in SOURCE:
 {expects}
 """,
@@ -298,6 +295,7 @@ examples:
   ecg-jax prepare ptbxl ptb-xl-1.0.3 stores/ptbxl100 --source-rate=100
   ecg-jax prepare challenge challenge-2021/training stores/challenge2021 --duplicates=drop
   ecg-jax prepare wfdb ludb/data stores/ludb --assume-gain=1000
+  ecg-jax prepare challenge challenge-2021/training stores/challenge2021 --dry-run
 
 A store opens in Python with ecg_jax.data.store.Store("stores/ptbxl"), and its signal in any Zarr v3 reader.
 
@@ -316,6 +314,21 @@ problems, one line each in STORE/problems.jsonl:
         help="ptbxl: 500 or 100 (default: 500 if records500 is there)",
     )
     add("--workers", type=int, metavar="N", help="processes (default: number of CPUs)")
+    add(
+        "--shard",
+        metavar="I/N",
+        help="convert only every N-th unit from unit I (0 to N-1) on; leaves the store to be finished by --merge",
+    )
+    add(
+        "--merge",
+        action="store_true",
+        help="check what all shards wrote against checksums and finish the store",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="write nothing; tell recordings, units, what is done, and disk needed and free",
+    )
     add("--strict", action="store_true", help="stop at the first problem of any recording")
     add(
         "--clip-mv",
@@ -353,8 +366,13 @@ def main(argv: list[str] | None = None) -> int:
         clip_mv=arguments.clip_mv,
         duplicates=arguments.duplicates,
         assume_gain=arguments.assume_gain,
+        shard=arguments.shard,
+        merge=arguments.merge,
+        dry_run=arguments.dry_run,
     )
     print(summary)
+    if not isinstance(summary, Summary):
+        return 0
     print(
         f"\nNext: ecg-jax pretrain --config=configs/cpc.py --workdir=runs/cpc --config.store={summary.store}"
     )

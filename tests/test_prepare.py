@@ -257,7 +257,9 @@ def test_command(source, tmp_path, capsys):
     assert "refused            4" in captured.out
     assert "missing_signal           4" in captured.out
     assert "Next: ecg-jax pretrain" in captured.out
-    assert f"100/{N_MADE}" in captured.err
+    # No terminal: lines and no bar.
+    assert f"prepare wfdb: {N_MADE} recordings in " in captured.err
+    assert "\r" not in captured.err
 
 
 def test_help_explains_every_corpus_and_kind(capsys):

@@ -1,20 +1,60 @@
-"""The folder of a store while `prepare` works in it: whose it is, and that only one process writes it."""
+"""The folder of a store while `prepare` works in it: whose it is, and who works there.
+
+    STORE/.partial/plan.json         what the store is made from; whoever comes first writes it, all others compare
+    STORE/.partial/lock              shared by the shards that run, alone for a call that finishes the store
+    STORE/.partial/shard-i-of-n/     what shard i of n is writing now, with a lock of its own
+
+The locks keep people from doing work twice. Nothing that ends up in a store depends on them, for there are
+network drives on which they do not reach other hosts: units are renamed into place, whoever writes one
+writes the same bytes, and before a store is finished the folders of its shards are taken away, so that one
+nobody knows of can put nothing into it any more.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import os
+import shutil
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
+from ecg_jax.data.corpora.listing import Listing
+from ecg_jax.data.progress import count_text
+from ecg_jax.data.shard import WHOLE, Shard
 from ecg_jax.data.store import PARTIAL, read_attributes
-from ecg_jax.data.writer import write_in_store
+from ecg_jax.data.unit_files import new_file, temporary_path
 from ecg_jax.errors import UserError
 
+# A file nobody has written to for so long is a leftover, even of another host: a unit takes minutes.
+LEFTOVER_S = 3600
 
-def refuse_another_job(store: Path, settings: dict) -> None:
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK)
+
+
+def outline(listing: Listing, units: list[range]) -> dict:
+    """What tells how two lists of recordings differ: how many there are, and the first one of every unit."""
+    return {
+        "recordings": len(listing.entries),
+        "refused": len(listing.problems),
+        "first_of_units": [next(iter(listing.entries[u.start : u.start + 1])).record_id for u in units],
+    }
+
+
+def refuse_another_job(store: Path, settings: dict, listed: dict | None = None) -> None:
     """Refuses a folder that is, complete or not, of another job, or not of `prepare` at all.
+
+    Args:
+      store: the folder.
+      settings: what makes a store this store.
+      listed: `outline` of its recordings, where they are listed already.
 
     Raises:
       UserError: names what differs.
@@ -23,13 +63,19 @@ def refuse_another_job(store: Path, settings: dict) -> None:
     if (store / "zarr.json").exists():
         check_same_job(store, read_attributes(store), settings)
     elif plan.exists():
-        check_same_job(store, _read_plan(store, plan), settings)
+        check_same_job(store, _read_plan(store, plan), settings, listed)
     else:
         _refuse_foreign_files(store)
 
 
-def check_same_job(store: Path, found: dict, settings: dict) -> None:
+def check_same_job(store: Path, found: dict, settings: dict, listed: dict | None = None) -> None:
     """Refuses to touch a store that was made from something else.
+
+    Args:
+      store: its folder.
+      found: what it was made from.
+      settings: what it would be made from now.
+      listed: `outline` of the recordings there are now, to tell how they differ.
 
     Raises:
       UserError: names what differs.
@@ -37,11 +83,30 @@ def check_same_job(store: Path, found: dict, settings: dict) -> None:
     for key, wanted in settings.items():
         if key not in found or found[key] != wanted:
             what = "the list of recordings" if key == "source_digest" else key.replace("_", " ")
-            values = "" if key == "source_digest" else f" ({found.get(key)!r} there, {wanted!r} now)"
+            values = f" ({found.get(key)!r} there, {wanted!r} now)"
+            if key == "source_digest":
+                values = _difference(found["listing"], listed) if listed and "listing" in found else ""
             raise UserError(
                 f"{store} holds a store of another job: {what} differs{values}; give another STORE or remove "
                 "it first."
             )
+
+
+def _difference(found: dict, now: dict) -> str:
+    """In words, where the recordings listed when a store was begun and those listed now part."""
+    if found["recordings"] != now["recordings"]:
+        counts = f"{count_text(found['recordings'])} there, {count_text(now['recordings'])} now"
+    else:
+        counts = f"{count_text(now['recordings'])} both times"
+    pairs = list(zip(found["first_of_units"], now["first_of_units"], strict=False))
+    unit = next((unit for unit, (old, new) in enumerate(pairs) if old != new), len(pairs))
+    if unit == 0:
+        return f" ({counts}; the first is {pairs[0][0]} there and {pairs[0][1]} now)"
+    if unit < len(pairs) or found["recordings"] != now["recordings"]:
+        return (
+            f" ({counts}; they part somewhere after {pairs[unit - 1][0]}; does every host see all of SOURCE?)"
+        )
+    return f" ({counts}; so labels, folds or patients in the tables of SOURCE may have changed)"
 
 
 def _refuse_foreign_files(store: Path) -> None:
@@ -52,32 +117,132 @@ def _refuse_foreign_files(store: Path) -> None:
 
 
 @contextlib.contextmanager
-def partial_folder(store: Path, settings: dict) -> Iterator[None]:
-    """The folder of unfinished work, locked against a second writer and marked with what it is for.
+def whole_store(store: Path, settings: dict, listed: dict) -> Iterator[bool]:
+    """The folder of unfinished work for a call that finishes the store: no other one, and no shard, works there.
 
     Args:
       store: folder of the store.
       settings: what makes a store this store.
+      listed: `outline` of its recordings.
+
+    Yields:
+      whether the store still is to be made: False when another process has just finished it.
 
     Raises:
       UserError: another process works there, or it holds work on another job or something else.
     """
+    with _partial_folder(store, settings, listed, None) as unfinished:
+        if unfinished:
+            for leftover in (store / PARTIAL).glob("*.tmp"):
+                leftover.unlink(missing_ok=True)
+        yield unfinished
+    if not (store / PARTIAL / "plan.json").exists() or (store / "zarr.json").exists():
+        # Once more: a network drive keeps files that are still open, as the lock was.
+        shutil.rmtree(store / PARTIAL, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def one_shard(store: Path, settings: dict, listed: dict, shard: Shard) -> Iterator[Path | None]:
+    """The folder of one shard; other shards may work in theirs.
+
+    Yields:
+      the folder for what it writes; None when another process has just finished the store.
+
+    Raises:
+      UserError: the same shard or one of another number of shards works, or a call that finishes the store, or it
+        holds work on another job.
+    """
+    with _partial_folder(store, settings, listed, shard) as unfinished:
+        if not unfinished:
+            yield None
+            return
+        for other in _running(store):
+            if other.count != shard.count:
+                raise UserError(
+                    f"Shard {other} of {store} is running ({_holder(store, other)}), and shards of two numbers do "
+                    f"the same units twice; use --shard=i/{other.count}, or wait until it ends."
+                )
+        with shard_folder(store, shard) as folder:
+            yield folder
+
+
+@contextlib.contextmanager
+def shard_folder(store: Path, shard: Shard) -> Iterator[Path]:
+    """The folder with what a shard is writing, locked against a second process of the same shard.
+
+    Raises:
+      UserError: there is one.
+    """
+    folder = store / PARTIAL / shard.folder
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "a+") as lock:
+        if not _try_lock(lock, fcntl.LOCK_EX):
+            raise UserError(
+                f"Shard {shard} of {store} is running already ({_holder(store, shard)}); wait until it ends."
+            )
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        os.utime(lock.fileno())  # the drive's clock and not this host's
+        now = os.fstat(lock.fileno()).st_mtime
+        for leftover in folder.glob("*.tmp"):
+            # Of this host, the lock says that nobody writes it any more; of another one only its age can.
+            mine = f".{socket.gethostname()}." in leftover.name
+            with contextlib.suppress(FileNotFoundError):
+                if mine or leftover.stat().st_mtime < now - LEFTOVER_S:
+                    leftover.unlink()
+        yield folder
+
+
+def last_count(store: Path) -> int:
+    """How many shards there were when one was last started; 1 if a call without --shard was the last, or none."""
+    started = {
+        shard: (store / PARTIAL / shard.folder / "lock").stat().st_mtime for shard in _shards_seen(store)
+    }
+    return max(started, key=started.__getitem__).count if started else WHOLE.count
+
+
+@contextlib.contextmanager
+def _partial_folder(store: Path, settings: dict, listed: dict, shard: Shard | None) -> Iterator[bool]:
     _refuse_foreign_files(store)
     partial = store / PARTIAL
     partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another `ecg-jax prepare` is writing {store} now.") from None
-        for leftover in partial.glob("*.tmp"):
-            leftover.unlink(missing_ok=True)
+    with open(partial / "lock", "a+") as lock:
+        if not _try_lock(lock, fcntl.LOCK_SH if shard else fcntl.LOCK_EX):
+            running = [other for other in _running(store) if other != WHOLE]
+            if running:
+                named = ", ".join(f"shard {other} ({_holder(store, other)})" for other in running[:4])
+                raise UserError(
+                    f"{store} is being written by {named}{' and others' if len(running) > 4 else ''}; wait until "
+                    "all shards have ended."
+                )
+            raise UserError(f"Another `ecg-jax prepare` is writing {store} now; wait until it ends.")
+        if (store / "zarr.json").exists():
+            check_same_job(store, read_attributes(store), settings)
+            yield False
+            return
         plan = partial / "plan.json"
-        if plan.exists():
-            check_same_job(store, _read_plan(store, plan), settings)
-        else:
-            write_in_store(store, plan, json.dumps(settings, indent=1).encode())
-        yield
+        if not plan.exists():
+            _write_once(plan, json.dumps({**settings, "listing": listed}, indent=1).encode())
+        check_same_job(store, _read_plan(store, plan), settings, listed)
+        yield True
+
+
+def _write_once(plan: Path, data: bytes) -> None:
+    """Writes a file unless another process has just written it."""
+    with new_file(temporary_path(plan.parent, plan.name)) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            os.link(file.name, plan)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with contextlib.suppress(FileExistsError), open(plan, "xb") as direct:
+                direct.write(data)
 
 
 def _read_plan(store: Path, plan: Path) -> dict:
@@ -91,3 +256,54 @@ def _read_plan(store: Path, plan: Path) -> dict:
             "command again."
         )
     return found
+
+
+def _try_lock(file: IO, how: int, attempts: int = 10) -> bool:
+    """Locks an open file until it is closed; whether that worked. Where there are no locks it says so and goes on."""
+    for attempt in range(attempts):
+        # `_running` holds the lock of a shard for an instant, which is no reason to refuse it.
+        if attempt:
+            time.sleep(0.05)
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(
+                f"{file.name} cannot be locked ({error.strerror}): start no shard twice, for nothing would notice "
+                "that its work is done twice.",
+                file=sys.stderr,
+            )
+            return True
+    return False
+
+
+def _shards_seen(store: Path) -> list[Shard]:
+    """Those that have a folder, in order."""
+    found = (Shard.from_folder(lock.parent.name) for lock in (store / PARTIAL).glob("shard-*-of-*/lock"))
+    return sorted(shard for shard in found if shard is not None)
+
+
+def _running(store: Path) -> list[Shard]:
+    """The shards whose lock another process holds, as far as locks tell."""
+    running = []
+    for shard in _shards_seen(store):
+        with contextlib.suppress(FileNotFoundError), open(store / PARTIAL / shard.folder / "lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                running.append(shard)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+    return running
+
+
+def _holder(store: Path, shard: Shard) -> str:
+    """Who took the lock of a shard."""
+    with contextlib.suppress(OSError):
+        return (store / PARTIAL / shard.folder / "lock").read_text() or "just started"
+    return "just ended"

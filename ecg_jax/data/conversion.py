@@ -5,18 +5,23 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from ecg_jax.data.corpora import CORPORA
 from ecg_jax.data.corpora.listing import Entry, Listing, hash_fold
 from ecg_jax.data.preprocessing import Preprocessing
+from ecg_jax.data.progress import Progress
 from ecg_jax.data.recording import BadRecording, Problem, cannot_read, strict_error
-from ecg_jax.data.writer import UnitWriter, disk_errors, read_sidecar
+from ecg_jax.data.shard import WHOLE, Shard
+from ecg_jax.data.unit_files import disk_errors, read_sidecar
+from ecg_jax.data.writer import UnitWriter
 from ecg_jax.errors import UserError
 
 
@@ -32,7 +37,8 @@ class Job:
     preprocessing: Preprocessing
     listing: Listing
     settings: dict  # what makes a store this store; compared before continuing one
-    units: list[list[Entry]]
+    units: list[range]  # of entries of the listing
+    outline: dict  # of the listing, to tell how it differs from another host's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Task:
     corpus: str
     source: Path
     store: Path
+    folder: Path  # for what is not finished
     unit: int
     entries: list[Entry]
     preprocessing: Preprocessing
@@ -49,61 +56,78 @@ class Task:
     assume_gain: float | None
 
 
-def _task(job: Job, unit: int) -> Task:
+def _task(job: Job, unit: int, folder: Path) -> Task:
+    rows = job.units[unit]
     return Task(
         job.corpus,
         job.source,
         job.store,
+        folder,
         unit,
-        job.units[unit],
+        list(job.listing.entries[rows.start : rows.stop]),
         job.preprocessing,
         job.strict,
         job.assume_gain,
     )
 
 
-def convert(job: Job, workers: int, progress: bool) -> None:
-    """Converts all units that are not done yet.
+def convert(job: Job, shard: Shard, folder: Path, workers: int, progress: bool) -> int:
+    """Converts all units of a shard that are not done yet.
+
+    Args:
+      job: what to do.
+      shard: which part of it.
+      folder: for what is not finished.
+      workers: processes.
+      progress: tell how far it is.
+
+    Returns:
+      how many recordings were dealt with.
 
     Raises:
       UserError: the first problem under `strict`, a full disk, a worker process that died.
     """
-    from tqdm import tqdm
-
-    todo, done = [], 0
-    for unit, entries in enumerate(job.units):
+    todo, done, total = [], 0, 0
+    for unit in shard.units(len(job.units)):
+        total += len(job.units[unit])
         sidecar = read_sidecar(job.store, unit)
         if sidecar is None:
             todo.append(unit)
             continue
         if job.strict and sidecar["problems"]:
             raise strict_error(Problem(**sidecar["problems"][0]))
-        done += len(entries)
-    bar = tqdm(
-        total=len(job.listing.entries),
-        initial=done,
-        unit="rec",
-        desc=f"prepare {job.corpus}",
-        disable=not progress,
-        mininterval=0.5,
-    )
-    with bar:
+        done += len(job.units[unit])
+    what = f"prepare {job.corpus}" + ("" if shard == WHOLE else f", shard {shard}")
+    tasks = (_task(job, unit, folder) for unit in todo)
+    with Progress(what, total, done, show=progress) as bar:
         if workers == 1 or len(todo) <= 1:
-            for unit in todo:
-                bar.update(_convert_unit(_task(job, unit)))
-            return
-        _convert_in_processes(job, todo, min(workers, len(todo)), bar)
+            for task in tasks:
+                _convert_unit(task, lambda: bar.update(bar.fresh + 1))
+        else:
+            _convert_in_processes(tasks, min(workers, len(todo)), bar)
+        return bar.fresh
 
 
-def _convert_in_processes(job: Job, todo: list[int], workers: int, bar) -> None:
+def _convert_in_processes(tasks: Iterable[Task], workers: int, bar: Progress) -> None:
     # spawn, not fork: the parent may run threads (tqdm, pyarrow, a notebook's kernel).
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool:
-        futures = [pool.submit(_convert_unit, _task(job, unit)) for unit in todo]
+    stop, counter = context.Event(), context.Value(ctypes.c_int64)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (stop, counter)) as pool:
+        # Not all at once: the entries of 11 million recordings would all lie in memory.
+        waiting = {
+            pool.submit(_convert_unit_in_worker, task) for task in itertools.islice(tasks, 2 * workers)
+        }
         try:
-            for future in concurrent.futures.as_completed(futures):
-                bar.update(future.result())
+            while waiting:
+                finished, waiting = concurrent.futures.wait(
+                    waiting, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in finished:
+                    future.result()
+                for task in itertools.islice(tasks, len(finished)):
+                    waiting.add(pool.submit(_convert_unit_in_worker, task))
+                # Without its lock, which a worker that was killed may hold for ever.
+                bar.update(counter.get_obj().value)
         except BrokenProcessPool:
             raise UserError(
                 "A worker process died (killed, or out of memory?); run the same command again, it goes on "
@@ -117,12 +141,13 @@ def _convert_in_processes(job: Job, todo: list[int], workers: int, bar) -> None:
 
 
 _stop = threading.Event()
+_counter = None  # recordings that all workers together have dealt with; in a worker process only
 
 
-def _start_worker(stop) -> None:
+def _start_worker(stop, counter) -> None:
     """Runs once in each worker process."""
-    global _stop
-    _stop = stop
+    global _stop, _counter
+    _stop, _counter = stop, counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     parent = multiprocessing.parent_process()
 
@@ -148,13 +173,23 @@ def _keep_freed_memory() -> None:
     library.mallopt(mmap_threshold, 32 << 20)
 
 
-def _convert_unit(task: Task) -> int:
-    """Reads, processes and writes one unit; returns the number of recordings dealt with."""
+def _convert_unit_in_worker(task: Task) -> None:
+    def count() -> None:
+        with _counter.get_lock():
+            _counter.value += 1
+
+    _convert_unit(task, count)
+
+
+def _convert_unit(task: Task, count: Callable[[], None]) -> None:
+    """Reads, processes and writes one unit; calls `count` after each recording."""
     read = CORPORA[task.corpus].read
-    with disk_errors(task.store), UnitWriter(task.store, task.unit, task.corpus) as writer:
-        for entry in task.entries:
+    with disk_errors(task.store), UnitWriter(task.store, task.unit, task.corpus, task.folder) as writer:
+        for number, entry in enumerate(task.entries):
             if _stop.is_set():
-                return 0
+                return
+            if number:
+                count()
             try:
                 recording = read(task.source, entry, task.assume_gain)
                 processed = task.preprocessing.apply(recording)
@@ -183,7 +218,7 @@ def _convert_unit(task: Task) -> int:
                 recording.fold = hash_fold(recording.patient_id or recording.record_id)
             writer.append(recording, processed, entry.file)
         writer.finish()
-    return len(task.entries)
+        count()
 
 
 def _check_source(source: Path, entry: Entry) -> None:
