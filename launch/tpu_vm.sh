@@ -79,14 +79,22 @@ flock -n 8 || {
     exit 2
 }
 restarts=0
+unanswered=0
 while true; do
-    now=$(state)
+    # One question that is not answered must not end a run of days; twenty in a row are a login that expired.
+    now=$(state) || now=UNANSWERED
+    if [[ $now != UNANSWERED ]]; then
+        unanswered=0
+    elif ((++unanswered > 20)); then
+        echo "tpu_vm.sh: gcloud does not say how $name is; run it again to continue" >&2
+        exit 75
+    fi
     case $now in
     '') create ;;
     ACTIVE)
         code=0
         { install_on_hosts && start_on_hosts "$@"; } 2>&1 | tee "$log" || code=$?
-        if [[ $(state) != ACTIVE ]]; then continue; fi
+        if [[ $(state || true) != ACTIVE ]]; then continue; fi
         # What a host's command said counts, not what gcloud made of it; 255 is a connection that broke.
         final=$(sed -n 's/.*: exit code \([0-9]*\)$/\1/p' "$log" |
             awk '$1 != 0 && $1 != 75 && ($1 < 128 || $1 == 130) { print; exit }')

@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 SRUN = """\
@@ -138,3 +139,12 @@ def free_job_id() -> int:
                 continue
             return number + 4096
     raise RuntimeError("no port of JAX's SLURM range is free")
+
+
+def until(condition, process, seconds=600):
+    """Waits for something that a process does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
