@@ -24,7 +24,9 @@ import re
 from pathlib import Path
 
 from ecg_jax.data.corpora.entries import complete, refuse_rate
-from ecg_jax.data.corpora.heedb_tables import Layout, find_partitions, list_institution, sex_column
+from ecg_jax.data.corpora.heedb_files import find_partitions
+from ecg_jax.data.corpora.heedb_listing import list_institution
+from ecg_jax.data.corpora.heedb_tables import Layout, sex_column
 from ecg_jax.data.corpora.listing import Entry, Listing
 from ecg_jax.data.readers.wfdb import read_wfdb
 from ecg_jax.data.recording import Recording
@@ -46,7 +48,7 @@ _YEARS = {
 PARTITIONS = tuple(f"{site}-{year}" for site, years in _YEARS.items() for year in years)
 
 INSTITUTION = "I0001"
-_PARTITION_FOLDER = r"S\d{4}/\d{4}"
+_PARTITION_FOLDER, _EXAMPLE = r"S\d{4}/\d{4}", "S0001/1987"
 _PARTITION = re.compile(r"(?:^|/)WFDB/(S\d{4})/(\d{4})/")
 
 
@@ -86,13 +88,13 @@ def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
     return complete(recording, entry)
 
 
-def institution_layout(source: Path, institution: str, partition: str) -> Layout | None:
+def institution_layout(source: Path, institution: str, partition: str, example: str) -> Layout | None:
     """The layout of versions 3 to 5, where SOURCE is the folder of an institution, ECG or what holds ECG.
 
     Args:
       source: SOURCE.
       institution: "I0001" or "I0006".
-      partition: form of the folder of a partition.
+      partition, example: form of the folder of a partition, and one.
     """
     for below in (f"ECG/{institution}", institution, ""):
         folder = source / below
@@ -102,6 +104,7 @@ def institution_layout(source: Path, institution: str, partition: str) -> Layout
             return Layout(
                 wfdb=f"{below}/WFDB" if below else "WFDB",
                 partition=partition,
+                example=example,
                 people=people,
                 sex=sex_column(people),
                 age="AgeAtAcquisition",
@@ -124,7 +127,7 @@ def _find_layout(source: Path) -> Layout:
       UserError: it is none of the two, or both, or lacks a table.
     """
     people = source / "Metadata" / "demographics_ECG.csv"
-    newer = institution_layout(source, INSTITUTION, _PARTITION_FOLDER)
+    newer = institution_layout(source, INSTITUTION, _PARTITION_FOLDER, _EXAMPLE)
     if not people.is_file():
         if newer is None:
             raise UserError(
@@ -143,6 +146,7 @@ def _find_layout(source: Path) -> Layout:
     return Layout(
         wfdb="ECG/WFDB" if (source / "ECG" / "WFDB").is_dir() else "WFDB",
         partition=_PARTITION_FOLDER,
+        example=_EXAMPLE,
         people=people,
         sex="SexDSC",
         age="Age",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ecg_jax.data.corpora import heedb
 from ecg_jax.data.corpora.entries import refuse_rate
-from ecg_jax.data.corpora.heedb_tables import list_institution
+from ecg_jax.data.corpora.heedb_listing import list_institution
 from ecg_jax.data.corpora.listing import Listing
 from ecg_jax.errors import UserError
 
@@ -47,7 +47,7 @@ def list_records(source: Path, rate: int | None) -> Listing:
       UserError: `rate` is given, a table is missing or another one, or no record is there.
     """
     refuse_rate(rate, "HEEDB-Emory")
-    layout = heedb.institution_layout(source, INSTITUTION, r"\d{4}")
+    layout = heedb.institution_layout(source, INSTITUTION, r"\d{4}", "2010")
     if layout is None:
         raise UserError(
             f"{source} is not the HEEDB folder: {INSTITUTION}/metadata/metadata.csv is missing (expected {EXPECTS})."

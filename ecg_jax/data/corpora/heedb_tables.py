@@ -1,40 +1,26 @@
-"""Listing an institution of HEEDB: its files, who was recorded, diagnoses, duplicates and folds, as columns.
-
-Eleven million rows never become Python objects: names are Arrow text, everything else numbers.
-"""
+"""The tables of an institution of HEEDB: who was recorded, diagnoses, duplicates, as columns joined to its files."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ecg_jax.data.corpora.entries import UNLABELLED_FOLD
-from ecg_jax.data.corpora.listing import EntryTable, Listing
+from ecg_jax.data.corpora.heedb_files import Files
 from ecg_jax.data.readers.columns import header_of, read_batches
-from ecg_jax.data.recording import Problem, cannot_read
-from ecg_jax.data.stratify import batched_folds
+from ecg_jax.data.recording import Problem
 from ecg_jax.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-N_FOLDS = 20
-# Limits of age groups, years (spec §1.5).
-AGE_BINS = (18, 30, 40, 50, 60, 70, 80, 90, 100)
-LABEL_SET = "statement"
-
 _PUBLISHER = "BDSP"
 # Names a FileName may begin with that say nothing: "./S0001/...", "/S0001/...", "WFDB/2010/...".
 _LEADING = r"^\.?/?(WFDB/)?"
-# Threads that list folders: on a network drive each waits for its answers.
-_LISTING_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +30,7 @@ class Layout:
     Attributes:
       wfdb: folder of the records below SOURCE, e.g. "ECG/WFDB".
       partition: below `wfdb`, of what form the folder of a partition is, e.g. `S\\d{4}/\\d{4}`.
+      example: such a folder, for messages.
       people: table of the recordings: FileName, BDSPPatientID, PatientRace, sex and age.
       sex, age: names of two of its columns.
       ages_per_year: what its ages are in: 1 (years) or 365.25 (days).
@@ -56,6 +43,7 @@ class Layout:
 
     wfdb: str
     partition: str
+    example: str
     people: Path
     sex: str
     age: str
@@ -70,44 +58,7 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Files:
-    """The records in SOURCE, n of them, in order of partition, folder and name.
-
-    Attributes:
-      names: large text [n], without suffix.
-      folder: int32 [n], index into `folders`, e.g. "S0001/1987/04/".
-      partition: int16 [n], index into `partitions`, e.g. "S0001/1987".
-    """
-
-    names: pa.Array
-    folder: np.ndarray
-    folders: list[str]
-    partition: np.ndarray
-    partitions: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def keys(self) -> pa.Array:
-        """Large text [n]: folder and name."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        folders = pa.array(self.folders, pa.large_string()).take(pa.array(self.folder))
-        return pc.binary_join_element_wise(folders, self.names, pa.scalar("", pa.large_string()))
-
-    def where(self, kept: np.ndarray) -> _Files:
-        """Some of them."""
-        import pyarrow as pa
-
-        names = self.names.filter(pa.array(kept))
-        return dataclasses.replace(
-            self, names=names, folder=self.folder[kept], partition=self.partition[kept]
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _People:
+class People:
     """What the table says of n recordings; -1 or NaN where it says nothing, `row` -1 where it has no row."""
 
     row: np.ndarray
@@ -116,125 +67,6 @@ class _People:
     sexes: list[str]
     race: np.ndarray
     age: np.ndarray
-
-
-def list_institution(source: Path, layout: Layout, name_of, known: tuple[str, ...], expects: str) -> Listing:
-    """All records of the partitions that are in SOURCE, with what the tables say of them.
-
-    Args:
-      source: SOURCE.
-      layout: of the institution.
-      name_of: folder of a partition ("S0001/1987") -> its name ("S0001-1987").
-      known: the partitions the paper was trained on; others are kept and reported.
-      expects: what SOURCE must hold, for messages.
-
-    Raises:
-      UserError: no partition or no record is there, or a table cannot be read or is another one.
-    """
-    partitions = find_partitions(source / layout.wfdb, layout.partition)
-    if not partitions:
-        raise UserError(
-            f"{source / layout.wfdb} has no folder like {_example(layout.partition)} (expected {expects})."
-        )
-    files = _find_files(source / layout.wfdb, partitions)
-    if not len(files):
-        raise UserError(f"No .hea file found in {source / layout.wfdb} (expected {expects}).")
-    problems = [
-        Problem(
-            name_of(p), "extra_partition", "kept", "the published study was not trained on this partition."
-        )
-        for p in partitions
-        if name_of(p) not in known
-    ]
-    people, more = _read_people(layout, files, name_of)
-    problems += more
-    files, people, more = _without_duplicates(layout, files, people, name_of)
-    problems += more
-    problems += _count_unknown(layout, files, people, name_of)
-    starts, codes, classes, more = _read_diagnoses(layout, files)
-    fold = _folds(people, starts, codes)
-    return Listing(
-        _table(layout, files, people, fold, starts, codes, classes),
-        problems + more,
-        (LABEL_SET,),
-        {LABEL_SET: classes},
-        {LABEL_SET: _descriptions(layout, classes)},
-        f"{N_FOLDS} folds of whole patients, stratified by diagnostic codes, sex, race and age, in batches of patients",
-    )
-
-
-def _example(partition: str) -> str:
-    return "S0001/1987" if "S" in partition else "2010"
-
-
-def find_partitions(wfdb: Path, pattern: str) -> list[str]:
-    """The folders of partitions below `wfdb`, e.g. "S0001/1987", sorted; `pattern` is `Layout.partition`."""
-    found = [""]
-    for part in pattern.split("/"):
-        found = [
-            f"{folder}{name}/"
-            for folder in found
-            for name in _subfolders(wfdb / folder)
-            if re.fullmatch(part, name)
-        ]
-    return sorted(folder.rstrip("/") for folder in found)
-
-
-def _subfolders(folder: Path) -> list[str]:
-    try:
-        with os.scandir(folder) as content:
-            return [entry.name for entry in content if entry.is_dir()]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise cannot_read(folder, error) from error
-
-
-def _find_files(wfdb: Path, partitions: list[str]) -> _Files:
-    """Every .hea in these partitions, at any depth."""
-    import pyarrow as pa
-
-    folders: list[str] = []
-    names, counts, of_partition = [], [], []
-    # Folders of a partition are read one after another, partitions side by side.
-    with concurrent.futures.ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        found = pool.map(lambda partition: _walk(wfdb, partition), partitions)
-        for number, parts in enumerate(found):
-            for folder, some in parts:
-                folders.append(folder)
-                names.append(some)
-                counts.append(len(some))
-                of_partition.append(number)
-    folder = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
-    partition = np.repeat(np.array(of_partition, np.int16), counts)
-    joined = pa.concat_arrays(names) if names else pa.array([], pa.large_string())
-    return _Files(joined, folder, folders, partition, partitions)
-
-
-def _walk(wfdb: Path, partition: str) -> list[tuple[str, pa.Array]]:
-    """(folder, names of its records) of every folder with records, in order."""
-    import pyarrow as pa
-
-    found, todo = [], [f"{partition}/"]
-    while todo:
-        folder = todo.pop()
-        names, below = [], []
-        try:
-            with os.scandir(wfdb / folder) as content:
-                for entry in content:
-                    if entry.name.endswith(".hea"):
-                        names.append(entry.name[:-4])
-                    elif "." not in entry.name and entry.is_dir():
-                        below.append(f"{folder}{entry.name}/")
-        except OSError as error:
-            raise cannot_read(wfdb / folder, error) from error
-        todo += sorted(below, reverse=True)
-        if names:
-            try:
-                found.append((folder, pa.array(sorted(names), pa.large_string())))
-            except UnicodeEncodeError:
-                raise UserError(f"A file name in {wfdb / folder} is not UTF-8; rename it.") from None
-    return found
 
 
 def _keys(names: pa.Array) -> pa.Array:
@@ -246,7 +78,7 @@ def _keys(names: pa.Array) -> pa.Array:
     return pc.replace_substring_regex(names, pattern=r"\.hea$", replacement="").cast(pa.large_string())
 
 
-def _stems(names: pa.Array) -> pa.Array:
+def stems(names: pa.Array) -> pa.Array:
     """The name alone, without folders and suffix."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -278,7 +110,7 @@ class _Codes:
         return np.array(places, np.int16)[indices]
 
 
-def _read_people(layout: Layout, files: _Files, name_of) -> tuple[_People, list[Problem]]:
+def read_people(layout: Layout, files: Files, name_of: Callable[[str], str]) -> tuple[People, list[Problem]]:
     """Who was recorded in each file, and what is wrong with the table."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -316,7 +148,7 @@ def _read_people(layout: Layout, files: _Files, name_of) -> tuple[_People, list[
             "left out",
             f"{n} rows of {path.name} are of this partition, which is not in SOURCE."
             if partition
-            else f"{n} rows have a FileName that is no path of a record, e.g. {_example(layout.partition)}/NAME.",
+            else f"{n} rows have a FileName that is no path of a record, e.g. {layout.example}/NAME.",
         )
         for partition, n in sorted(absent.items())
     ]
@@ -325,7 +157,7 @@ def _read_people(layout: Layout, files: _Files, name_of) -> tuple[_People, list[
     # Not a number of years: unknown (spec §1.5).
     age[~(age >= 0)] = np.nan
     more, doubtful = _contradictions(path, listed, (patient, sex, race, age))
-    rows = _rows_in(files.keys(), listed)
+    rows = rows_in(files.keys(), listed)
     problems += more + _without_file(path, files, listed, rows, name_of)
     rows[np.isin(rows, doubtful)] = -1
 
@@ -334,7 +166,7 @@ def _read_people(layout: Layout, files: _Files, name_of) -> tuple[_People, list[
         found[rows >= 0] = column[rows[rows >= 0]]
         return found
 
-    people = _People(
+    people = People(
         rows.astype(np.int32),
         of_files(patient, -1),
         of_files(sex, -1),
@@ -345,7 +177,7 @@ def _read_people(layout: Layout, files: _Files, name_of) -> tuple[_People, list[
     return people, problems
 
 
-def _rows_in(keys: pa.Array, table: pa.ChunkedArray) -> np.ndarray:
+def rows_in(keys: pa.Array, table: pa.ChunkedArray) -> np.ndarray:
     """int64 [n]: the first row of a table with each key, -1 where it has none."""
     import pyarrow.compute as pc
 
@@ -378,7 +210,7 @@ def _contradictions(path: Path, keys: pa.ChunkedArray, columns) -> tuple[list[Pr
     """Problems and first rows of recordings that have several rows which differ."""
     if not len(keys):
         return [], np.empty(0, np.int64)
-    first = _rows_in(keys, keys)
+    first = rows_in(keys, keys)
     again = np.flatnonzero(first != np.arange(len(first)))
     differ = np.zeros(len(again), bool)
     for column in columns:
@@ -402,7 +234,9 @@ def _name(key: str) -> str:
     return key.rpartition("/")[2]
 
 
-def _without_file(path: Path, files: _Files, keys, rows: np.ndarray, name_of) -> list[Problem]:
+def _without_file(
+    path: Path, files: Files, keys, rows: np.ndarray, name_of: Callable[[str], str]
+) -> list[Problem]:
     """How many rows of each partition that is in SOURCE have no file there."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -424,63 +258,7 @@ def _without_file(path: Path, files: _Files, keys, rows: np.ndarray, name_of) ->
     ]
 
 
-def _per_partition(
-    files: _Files, marked: np.ndarray, name_of, kind: str, action: str, text: str
-) -> list[Problem]:
-    """One problem for each partition with marked records; `text` has their number as {n}."""
-    counts = np.bincount(files.partition[marked], minlength=len(files.partitions))
-    return [
-        Problem(name_of(files.partitions[p]), kind, action, text.format(n=counts[p]))
-        for p in np.flatnonzero(counts)
-    ]
-
-
-def _without_duplicates(layout: Layout, files: _Files, people: _People, name_of):
-    """Files and people without the recordings of the list of duplicates, and without repeated names."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    problems = []
-    kept = np.ones(len(files), bool)
-    if layout.duplicates is not None:
-        path = layout.duplicates
-        listed = [
-            _stems(part.column("file_name")) for part in read_batches(path, {"file_name": "text"}, _PUBLISHER)
-        ]
-        value_set = pa.chunked_array(listed, pa.large_string())
-        listed_here = pc.is_in(files.names, value_set=value_set).to_numpy(zero_copy_only=False)
-        kept &= ~listed_here
-        text = f"{{n}} recordings are in {path.name}."
-        problems += _per_partition(files, listed_here, name_of, "listed_duplicate", "left out", text)
-    again = _rows_in(files.names, files.names)
-    repeated = (again != np.arange(len(again))) & kept
-    # Only a name whose first recording is kept is taken.
-    repeated &= kept[again]
-    for row in np.flatnonzero(repeated).tolist():
-        folders = [files.folders[files.folder[r]] for r in (row, again[row])]
-        detail = f"{folders[0]} has the record id of a recording in {folders[1]}, which is kept."
-        problems.append(Problem(files.names[row].as_py(), "duplicate_id", "refused", detail))
-    kept &= ~repeated
-    if kept.all():
-        return files, people, problems
-    people = dataclasses.replace(
-        people, **{name: getattr(people, name)[kept] for name in ("row", "patient", "sex", "race", "age")}
-    )
-    return files.where(kept), people, problems
-
-
-def _count_unknown(layout: Layout, files: _Files, people: _People, name_of) -> list[Problem]:
-    """How many records of each partition have no row or no patient: they may be trained on only."""
-    table = layout.people.name
-    without_row = people.row < 0
-    text = f"{table} has no row that says who {{n}} recordings are of."
-    problems = _per_partition(files, without_row, name_of, "no_table_row", "kept", text)
-    without_patient = ~without_row & (people.patient < 0)
-    text = f"{{n}} recordings have no BDSPPatientID in {table}."
-    return problems + _per_partition(files, without_patient, name_of, "no_patient", "kept", text)
-
-
-def _read_diagnoses(layout: Layout, files: _Files):
+def read_diagnoses(layout: Layout, files: Files):
     """(starts [n + 1], codes, classes, problems): indices into `classes`, those of record i from starts[i] on."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -495,7 +273,7 @@ def _read_diagnoses(layout: Layout, files: _Files):
         keys.append(key)
         lists.append(codes)
     names = files.names if layout.by_name else files.keys()
-    rows = _rows_in(names, pa.chunked_array(keys, pa.large_string()))
+    rows = rows_in(names, pa.chunked_array(keys, pa.large_string()))
     del keys, names
     chosen = pa.chunked_array(lists).combine_chunks()
     chosen = chosen.take(pa.array(rows, mask=rows < 0))
@@ -539,10 +317,10 @@ def _diagnosis_batches(layout: Layout) -> Iterator[tuple[pa.Array, pa.Array]]:
         lists = pa.ListArray.from_arrays(
             pa.array(starts, pa.int32()), pa.array((pairs & 0xFFFFFFFF).astype(np.uint32))
         )
-        yield _stems(key) if layout.by_name else _keys(key), lists
+        yield stems(key) if layout.by_name else _keys(key), lists
 
 
-def _descriptions(layout: Layout, classes: list[str]) -> dict[str, str]:
+def read_meanings(layout: Layout, classes: list[str]) -> dict[str, str]:
     """Code -> its meaning, as far as the dictionary of the version has it."""
     if layout.dictionary is None or not layout.dictionary.is_file():
         return {}
@@ -553,46 +331,15 @@ def _descriptions(layout: Layout, classes: list[str]) -> dict[str, str]:
     return {code: found[code] for code in classes if code in found}
 
 
-def _folds(people: _People, starts: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """int16 [n]; records whose patient is not known may be trained on only."""
-    known = people.patient >= 0
-    fold = np.full(len(known), UNLABELLED_FOLD, np.int16)
-    lengths = np.diff(starts)
-    starts_of_known = np.concatenate([[0], np.cumsum(lengths[known])])
-    codes_of_known = codes if known.all() else codes[np.repeat(known, lengths)]
-    age = people.age[known]
-    age_bin = np.where(np.isnan(age), len(AGE_BINS) + 1, np.searchsorted(AGE_BINS, age, side="right")).astype(
-        np.int8
-    )
-    # Unknown sex and race are labels too.
-    labels = [(starts_of_known, codes_of_known), people.sex[known] + 1, people.race[known] + 1, age_bin]
-    fold[known] = batched_folds(people.patient[known], labels, N_FOLDS)
-    return fold
-
-
-def _table(layout: Layout, files: _Files, people: _People, fold, starts, codes, classes) -> EntryTable:
-    import pyarrow as pa
-
-    female, male = ("f", "female"), ("m", "male")
-    texts = [text.strip().lower() for text in people.sexes]
-    places = [0 if text in female else 1 if text in male else -1 for text in texts]
-    sex = np.array([*places, -1], np.int8)[people.sex]
-    folders = [f"{layout.wfdb}/{folder}" for folder in files.folders]
-    table = pa.table(
-        {
-            "record_id": files.names,
-            "folder": pa.DictionaryArray.from_arrays(pa.array(files.folder), folders),
-            "patient_id": pa.array(people.patient, mask=people.patient < 0),
-            "fold": pa.array(fold),
-            "age": pa.array(people.age, mask=np.isnan(people.age)),
-            "sex": pa.DictionaryArray.from_arrays(pa.array(sex, mask=sex < 0), ["F", "M"]),
-            f"labels_{LABEL_SET}": pa.LargeListArray.from_arrays(pa.array(starts), pa.array(codes)),
-        }
-    )
-    return EntryTable(table, ".hea", {LABEL_SET: classes})
-
-
 def sex_column(path: Path) -> str:
     """What the table of recordings calls the column of the sex: SexDSC (I0001) or Sex (I0006)."""
     header = header_of(path, _PUBLISHER)
     return "SexDSC" if "SexDSC" in header else "Sex"
+
+
+def read_duplicates(path: Path) -> pa.ChunkedArray:
+    """Names of the recordings that the list of duplicates has, large text."""
+    import pyarrow as pa
+
+    batches = read_batches(path, {"file_name": "text"}, _PUBLISHER)
+    return pa.chunked_array([stems(batch.column("file_name")) for batch in batches], pa.large_string())
