@@ -12,6 +12,7 @@ from ecg_jax.errors import Stopped, UserError
 COMMANDS = {
     "quickstart": "prepare, pretrain and probe on the PTB-XL sample that ships with the package",
     "prepare": "raw recordings -> store",
+    "synthesize": "a store of synthetic ECG with known labels, of any size",
     "verify": "stores -> every record against its checksum",
     "show-masks": "config -> a picture of what its objective hides and predicts",
     "pretrain": "store + config -> run with checkpoints",

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ecg_jax.data.store import BYTES_PER_SAMPLE, Store, records_fingerprint
+from ecg_jax.data.progress import Progress
+from ecg_jax.data.record_table import Fingerprint, count_codes
+from ecg_jax.data.store import BYTES_PER_SAMPLE, Store
 from ecg_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -74,33 +76,27 @@ class Piece:
     ids: object
 
 
-class Bar:
-    """Bytes read, on a terminal: how many, how fast, how long still."""
+class Bytes:
+    """Bytes read by all threads together, told to a `Progress`."""
 
-    def __init__(self, total: int):
-        from tqdm import tqdm
-
-        # Nothing is drawn where stderr is a file.
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None, mininterval=0.5)
-        self._lock = threading.Lock()
+    def __init__(self, progress: Progress):
+        self._progress, self._lock = progress, threading.Lock()
 
     def add(self, n: int) -> None:
         """Counts n bytes; any thread may."""
         with self._lock:
-            self._bar.update(n)
-
-    def close(self) -> None:
-        """Leaves the last state on the terminal."""
-        self._bar.close()
+            self._progress.update(self._progress.fresh + n)
 
 
-def verify(path: str | os.PathLike, workers: int | None = None, bar: Bar | None = None) -> Iterator[Damage]:
+def verify(
+    path: str | os.PathLike, workers: int | None = None, read: Bytes | None = None
+) -> Iterator[Damage]:
     """Finds everything that is wrong with a store.
 
     Args:
       path: its folder.
       workers: threads that read and hash; None takes the CPUs this process may use.
-      bar: is told the bytes read; None shows nothing.
+      read: is told the bytes read; None tells nobody.
 
     Yields:
       Each damage, in order of the store.
@@ -120,7 +116,7 @@ def verify(path: str | os.PathLike, workers: int | None = None, bar: Bar | None 
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
             for piece in _pieces(store):
-                waiting.append(pool.submit(_piece_damage, store, piece, bar, stop))
+                waiting.append(pool.submit(_piece_damage, store, piece, read, stop))
                 # Pieces of 11 million records are not all held at once.
                 if len(waiting) > 2 * workers:
                     yield from waiting.popleft().result()
@@ -144,37 +140,31 @@ def _metadata_damage(store: Store) -> Iterator[Damage]:
 
 def _table_damage(store: Store) -> Iterator[Damage]:
     """What the table says against what the store was finished with, and against itself."""
-    import pyarrow.compute
-
     path = store.path / "records.parquet"
     counts = {name: collections.Counter() for name in store.classes}
+    fingerprint = Fingerprint(store.preprocessing)
     needed = {"offset", "length", "record_id", "checksum", *(f"labels_{name}" for name in counts)}
     places = []
 
-    def pieces():
-        end = 0
-        for first, table in store.row_groups():
-            if missing := needed.difference(table.column_names):
-                raise UserError(f"The store {store.path} is damaged: {path} has no column {min(missing)}.")
-            offset, length = (table[name].to_numpy().astype(np.int64) for name in ("offset", "length"))
-            last = offset + length - 1
-            before = np.concatenate([[end], (last + 1)[:-1]])[: len(last)]
-            chunks = [samples // store.chunk_samples for samples in (offset, last)]
-            wrong = (length <= 0) | (chunks[0] != chunks[1]) | (offset < before)
-            places.extend((first + np.flatnonzero(wrong)[:SHOWN]).tolist())
-            end = int(last[-1]) + 1 if len(last) else end
-            for name, counter in counts.items():
-                codes = pyarrow.compute.list_flatten(table[f"labels_{name}"])
-                for item in pyarrow.compute.value_counts(codes).to_pylist():
-                    counter[item["values"]] += item["counts"]
-            yield table
-
-    fingerprint = records_fingerprint(pieces(), store.preprocessing)
+    end = 0
+    for first, table in store.row_groups():
+        if missing := needed.difference(table.column_names):
+            raise UserError(f"The store {store.path} is damaged: {path} has no column {min(missing)}.")
+        offset, length = (table[name].to_numpy().astype(np.int64) for name in ("offset", "length"))
+        last = offset + length - 1
+        before = np.concatenate([[end], (last + 1)[:-1]])[: len(last)]
+        chunks = [samples // store.chunk_samples for samples in (offset, last)]
+        wrong = (length <= 0) | (chunks[0] != chunks[1]) | (offset < before)
+        places.extend((first + np.flatnonzero(wrong)[:SHOWN]).tolist())
+        end = int(last[-1]) + 1 if len(last) else end
+        for name in counts:
+            counts[name] += count_codes(table[f"labels_{name}"])
+        fingerprint.update(table)
     for row in places:
         yield Damage(
             f"{path}, row {row}", "the record leaves its chunk, is empty or lies on the one before it."
         )
-    if fingerprint != store.fingerprint:
+    if fingerprint.hexdigest() != store.fingerprint:
         yield Damage(str(path), "record ids or checksums are not those the store was finished with.")
     for name, counter in counts.items():
         wrong = [code for code, info in store.class_info[name].items() if info["count"] != counter[code]]
@@ -205,7 +195,7 @@ def _pieces(store: Store) -> Iterator[Piece]:
             )
 
 
-def _piece_damage(store: Store, piece: Piece, bar: Bar | None, stop: threading.Event) -> list[Damage]:
+def _piece_damage(store: Store, piece: Piece, read: Bytes | None, stop: threading.Event) -> list[Damage]:
     """Reads and hashes some records; both let other threads run."""
     path, damage = store.chunk_files.path(piece.chunk), []
 
@@ -233,8 +223,8 @@ def _piece_damage(store: Store, piece: Piece, bar: Bar | None, stop: threading.E
                     damaged(i, "its checksum differs.")
             except OSError as error:
                 damaged(i, f"cannot be read: {error.strerror}.")
-            if bar is not None:
-                bar.add(len(target))
+            if read is not None:
+                read.add(len(target))
     finally:
         os.close(fd)
     return damage
@@ -258,12 +248,13 @@ def _size(path: Path) -> tuple[int, int]:
     return len(store), samples * BYTES_PER_SAMPLE
 
 
-def verify_all(paths: list[Path], workers: int | None) -> str:
+def verify_all(paths: list[Path], workers: int | None = None, progress: bool = True) -> str:
     """Verifies stores one after the other and prints what is wrong with them.
 
     Args:
       paths: of the stores.
       workers: threads; None takes the CPUs this process may use.
+      progress: tell how far it is.
 
     Returns:
       A line about what was verified.
@@ -290,16 +281,13 @@ def verify_all(paths: list[Path], workers: int | None) -> str:
         except UserError as error:
             tell(str(error), "unreadable store")
     n_records, n_bytes = (sum(size[i] for size in sizes.values()) for i in (0, 1))
-    bar = Bar(n_bytes)
-    try:
+    with Progress("verify", n_bytes, of_bytes=True, show=progress) as bar:
         for path in sizes:
             try:
-                for damage in verify(path, workers, bar):
+                for damage in verify(path, workers, Bytes(bar)):
                     tell(str(damage), "damaged record" if damage.record else "damaged file")
             except UserError as error:
                 tell(str(error), "unreadable store")
-    finally:
-        bar.close()
     seconds = time.monotonic() - started
     read = f"{_many(n_records, 'record')} of {_many(len(sizes), 'store')}, {n_bytes / 1e9:.2f} GB"
     if kinds:
@@ -309,7 +297,7 @@ def verify_all(paths: list[Path], workers: int | None) -> str:
             + (f" ({hidden} of them not printed)" if hidden else "")
             + "; copy those files again, or prepare the store anew."
         )
-    return f"Nothing is damaged: {read}, in {seconds:.1f} s ({n_bytes / 1e9 / seconds:.2f} GB/s)."
+    return f"Nothing is damaged: {read}, in {seconds:.1f} s."
 
 
 def _many(n: int, what: str) -> str:

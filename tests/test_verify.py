@@ -9,9 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from ecg_jax import cli
-from ecg_jax.data.store import Store, records_fingerprint
+from ecg_jax.data.store import Store
 from ecg_jax.data.synthetic import write_synthetic_store
-from ecg_jax.data.writer import fingerprint
 from ecg_jax.verify import SHOWN, verify
 from sparse_store import write_sparse_store
 
@@ -47,7 +46,7 @@ def test_a_sound_store_passes(made, capsys, workers):
     code, out, err = run(capsys, made, f"--workers={workers}")
     assert code == 0
     assert "Nothing is damaged: 96 records of 1 store, 0.00 GB" in out
-    assert err == ""
+    assert err.startswith("verify: 1.7 MB\nverify: 1.7 MB in ")
 
 
 def test_a_flipped_byte_is_named(copy, capsys):
@@ -59,8 +58,7 @@ def test_a_flipped_byte_is_named(copy, capsys):
     code, out, err = run(capsys, copy)
     assert code == 2
     assert out == f"{copy}: record synthetic0000070 (row 70) in {path}: its checksum differs.\n"
-    assert err.startswith("ecg-jax verify: error: 1 damaged record in 96 records of 1 store")
-    assert err.count("\n") == 1
+    assert "ecg-jax verify: error: 1 damaged record in 96 records of 1 store" in err.splitlines()[-1]
 
 
 def test_every_single_flipped_byte_of_a_record_is_found(copy):
@@ -214,11 +212,3 @@ def test_records_of_several_row_groups(copy):
 
 def test_a_sparse_store_passes(tmp_path):
     assert list(verify(write_sparse_store(tmp_path / "s", 500, seconds=2.5))) == []
-
-
-def test_the_fingerprint_is_that_of_the_writer(made):
-    store = Store(made)
-    assert records_fingerprint([store.records], store.preprocessing) == store.fingerprint
-    assert fingerprint(store.records, store.preprocessing) == store.fingerprint
-    pieces = [store.records.slice(0, 10), store.records.slice(10, 1), store.records.slice(11)]
-    assert records_fingerprint(pieces, store.preprocessing) == store.fingerprint

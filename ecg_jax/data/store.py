@@ -17,7 +17,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,28 +34,6 @@ BYTES_PER_SAMPLE = 24  # 12 leads of int16
 def checksum(signal: np.ndarray) -> str:
     """128-bit BLAKE2b of the little-endian bytes of an int16 signal [T, 12], as hexadecimal digits."""
     return hashlib.blake2b(np.ascontiguousarray(signal, "<i2").data, digest_size=16).hexdigest()
-
-
-def records_fingerprint(tables: Iterable, preprocessing: Preprocessing) -> str:
-    """The fingerprint of a store, from its table of records in pieces.
-
-    Args:
-      tables: `pyarrow.Table`s with columns record_id and checksum, in order.
-      preprocessing: the contract of its signals.
-
-    Returns:
-      SHA-256 over the contract, and over id and checksum of every record, as hexadecimal digits.
-    """
-    import pyarrow.compute
-
-    digest = hashlib.sha256(json.dumps(preprocessing.to_dict(), sort_keys=True).encode())
-    for table in tables:
-        for batch in table.select(["record_id", "checksum"]).to_batches(max_chunksize=65536):
-            # "\0id\0checksum" of each record, without an object of Python for it.
-            joined = pyarrow.compute.binary_join_element_wise("", *batch.columns, "\0")
-            _, ends, letters = joined.buffers()
-            digest.update(memoryview(letters)[: np.frombuffer(ends, np.int32)[len(joined)]])
-    return digest.hexdigest()
 
 
 def read_attributes(path: Path) -> dict:

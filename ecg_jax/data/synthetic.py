@@ -1,9 +1,9 @@
-"""Synthetic 12-lead ECG with known labels, for tests and load studies. It obeys the limb-lead identities.
+"""A small synthetic 12-lead ECG with known labels, for tests. It obeys the limb-lead identities.
 
 A beat is a sum of Gaussians P, Q, R, S, T (McSharry et al., IEEE TBME 50:289, 2003, without the limit
 cycle), each a vector in the body: its frontal part makes the limb leads through Einthoven's triangle, its
 horizontal part V1-V6. Not a substitute for real ECG: rhythms and shapes are caricatures that a probe must
-find easy.
+find easy. Tests rely on its numbers; `synthetic_cases` and `synthetic_signal` are what `ecg-jax synthesize` draws.
 """
 
 from __future__ import annotations
@@ -176,6 +176,7 @@ def write_synthetic_store(
         attributes={
             "corpus": "synthetic",
             "source": "",
+            "synthetic": True,
             "fold_source": "SHA-256 of the patient id into 10 folds",
         },
         label_sets=("synthetic", "rhythm"),

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-# Label set -> class -> (share of recordings, description). Of rhythms the shares are those of patients without AV block.
+# Label set -> class -> (share of recordings, description); of rhythms the share among patients without AV block.
 CLASSES = {
     "rhythm": {
         "sinus": (0.22, "sinus rhythm, 60 to 100 per minute"),

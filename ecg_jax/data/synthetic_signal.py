@@ -20,8 +20,8 @@ _CHEST_GAIN = np.array([0.8, 1.2, 1.3, 1.3, 1.1, 0.9])
 _CHEST = np.stack([np.cos(_CHEST_DEG), np.sin(_CHEST_DEG)], axis=1) * _CHEST_GAIN[:, None]
 _SIXTY = math.radians(60.0)
 
-# QRS of each conduction, for a duration of 1: (centre from the R peak, width, mV, degrees from the QRS axis, left, front).
-# Left and front are the shares of the amplitude in the horizontal plane.
+# QRS of each conduction, for a duration of 1: (centre from the R peak, width, mV, degrees from the QRS axis, left,
+# front). Left and front are the shares of the amplitude in the horizontal plane.
 _NORMAL_QRS = (
     (-0.30, 0.095, -0.12, 25.0, 1.0, -1.0),
     (0.0, 0.115, 1.1, 0.0, 1.0, -0.5),
@@ -50,9 +50,13 @@ _VENTRICULAR = (
     (0.270, 0.055, -0.5, 85.0, -0.6, 1.0),
 )
 # A wave begins and ends this many standard deviations from its centre: where `evaluation.delineation`, which was
-# calibrated on annotated ECG, sees its ends. A block of the left bundle has nothing but slow waves, and sees more of them.
-_EDGE = {"left_bundle_branch_block": 3.0}
-_USUAL_EDGE = 2.2
+# calibrated on annotated ECG, sees its ends. Among waves that are all slow it sees more of them.
+_EDGE = {
+    "normal_conduction": 2.2,
+    "first_degree_av_block": 2.2,
+    "left_bundle_branch_block": 3.0,
+    "right_bundle_branch_block": 2.2,
+}
 _P_EDGE, _P_WIDTH = 1.7, 0.021
 #: RA, LA, LL, V1-V6 -> I, II, V1-V6: potential differences, the chest against the mean of the limbs (Wilson).
 _ELECTRODES = np.zeros((9, 8))
@@ -106,8 +110,7 @@ def _heart(case: Case, n: int, rate: float) -> np.ndarray:
     """float64 [n, 8] millivolts of I, II, V1-V6: P, QRS, ST and T of every beat."""
     patient, beats = case.patient, case.beats
     qrs = np.array(_QRS[patient.conduction])
-    edge = _EDGE[patient.conduction] if patient.conduction in _EDGE else _USUAL_EDGE
-    begins, ends = (qrs[:, 0] + side * edge * qrs[:, 1] for side in (-1, 1))
+    begins, ends = (qrs[:, 0] + side * _EDGE[patient.conduction] * qrs[:, 1] for side in (-1, 1))
     stretch = patient.qrs_s / (ends.max() - begins.min())
     onset, offset = stretch * begins.min(), stretch * ends.max()
     # The axis is that of the area of QRS, so waves beside it must not turn it.
