@@ -12,6 +12,7 @@ import pytest
 
 from ecg_jax.training.metric_writers import read_log
 from fake_cluster import Cluster, free_job_id, until, write_program
+from prepare_source import N_MADE, write_source
 from test_pretrain import arguments
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +224,7 @@ array = re.search(r"--array=0-(\\d+)", " ".join(sys.argv))
 extra = {"MERGE": "1"} if "--export=ALL,MERGE=1" in sys.argv else {}
 for i in range(int(array[1]) + 1) if array else [None]:
     task = {} if i is None else {"SLURM_ARRAY_TASK_ID": str(i), "SLURM_ARRAY_TASK_COUNT": "1"}
-    environment = os.environ | extra | task | {"SLURM_CPUS_PER_TASK": "8"}
+    environment = os.environ | extra | task
     subprocess.run(["bash", sys.argv[-1]], env=environment, check=True, stdout=sys.stderr)
 """
 
@@ -231,7 +232,7 @@ for i in range(int(array[1]) + 1) if array else [None]:
 def test_prepare_submits_an_array_and_its_merge(cluster):
     write_program(cluster.bin, "sbatch", SBATCH)
     submit = [LAUNCH / "slurm" / "prepare.sh", "heedb", "raw data", "stores/heedb", "3"]
-    environment = cluster.environment | {"EXIT_CODES": "0"}
+    environment = cluster.environment | {"EXIT_CODES": "0", "SLURM_CPUS_PER_TASK": "8"}
     done = subprocess.run(submit, env=environment, cwd=cluster.folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "array 700 of 3 shards, merged by job 701" in done.stdout
@@ -242,6 +243,21 @@ def test_prepare_submits_an_array_and_its_merge(cluster):
     array, merge = cluster.calls("sbatch")
     assert "--array=0-2" in array
     assert "--dependency=afterok:700" in merge
+
+
+def test_an_array_and_its_merge_make_a_store(cluster):
+    from ecg_jax.data.store import Store
+
+    cluster.real_command()
+    write_program(cluster.bin, "sbatch", SBATCH)
+    source = write_source(cluster.folder / "raw data")
+    submit = [LAUNCH / "slurm" / "prepare.sh", "wfdb", source, "store", "2"]
+    environment = cluster.environment | {"SLURM_CPUS_PER_TASK": "1"}
+    done = subprocess.run(submit, env=environment, cwd=cluster.folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = len(Store(cluster.folder / "store"))
+    assert N_MADE - 10 < written < N_MADE
+    assert f"{written} records of wfdb" in done.stderr
 
 
 def test_prepare_dry_run_submits_nothing(cluster):
