@@ -41,13 +41,28 @@ class Files:
     def __len__(self) -> int:
         return len(self.names)
 
-    def keys(self) -> pa.Array:
-        """Large text [n]: folder and name."""
+    def range_of(self, partition: int) -> tuple[int, int]:
+        """Where a partition, by its index, begins and ends."""
+        start, stop = np.searchsorted(self.partition, [partition, partition + 1]).tolist()
+        return start, stop
+
+    def keys(self, start: int, stop: int) -> pa.Array:
+        """Large text: folder and name of some records."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        folders = pa.array(self.folders, pa.large_string()).take(pa.array(self.folder))
-        return pc.binary_join_element_wise(folders, self.names, pa.scalar("", pa.large_string()))
+        folders = pa.array(self.folders, pa.large_string()).take(pa.array(self.folder[start:stop]))
+        names = self.names.slice(start, stop - start)
+        return pc.binary_join_element_wise(folders, names, pa.scalar("", pa.large_string()))
+
+    def partition_of(self, keys: pa.Array) -> np.ndarray:
+        """int16 [m]: the partition each key of a table lies in, -1 for one that is not here."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        prefix = pc.utf8_slice_codeunits(keys, 0, len(self.partitions[0]))
+        place = pc.index_in(prefix, value_set=pa.array(self.partitions, keys.type))
+        return pc.fill_null(place, -1).to_numpy(zero_copy_only=False).astype(np.int16)
 
     def where(self, kept: np.ndarray) -> Files:
         """Some of them."""

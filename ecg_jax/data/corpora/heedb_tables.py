@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,17 +118,16 @@ def read_people(layout: Layout, files: Files, name_of: Callable[[str], str]) -> 
 
     path = layout.people
     columns = {"FileName": "text", "BDSPPatientID": "text", "PatientRace": "text", layout.sex: "text"}
-    here = pa.array(files.partitions)
-    width = len(files.partitions[0])
     sexes, races = _Codes(), _Codes()
     keys: list[pa.Array] = []
     parts: list[tuple[np.ndarray, ...]] = []
     absent: dict[str, int] = {}
     for batch in read_batches(path, {**columns, layout.age: "float"}, _PUBLISHER):
         key = _keys(batch.column("FileName"))
-        prefix = pc.utf8_slice_codeunits(key, 0, width)
-        wanted = pc.fill_null(pc.is_in(prefix.cast(pa.string()), here), False)
-        for count in prefix.filter(pc.invert(wanted)).value_counts().to_pylist():
+        place = files.partition_of(key)
+        wanted = pa.array(place >= 0)
+        prefix = pc.utf8_slice_codeunits(key.filter(pc.invert(wanted)), 0, len(files.partitions[0]))
+        for count in prefix.value_counts().to_pylist():
             partition = count["values"] or ""
             partition = partition if re.fullmatch(layout.partition, partition) else ""
             absent[partition] = absent.get(partition, 0) + count["counts"]
@@ -135,6 +135,7 @@ def read_people(layout: Layout, files: Files, name_of: Callable[[str], str]) -> 
         keys.append(key.filter(wanted))
         parts.append(
             (
+                place[place >= 0],
                 _patients(path, batch.column("BDSPPatientID")),
                 sexes(batch.column(layout.sex)),
                 races(batch.column("PatientRace")),
@@ -152,14 +153,35 @@ def read_people(layout: Layout, files: Files, name_of: Callable[[str], str]) -> 
         )
         for partition, n in sorted(absent.items())
     ]
-    listed = pa.chunked_array(keys, pa.large_string())
-    patient, sex, race, age = (np.concatenate(column) for column in zip(*parts, strict=True))
+    place, patient, sex, race, age = (np.concatenate(column) for column in zip(*parts, strict=True))
     # Not a number of years: unknown (spec §1.5).
     age[~(age >= 0)] = np.nan
-    more, doubtful = _contradictions(path, listed, (patient, sex, race, age))
-    rows = rows_in(files.keys(), listed)
-    problems += more + _without_file(path, files, listed, rows, name_of)
-    rows[np.isin(rows, doubtful)] = -1
+    rows, first = _join(files, keys, place)
+    used = np.zeros(len(first), bool)
+    used[rows[rows >= 0]] = True
+    # A second row of a recording is not used either, and is no lost file.
+    lost = np.bincount(place[~used & (first == np.arange(len(first)))], minlength=len(files.partitions))
+    problems += [
+        Problem(
+            name_of(files.partitions[p]),
+            "missing_part",
+            "left out",
+            f"{lost[p]} recordings of {path.name} have no .hea file in this partition.",
+        )
+        for p in np.flatnonzero(lost)
+    ]
+    doubtful = np.isin(rows, _contradictory(first, (patient, sex, race, age)))
+    problems += [
+        Problem(
+            files.names[row].as_py(),
+            "contradictory_rows",
+            "unknown",
+            f"{path.name} has rows for it that contradict each other, so what it says of the recording is taken as "
+            "unknown.",
+        )
+        for row in np.flatnonzero(doubtful).tolist()
+    ]
+    rows[doubtful] = -1
 
     def of_files(column: np.ndarray, unknown) -> np.ndarray:
         found = np.full(len(files), unknown, column.dtype)
@@ -177,13 +199,40 @@ def read_people(layout: Layout, files: Files, name_of: Callable[[str], str]) -> 
     return people, problems
 
 
-def rows_in(keys: pa.Array, table: pa.ChunkedArray) -> np.ndarray:
+def rows_in(keys: pa.Array, table: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """int64 [n]: the first row of a table with each key, -1 where it has none."""
     import pyarrow.compute as pc
 
-    return (
-        pc.fill_null(pc.index_in(keys, value_set=table), -1).to_numpy(zero_copy_only=False).astype(np.int64)
-    )
+    found = pc.fill_null(pc.index_in(keys, value_set=table), -1)
+    return found.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _join(files: Files, keys: list[pa.Array], place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Files and the rows of a table, one partition after another: an index of eleven million names takes gigabytes.
+
+    Args:
+      files: n of them.
+      keys: folder and name of each row, in parts; emptied, for their memory is needed.
+      place: int16 [m], the partition of each row.
+
+    Returns:
+      int64 [n], the first row of each file, -1 where there is none; int64 [m], the first row with the same key.
+    """
+    import pyarrow as pa
+
+    rows, first = np.full(len(files), -1), np.full(len(place), -1)
+    listed = pa.concat_arrays(keys)
+    keys.clear()
+    order = np.argsort(place, kind="stable")
+    limits = np.searchsorted(place[order], np.arange(len(files.partitions) + 1))
+    for p, (start, stop) in enumerate(itertools.pairwise(limits.tolist())):
+        own = order[start:stop]
+        some = listed.take(pa.array(own))
+        first[own] = own[rows_in(some, some)]
+        begin, end = files.range_of(p)
+        found = rows_in(files.keys(begin, end), some)
+        rows[begin:end] = np.where(found >= 0, own[found] if len(own) else -1, -1)
+    return rows, first
 
 
 def _patients(path: Path, column: pa.Array) -> np.ndarray:
@@ -206,56 +255,14 @@ def _patients(path: Path, column: pa.Array) -> np.ndarray:
     return pc.fill_null(numbers, -1).to_numpy(zero_copy_only=False)
 
 
-def _contradictions(path: Path, keys: pa.ChunkedArray, columns) -> tuple[list[Problem], np.ndarray]:
-    """Problems and first rows of recordings that have several rows which differ."""
-    if not len(keys):
-        return [], np.empty(0, np.int64)
-    first = rows_in(keys, keys)
+def _contradictory(first: np.ndarray, columns) -> np.ndarray:
+    """The first rows of recordings that have several rows which differ."""
     again = np.flatnonzero(first != np.arange(len(first)))
     differ = np.zeros(len(again), bool)
     for column in columns:
         a, b = column[again], column[first[again]]
         differ |= (a != b) & ~((a != a) & (b != b))
-    doubtful = np.unique(first[again[differ]])
-    problems = [
-        Problem(
-            _name(keys[row].as_py()),
-            "contradictory_rows",
-            "unknown",
-            f"{path.name} has rows for it that contradict each other, so what it says of the recording is taken as "
-            "unknown.",
-        )
-        for row in doubtful.tolist()
-    ]
-    return problems, doubtful
-
-
-def _name(key: str) -> str:
-    return key.rpartition("/")[2]
-
-
-def _without_file(
-    path: Path, files: Files, keys, rows: np.ndarray, name_of: Callable[[str], str]
-) -> list[Problem]:
-    """How many rows of each partition that is in SOURCE have no file there."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    used = np.zeros(len(keys), bool)
-    used[rows[rows >= 0]] = True
-    lost = keys.filter(pa.array(~used))
-    # A second row of a recording is not used either, and is no lost file.
-    lost = lost.filter(pc.invert(pc.is_in(lost, value_set=keys.filter(pa.array(used)))))
-    counts = pc.utf8_slice_codeunits(lost, 0, len(files.partitions[0])).value_counts().to_pylist()
-    return [
-        Problem(
-            name_of(count["values"]),
-            "missing_part",
-            "left out",
-            f"{count['counts']} recordings of {path.name} have no .hea file in this partition.",
-        )
-        for count in sorted(counts, key=lambda count: count["values"])
-    ]
+    return np.unique(first[again[differ]])
 
 
 def read_diagnoses(layout: Layout, files: Files):
@@ -268,13 +275,18 @@ def read_diagnoses(layout: Layout, files: Files):
         detail = f"{path.name} is not there, so no recording has labels."
         problem = Problem(path.name, "missing_part", "left out", detail)
         return np.zeros(len(files) + 1, np.int64), np.empty(0, np.int16), [], [problem]
-    keys, lists = [], []
+    keys, lists, places = [], [], []
     for key, codes in _diagnosis_batches(layout):
+        if not layout.by_name:
+            place = files.partition_of(key)
+            key, codes = key.filter(pa.array(place >= 0)), codes.filter(pa.array(place >= 0))
+            places.append(place[place >= 0])
         keys.append(key)
         lists.append(codes)
-    names = files.names if layout.by_name else files.keys()
-    rows = rows_in(names, pa.chunked_array(keys, pa.large_string()))
-    del keys, names
+    if layout.by_name:
+        rows = rows_in(files.names, pa.chunked_array(keys, pa.large_string()))
+    else:
+        rows, _ = _join(files, keys, np.concatenate(places))
     chosen = pa.chunked_array(lists).combine_chunks()
     chosen = chosen.take(pa.array(rows, mask=rows < 0))
     lengths = pc.fill_null(pc.list_value_length(chosen), 0).to_numpy(zero_copy_only=False)
@@ -312,7 +324,8 @@ def _diagnosis_batches(layout: Layout) -> Iterator[tuple[pa.Array, pa.Array]]:
                 "correct that row."
             ) from error
         # A code that a row repeats counts once.
-        pairs = np.unique((row[there.to_numpy(zero_copy_only=False)].astype(np.int64) << 32) + codes)
+        pairs = np.sort((row[there.to_numpy(zero_copy_only=False)].astype(np.int64) << 32) + codes)
+        pairs = pairs[np.diff(pairs, prepend=-1) != 0]
         starts = np.searchsorted(pairs, np.arange(len(key) + 1, dtype=np.int64) << 32)
         lists = pa.ListArray.from_arrays(
             pa.array(starts, pa.int32()), pa.array((pairs & 0xFFFFFFFF).astype(np.uint32))
