@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ecg_jax.data.corpora.entries import complete, refuse_rate
-from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, Listing, drop_repeated, hash_fold
+from ecg_jax.data.corpora.listing import HASHED_FOLDS, Entry, EntryTable, Listing, hash_fold
 from ecg_jax.data.corpora.mimic_tables import find_rows, find_table, read_columns, take
 from ecg_jax.data.corpora.mimic_targets import Recordings, Values, read_values
 from ecg_jax.data.icd import chapter, propagate
@@ -102,8 +102,9 @@ def list_records(source: Path, rate: int | None) -> Listing:
     recordings = Recordings(table["study_id"], table["subject_id"], table["ecg_time"])
     diagnoses = _diagnoses(source, recordings)
     values, doubtful = _values(source, recordings, diagnoses)
-    entries, problems = drop_repeated(_entries(table, diagnoses, values))
-    codes = set() if diagnoses is None else {code for some in diagnoses.codes for code in some}
+    codes = [] if diagnoses is None else sorted({code for some in diagnoses.codes for code in some})
+    entries = _table(table, diagnoses, values, codes)
+    entries, problems = _without_repeated(entries, table["study_id"])
     return Listing(
         entries,
         problems + ([] if diagnoses is None else diagnoses.problems) + doubtful,
@@ -224,43 +225,58 @@ def _values(source: Path, recordings: Recordings, diagnoses: Diagnoses | None):
     return {**own, **others}, problems
 
 
-def _entries(
-    table: dict[str, np.ndarray], diagnoses: Diagnoses | None, values: dict[str, Values]
-) -> list[Entry]:
-    n = len(table["study_id"])
-    numbers: list[dict[str, dict[str, float]]] = [{} for _ in range(n)]
+def _table(
+    table: dict[str, np.ndarray], diagnoses: Diagnoses | None, values: dict[str, Values], codes: list[str]
+) -> EntryTable:
+    import pyarrow as pa
+
+    columns = {
+        "record_id": pa.array(table["study_id"]).cast(pa.string()),
+        "file": pa.array(table["path"], pa.string()),
+        "patient_id": pa.array(table["subject_id"]),
+    }
+    labels = {}
+    if diagnoses is not None:
+        columns["fold"] = pa.array(diagnoses.fold, pa.int16())
+        columns["age"] = pa.array(diagnoses.age, mask=np.isnan(diagnoses.age))
+        male = np.where(np.isnan(diagnoses.male), 2, diagnoses.male).astype(np.int8)
+        columns["sex"] = pa.DictionaryArray.from_arrays(pa.array(male, mask=male == 2), ["F", "M"])
+        columns["labels_icd10"] = _lists(diagnoses.codes, codes)
+        labels["icd10"] = codes
     for name, found in values.items():
-        keys = list(found.names)
-        # Recordings with the same numbers (sex, age, outcomes) share one dict: there are 800,000 of them.
-        shared: dict[bytes, dict[str, float]] = {}
-        known = ~np.isnan(found.matrix)
-        for i in np.flatnonzero(known.any(axis=1)).tolist():
-            row = found.matrix[i]
-            key = row.tobytes()
-            if key not in shared:
-                shared[key] = {
-                    k: x for k, x, there in zip(keys, row.tolist(), known[i], strict=True) if there
-                }
-            numbers[i][name] = shared[key]
-    studies, patients = table["study_id"].tolist(), table["subject_id"].tolist()
-    files = [f"{path}.hea" for path in table["path"].tolist()]
-    if diagnoses is None:
-        return [
-            Entry(str(study), file, str(patient), labels={}, values=own)
-            for study, file, patient, own in zip(studies, files, patients, numbers, strict=True)
-        ]
-    sex = np.where(np.isnan(diagnoses.male), None, np.where(diagnoses.male == 1, "M", "F")).tolist()
-    age = np.where(np.isnan(diagnoses.age), None, diagnoses.age).tolist()
-    return [
-        Entry(
-            record_id=str(studies[i]),
-            file=files[i],
-            patient_id=str(patients[i]),
-            fold=diagnoses.fold[i],
-            labels={"icd10": diagnoses.codes[i]},
-            age=age[i],
-            sex=sex[i],
-            values=numbers[i],
-        )
-        for i in range(n)
-    ]
+        flat = pa.array(found.matrix.ravel())
+        columns[f"values_{name}"] = pa.FixedSizeListArray.from_arrays(flat, found.matrix.shape[1])
+    return EntryTable(pa.table(columns), ".hea", labels, {name: list(v.names) for name, v in values.items()})
+
+
+def _lists(codes: list[list[str]], classes: list[str]):
+    """Arrow's list<int32> of n lists of codes, as indices into `classes`; one object is converted once."""
+    import pyarrow as pa
+
+    index = {code: k for k, code in enumerate(classes)}
+    converted: dict[int, np.ndarray] = {}
+    for some in codes:
+        if id(some) not in converted:
+            converted[id(some)] = np.array([index[code] for code in some], np.int32)
+    arrays = [converted[id(some)] for some in codes]
+    starts = np.concatenate([[0], np.cumsum([len(array) for array in arrays])])
+    values = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
+    return pa.ListArray.from_arrays(pa.array(starts, pa.int32()), pa.array(values))
+
+
+def _without_repeated(entries: EntryTable, study: np.ndarray) -> tuple[EntryTable, list[Problem]]:
+    """Keeps the first entry of each study; the later ones become problems."""
+    import pyarrow as pa
+
+    _, place, first = np.unique(study, return_index=True, return_inverse=True)
+    again = np.flatnonzero(place[first] != np.arange(len(study)))
+    if not len(again):
+        return entries, []
+    problems = []
+    for row in again.tolist():
+        entry, kept = entries[row], entries[int(place[first[row]])]
+        detail = f"{entry.file} has the record id of {kept.file}, which is kept."
+        problems.append(Problem(entry.record_id, "duplicate_id", "refused", detail))
+    mask = np.ones(len(study), bool)
+    mask[again] = False
+    return dataclasses.replace(entries, table=entries.table.filter(pa.array(mask))), problems
