@@ -90,10 +90,14 @@ class Job:
         }
 
     @property
-    def units(self) -> list[range]:
-        """The records of each chunk file."""
+    def n_units(self) -> int:
+        """Number of chunk files."""
+        return -(-self.records // unit_size(self.records))
+
+    def unit(self, number: int) -> range:
+        """The records of one chunk file."""
         size = unit_size(self.records)
-        return [range(i, min(i + size, self.records)) for i in range(0, self.records, size)]
+        return range(number * size, min((number + 1) * size, self.records))
 
 
 def synthesize(
@@ -171,8 +175,8 @@ def _draw(job: Job, workers: int, progress: bool) -> None:
     Raises:
       UserError: the disk is too small, a worker process died.
     """
-    todo = [unit for unit in range(len(job.units)) if read_sidecar(job.store, unit) is None]
-    n_todo = sum(len(job.units[unit]) for unit in todo)
+    todo = [unit for unit in range(job.n_units) if read_sidecar(job.store, unit) is None]
+    n_todo = sum(len(job.unit(unit)) for unit in todo)
     samples = round(job.seconds * Preprocessing().rate_hz)
     need, free = n_todo * samples * BYTES_PER_SAMPLE, shutil.disk_usage(job.store).free
     if need > free:
@@ -184,7 +188,7 @@ def _draw(job: Job, workers: int, progress: bool) -> None:
         if workers == 1 or len(todo) <= 1:
             for unit in todo:
                 _draw_unit(job, unit)
-                bar.update(bar.fresh + len(job.units[unit]))
+                bar.update(bar.fresh + len(job.unit(unit)))
         else:
             _draw_in_processes(job, todo, min(workers, len(todo)), bar)
 
@@ -200,7 +204,7 @@ def _draw_in_processes(job: Job, todo: list[int], workers: int, bar: Progress) -
                 done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
                 for future in done:
                     future.result()
-                    bar.update(bar.fresh + len(job.units[waiting.pop(future)]))
+                    bar.update(bar.fresh + len(job.unit(waiting.pop(future))))
                 for unit in itertools.islice(units, len(done)):
                     waiting[pool.submit(_draw_unit, job, unit)] = unit
         except BrokenProcessPool:
@@ -238,7 +242,7 @@ def _draw_unit(job: Job, unit: int) -> None:
     order = _order(job) if job.shuffle_labels else None
     none = np.zeros(12, bool)
     with disk_errors(job.store), UnitWriter(job.store, unit, "synthetic") as writer:
-        for index in job.units[unit]:
+        for index in job.unit(unit):
             if _stop.is_set():
                 return
             labelled = index if order is None else cases.shuffled_source(index, job.records, order)
@@ -298,7 +302,7 @@ def _kept_signal(job: Job, source: int) -> np.ndarray:
 def _finalise(job: Job, settings: dict, progress: bool) -> None:
     finalise(
         job.store,
-        n_units=len(job.units),
+        n_units=job.n_units,
         preprocessing=Preprocessing(),
         attributes=settings,
         label_sets=tuple(cases.CLASSES),
