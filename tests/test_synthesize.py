@@ -246,13 +246,13 @@ def scores(store, drawn, label_set):
 
 @pytest.mark.parametrize(
     ("label_set", "least"),
-    [("rhythm", 0.9), ("conduction", 0.9), ("axis", 0.97), ("st_t", 0.85), ("noise", 0.85)],
+    [("rhythm", 0.9), ("conduction", 0.9), ("axis", 0.97), ("st_t", 0.85), ("noise", 0.8)],
 )
 def test_simple_features_find_the_labels_and_nothing_in_shuffled_ones(
     made, shuffled, drawn, label_set, least
 ):
     assert scores(made, drawn, label_set) > least
-    assert abs(scores(shuffled, drawn, label_set) - 0.5) < 0.1
+    assert abs(scores(shuffled, drawn, label_set) - 0.5) < 0.15
 
 
 def test_shuffling_moves_labels_between_patients_and_changes_no_signal(made, shuffled):
