@@ -132,9 +132,6 @@ def whole_store(store: Path, settings: dict, listed: dict) -> Iterator[bool]:
       UserError: another process works there, or it holds work on another job or something else.
     """
     with _partial_folder(store, settings, listed, None) as unfinished:
-        if unfinished:
-            for leftover in (store / PARTIAL).glob("*.tmp"):
-                leftover.unlink(missing_ok=True)
         yield unfinished
     if not (store / PARTIAL / "plan.json").exists() or (store / "zarr.json").exists():
         # Once more: a network drive keeps files that are still open, as the lock was.
@@ -176,21 +173,15 @@ def shard_folder(store: Path, shard: Shard) -> Iterator[Path]:
     folder = store / PARTIAL / shard.folder
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "a+") as lock:
-        if not _try_lock(lock, fcntl.LOCK_EX):
+        held = _lock(lock, fcntl.LOCK_EX)
+        if held is False:
             raise UserError(
                 f"Shard {shard} of {store} is running already ({_holder(store, shard)}); wait until it ends."
             )
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        os.utime(lock.fileno())  # the drive's clock and not this host's
-        now = os.fstat(lock.fileno()).st_mtime
-        for leftover in folder.glob("*.tmp"):
-            # Of this host, the lock says that nobody writes it any more; of another one only its age can.
-            mine = f".{socket.gethostname()}." in leftover.name
-            with contextlib.suppress(FileNotFoundError):
-                if mine or leftover.stat().st_mtime < now - LEFTOVER_S:
-                    leftover.unlink()
+        _remove_leftovers(folder, lock, bool(held))
         yield folder
 
 
@@ -208,7 +199,8 @@ def _partial_folder(store: Path, settings: dict, listed: dict, shard: Shard | No
     partial = store / PARTIAL
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / "lock", "a+") as lock:
-        if not _try_lock(lock, fcntl.LOCK_SH if shard else fcntl.LOCK_EX):
+        held = _lock(lock, fcntl.LOCK_SH if shard else fcntl.LOCK_EX)
+        if held is False:
             running = [other for other in _running(store) if other != WHOLE]
             if running:
                 named = ", ".join(f"shard {other} ({_holder(store, other)})" for other in running[:4])
@@ -221,6 +213,8 @@ def _partial_folder(store: Path, settings: dict, listed: dict, shard: Shard | No
             check_same_job(store, read_attributes(store), settings)
             yield False
             return
+        if shard is None:
+            _remove_leftovers(partial, lock, bool(held))
         plan = partial / "plan.json"
         if not plan.exists():
             _write_once(plan, json.dumps({**settings, "listing": listed}, indent=1).encode())
@@ -258,8 +252,10 @@ def _read_plan(store: Path, plan: Path) -> dict:
     return found
 
 
-def _try_lock(file: IO, how: int, attempts: int = 10) -> bool:
-    """Locks an open file until it is closed; whether that worked. Where there are no locks it says so and goes on."""
+def _lock(file: IO, how: int, attempts: int = 10) -> bool | None:
+    """Locks an open file until it is closed: True; False where another process holds it, None where nothing can be
+    locked, which it tells.
+    """
     for attempt in range(attempts):
         # `_running` holds the lock of a shard for an instant, which is no reason to refuse it.
         if attempt:
@@ -277,8 +273,27 @@ def _try_lock(file: IO, how: int, attempts: int = 10) -> bool:
                 "that its work is done twice.",
                 file=sys.stderr,
             )
-            return True
+            return None
     return False
+
+
+def _remove_leftovers(folder: Path, lock: IO, held: bool) -> None:
+    """Removes what killed processes were writing.
+
+    Args:
+      folder: where they were.
+      lock: an open file there.
+      held: whether its lock says that no process of this host writes there. For other hosts only the age of a file
+        can tell.
+    """
+    os.utime(lock.fileno())  # the drive's clock, and not this host's
+    now = os.fstat(lock.fileno()).st_mtime
+    for leftover in folder.glob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if (held and f".{socket.gethostname()}." in leftover.name) or (
+                leftover.stat().st_mtime < now - LEFTOVER_S
+            ):
+                leftover.unlink()
 
 
 def _shards_seen(store: Path) -> list[Shard]:

@@ -77,8 +77,10 @@ class UnitWriter:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            self._file.close()  # writes what is buffered, for which there may be no space
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def append(self, recording: Recording, processed: Processed, source_file: str) -> None:
         """Adds one recording; its row's `offset` is relative to the unit until finalisation."""
