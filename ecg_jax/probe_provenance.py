@@ -117,7 +117,7 @@ def leakage_verdict(
     pretraining, problem = [], None
     if encoder is not None:
         try:
-            pretraining = _pretrained_on(encoder)
+            pretraining = pretrained_on(encoder)
         except UserError as error:
             problem = str(error)
     verdict = leakage.verdict(
@@ -133,7 +133,7 @@ def leakage_verdict(
     return verdict | {"pretraining_problem": problem}
 
 
-def _pretrained_on(encoder: RestoredEncoder) -> list[tuple[Store, np.ndarray]]:
+def pretrained_on(encoder: RestoredEncoder) -> list[tuple[Store, np.ndarray]]:
     """The stores that an encoder was pretrained on and the rows of each that were trained on, of its own run and of all
     runs that this one began with.
 

@@ -78,8 +78,6 @@ def find_origin(config: ConfigDict, workdir: Path, contract: Preprocessing) -> d
         run, step = resolve_checkpoint(config.init.checkpoint)
     except UserError as error:
         raise UserError(f"config.init.checkpoint: {error}") from error
-    if run.resolve() == workdir.resolve():
-        raise UserError(f"{name} is the run itself; give another --workdir")
     meta = _meta(run, step)
     there = Preprocessing.from_dict(meta["preprocessing"])
     for field in ("normalisation", "rate_hz"):

@@ -16,6 +16,8 @@ from ecg_jax.training.metric_writers import read_log
 from tiny_runs import SPECS
 
 PRETRAINING = ["configs/cpc.py", "configs/cpc.py:data=11m,recipe=released", "configs/quickstart.py"]
+# With an origin, or a matching store: tests/test_domain.py.
+OF_DOMAINS = {"domain.py", "matched.py"}
 
 MINE = "from configs import cpc\ndef get_config(arg):\n    config = cpc.get_config(arg)\n    {}\n    return config\n"
 
@@ -26,7 +28,7 @@ def test_every_shipped_config_is_known():
         "common.py",
     }
     tested = {spec.partition(":")[0].removeprefix("configs/") for spec in [*PRETRAINING, *SPECS.values()]}
-    assert names == tested | {"probe.py", "robustness.py", "label_efficiency.py"}
+    assert names == tested | OF_DOMAINS | {"probe.py", "robustness.py", "label_efficiency.py"}
     assert load_config("configs/probe.py").mode == "linear"
     assert load_config("configs/probe.py:mode=frozen,legacy=half").bootstrap.undefined == "half"
 
@@ -53,7 +55,10 @@ def test_recipes_differ_in_the_learning_rate_groups():
     check_config(described)
     assert described.optimiser.factors.to_dict() == {"head": 1.0, "backbone": 1.0, "stem": 1.0, "ssm": 0.1}
     assert released.optimiser.factors.to_dict() == {"head": 1.0, "backbone": 0.1, "stem": 0.01, "ssm": 0.01}
-    assert load_config("configs/cpc.py:data=753k").data.rung == "753k"
+    data = load_config("configs/cpc.py:data=753k,ladder=paper").data
+    assert (data.rung, data.ladder, data.max_records) == ("753k", "paper", 0)
+    assert load_config("configs/jepa.py:ladder=paper").data.ladder == "paper"
+    assert load_config("configs/hubert.py").data.ladder == "nested"
 
 
 def test_released_recipe_sets_every_switch_of_the_published_code():
@@ -127,6 +132,7 @@ def test_override_keeps_the_declared_type(path, text, value):
     [
         ("configs/nothing.py", "there is no file configs/nothing.py"),
         ("configs/cpc.py:data=1k", "data='1k' is unknown; did you mean"),
+        ("configs/cpc.py:ladder=papers", "ladder='papers' is unknown; did you mean 'paper'"),
         ("configs/cpc.py:dat=18k", "'dat' is unknown; did you mean 'data'"),
         ("configs/cpc.py:18k", "'18k' is not of the form key=value"),
         (
