@@ -1,20 +1,29 @@
-"""Restoring an encoder from a run: complete, or refused in one sentence."""
+"""Writing and reading checkpoints, and restoring an encoder from a run: complete, or refused in one sentence."""
 
+import dataclasses
 import json
 import os
 import shutil
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from ecg_jax.config_flags import load_config, override
 from ecg_jax.errors import UserError
 from ecg_jax.pretrain import pretrain
 from ecg_jax.run_setup import build_objective
-from ecg_jax.training.checkpoint import resolve_checkpoint
+from ecg_jax.training import checkpoint as checkpoint_module
+from ecg_jax.training import parallel
+from ecg_jax.training.checkpoint import Checkpoints, finished_steps, resolve_checkpoint
 from ecg_jax.training.checkpoint_tree import describe_mismatch, flat_shapes
 from ecg_jax.training.pretrained import encode_fn, random_twin, restore_encoder
+
+# Orbax's threads may outlive the event loop of a read that failed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def tiny_config(store, **changes):
@@ -154,3 +163,167 @@ def test_describe_mismatch_shortens_long_lists():
     stored = {f"p{i}": (1,) for i in range(30)}
     assert describe_mismatch(stored, stored) is None
     assert describe_mismatch({}, stored).endswith("and 22 more")
+
+
+META = {"store_fingerprint": "abc", "config": {"store": "a"}, "preprocessing": {}}
+
+
+@dataclasses.dataclass
+class State:
+    """As small as a state can be."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+    batch_stats: Any
+    ssm: Any
+    objective_state: Any
+    teacher: Any
+    rng: Any
+
+    def replace(self, **fields):
+        return dataclasses.replace(self, **fields)
+
+
+def state_at(step):
+    weights = np.random.default_rng(step).normal(size=(64, 32)).astype(np.float32)
+    tree = {
+        "step": jnp.asarray(step), "params": {"kernel": jnp.asarray(weights)}, "opt_state": (jnp.zeros(3),),
+        "batch_stats": {}, "ssm": {}, "objective_state": {"count": jnp.asarray(step * 2)}, "teacher": {},
+        "rng": jax.random.key(step),
+    }  # fmt: skip
+    return State(**parallel.replicate(tree, parallel.make_mesh()))
+
+
+def opened(workdir, **changes):
+    return Checkpoints(workdir, keep_latest=2, keep_best=1, meta=META | changes)
+
+
+def restored(workdir):
+    checkpoints = opened(workdir)
+    state = checkpoints.restore_latest(state_at(0), state_at(0).step.sharding)
+    checkpoints.close()
+    return state
+
+
+def assert_same_state(state, expected):
+    jax.tree.map(np.testing.assert_array_equal, vars(state) | {"rng": 0}, vars(expected) | {"rng": 0})
+    np.testing.assert_array_equal(jax.random.key_data(state.rng), jax.random.key_data(expected.rng))
+    assert all(leaf.sharding == expected.step.sharding for leaf in jax.tree.leaves(vars(state)))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with checkpoints at steps 2 and 3."""
+    workdir = tmp_path_factory.mktemp("written")
+    checkpoints = opened(workdir)
+    assert checkpoints.last_save_seconds is None
+    for step in (1, 2, 3):
+        checkpoints.save(state_at(step), val_loss=1 / step)
+    assert checkpoints.last_save_seconds > 0
+    assert 0.01 < checkpoints.peak_memory_gib < 100
+    checkpoints.finish()
+    checkpoints.close()
+    assert finished_steps(workdir) == [2, 3]
+    return workdir
+
+
+def test_a_state_is_restored_onto_the_mesh(written):
+    assert_same_state(restored(written), state_at(3))
+
+
+def test_checkpoints_of_earlier_versions_are_restored(tmp_path):
+    """They hold arrays of devices with their shardings, and fewer fields in `meta`."""
+    state = state_at(5)
+    flat = checkpoint_module.checksums(checkpoint_module.to_host(vars(state)))
+    with ocp.CheckpointManager(
+        (tmp_path / "checkpoints").absolute(),
+        item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+    ) as manager:
+        manager.save(
+            5,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(vars(state)), meta=ocp.args.JsonSave(META | {"checksums": flat})
+            ),
+        )
+    assert list((tmp_path / "checkpoints" / "5" / "state").glob("_sharding"))
+    assert_same_state(restored(tmp_path), state)
+
+
+def damages(folder):
+    """What may be missing or empty of a checkpoint, by name."""
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir():
+            yield f"no {name}", lambda copy, name=name: shutil.rmtree(copy / name)
+        else:
+            yield f"no {name}", lambda copy, name=name: (copy / name).unlink()
+            yield f"empty {name}", lambda copy, name=name: (copy / name).write_bytes(b"")
+    yield "no file", lambda copy: [path.unlink() for path in copy.rglob("*") if path.is_file()]
+
+
+def test_whatever_is_missing_a_sound_state_is_restored(tmp_path, written, capsys):
+    """Either the newest checkpoint can do without it, or it is set aside and the one before is restored."""
+    aside = set()
+    for number, (name, damage) in enumerate(damages(written / "checkpoints" / "3")):
+        workdir = tmp_path / str(number)
+        shutil.copytree(written, workdir)
+        damage(workdir / "checkpoints" / "3")
+        state = restored(workdir)
+        assert_same_state(state, state_at(int(state.step)))
+        warned = "warning: checkpoint 3 is damaged" in capsys.readouterr().err
+        assert warned == (workdir / "damaged_checkpoints" / "3").is_dir() == (int(state.step) == 2), name
+        if warned:
+            aside.add(name)
+            assert finished_steps(workdir) == [2]
+            checkpoints = opened(workdir)
+            checkpoints.save(state_at(3), val_loss=0.1)
+            checkpoints.close()
+            assert finished_steps(workdir) == [2, 3]
+    assert {
+        "no meta",
+        "no state",
+        "empty meta/metadata",
+        "empty metrics/metrics",
+        "no _CHECKPOINT_METADATA",
+    } <= aside
+    assert "no file" in aside
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path, written):
+    workdir = tmp_path / "run"
+    shutil.copytree(written, workdir)
+    folder = workdir / "checkpoints"
+    (folder / "4.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    assert finished_steps(workdir) == [2, 3]
+    checkpoints = opened(workdir)
+    assert int(checkpoints.restore_latest(state_at(0), state_at(0).step.sharding).step) == 3
+    checkpoints.save(state_at(4), val_loss=None)
+    checkpoints.close()
+    assert {path.name for path in folder.iterdir()} == {"3", "4"}
+
+
+def test_what_one_process_alone_cannot_read_is_not_damaged(tmp_path, written, monkeypatch):
+    """A host that does not see the folder must not have a sound checkpoint set aside."""
+    workdir = tmp_path / "run"
+    shutil.copytree(written, workdir)
+    answers = lambda topic, answer: [answer, ("read", ""), ("damaged", "no such file")]  # noqa: E731
+    monkeypatch.setattr(checkpoint_module, "answers", answers)
+    with pytest.raises(
+        UserError, match=r"process 2 cannot read checkpoint .*/3 \(no such file\), and process 0 can"
+    ):
+        restored(workdir)
+    assert finished_steps(workdir) == [2, 3]
+
+
+def test_what_one_process_refuses_all_refuse(written, monkeypatch):
+    answers = lambda topic, answer: [answer, ("refused", "another store here")]  # noqa: E731
+    monkeypatch.setattr(checkpoint_module, "answers", answers)
+    with pytest.raises(UserError, match="another store here"):
+        restored(written)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"cannot make .*checkpoints: File exists"):
+        opened(tmp_path)

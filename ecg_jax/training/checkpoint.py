@@ -54,7 +54,9 @@ def first_line(error: BaseException) -> str:
     """What an error says in one line, or its type when it says nothing."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # Some of Orbax's carry the traceback of another as their text.
-    return lines[-1 if lines[0].startswith("Traceback") else 0]
+    line = lines[-1 if lines[0].startswith("Traceback") else 0]
+    # Those of tensorstore begin with what was done and end with the system's reason, many paths apart.
+    return line if len(line) <= 240 else f"{line[:100]} ... {line[-120:]}"
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
