@@ -148,8 +148,9 @@ def test_a_cancelled_job_is_not_requeued(cluster):
     until((cluster.folder / "steps").exists, job)
     for task in (cluster.folder / "steps").read_text().split():
         os.killpg(int(task), signal.SIGKILL)  # ... and in the end SIGKILL to the tasks
-    job.communicate(timeout=300)
+    out, _ = job.communicate(timeout=300)
     assert job.returncode == 137
+    assert "after SIGTERM to the job, not requeued" in out
     assert cluster.calls("scontrol") == []
 
 
