@@ -307,6 +307,21 @@ def test_a_partition_the_paper_does_not_have_is_told(tmp_path):
     assert len(found.entries) == 4
 
 
+def test_links_hidden_files_and_names_of_files(tmp_path):
+    write(tmp_path, 5, replica.studies(6))
+    wfdb = tmp_path / "I0001" / "WFDB"
+    (wfdb / "S0001" / "1987" / "loop").symlink_to(wfdb / "S0001" / "1987")
+    (wfdb / "S0003" / "1990" / "11").rename(tmp_path / "elsewhere")
+    (wfdb / "S0003" / "1990" / "11").symlink_to(tmp_path / "elsewhere")
+    (wfdb / "S0001" / "1987" / "04" / "._de_1.hea").touch()
+    found = listing("heedb", tmp_path)
+    assert len(found.entries) == 6
+    assert found.problems == []
+    (wfdb / "S0001" / "1987" / "04" / b"de_\xe9.hea".decode(errors="surrogateescape")).touch()
+    with pytest.raises(UserError, match="not UTF-8"):
+        listing("heedb", tmp_path)
+
+
 def test_partitions_are_those_of_the_ladder():
     paper = set(ladder.PARTITIONS["11m"])
     assert {*heedb.PARTITIONS, *heedb_emory.PARTITIONS, "code15"} == paper

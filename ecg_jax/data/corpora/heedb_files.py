@@ -122,22 +122,30 @@ def _walk(wfdb: Path, partition: str) -> list[tuple[str, pa.Array]]:
     """(folder, names of its records) of every folder with records, in order."""
     import pyarrow as pa
 
-    found, todo = [], [f"{partition}/"]
+    found, todo, seen = [], [f"{partition}/"], set()
     while todo:
         folder = todo.pop()
+        # Data often lies behind symbolic links; a folder reached twice (a link to its parent) is read once.
+        real = os.path.realpath(wfdb / folder)
+        if real in seen:
+            continue
+        seen.add(real)
         names, below = [], []
         try:
             with os.scandir(wfdb / folder) as content:
                 for entry in content:
+                    if entry.name.startswith("."):
+                        continue
                     if entry.name.endswith(".hea"):
                         names.append(entry.name[:-4])
-                    elif "." not in entry.name and entry.is_dir():
+                    elif not entry.name.endswith((".mat", ".dat")) and entry.is_dir():
                         below.append(f"{folder}{entry.name}/")
         except OSError as error:
             raise cannot_read(wfdb / folder, error) from error
         todo += sorted(below, reverse=True)
         if names:
             try:
+                folder.encode()
                 found.append((folder, pa.array(sorted(names), pa.large_string())))
             except UnicodeEncodeError:
                 raise UserError(f"A file name in {wfdb / folder} is not UTF-8; rename it.") from None
