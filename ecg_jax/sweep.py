@@ -1,350 +1,241 @@
-"""`ecg-jax sweep`: many runs, one after another, each pretrained and probed, and one table of them all."""
+"""`ecg-jax sweep`: many runs, each pretrained and probed, on this host or a SLURM cluster, and tables of all."""
 
 import argparse
 import contextlib
-import json
+import shlex
+import signal
 import sys
-import time
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from ecg_jax.cluster import cluster
-from ecg_jax.data.folds import highest_folds
-from ecg_jax.data.store import Store
-from ecg_jax.data.targets import Targets, names
 from ecg_jax.errors import Stopped, UserError
-from ecg_jax.evaluation import plots
-from ecg_jax.files import lock, read_jsonl, write_atomic
-from ecg_jax.prepare import prepare
-from ecg_jax.pretrain import pretrain
-from ecg_jax.probe import probe
-from ecg_jax.quickstart import SAMPLE
-from ecg_jax.studies import comparison
-from ecg_jax.studies.comparison import FinishedRun
-from ecg_jax.sweep_file import STORE, Run, Sweep, differences, load_sweep, plain, select, targets_name
-from ecg_jax.training.checkpoint import finished_steps
-from ecg_jax.training.metric_writers import read_log, read_warnings
+from ecg_jax.studies import comparison_tables
+from ecg_jax.sweep_file import Run, Sweep, load_sweep, select
+from ecg_jax.sweep_folder import (
+    FINISHED,
+    RUNNING,
+    Busy,
+    State,
+    check_folder,
+    declare,
+    is_finished,
+    reason,
+    state_of,
+)
+from ecg_jax.sweep_launch import (
+    ARRAY_SCRIPT,
+    COLLECT_SCRIPT,
+    TRY_AGAIN,
+    array_script,
+    check_slurm_options,
+    collect_script,
+    run_jobs,
+    submit,
+)
+from ecg_jax.sweep_results import write_tables
+from ecg_jax.sweep_run import StoreChoice, check_stores, prepare_sample, pretrain_and_probe
+from ecg_jax.sweep_table import collect, loss_table
 
 DESCRIPTION = """\
-Pretrains and probes every run of a sweep file, one after another, and writes one table: macro AUROC of each
-group of seeds with an interval over test patients and seeds, beside random initialisation and the majority guess.
-Run the same command again after an interruption: finished runs are skipped, the interrupted one goes on. A run
-that fails is reported, and the others go on.
+Pretrains and probes every run of a sweep file and writes tables of them: macro AUROC of each group of seeds with an
+interval over test patients and seeds, beside random initialisation and the majority guess; and one row for each run
+with its settings and results. Run the same command again after an interruption: finished runs are skipped, the
+interrupted ones go on. A run that fails is reported, and the others go on. Several processes may work in one DIR, on
+one host or many: each takes runs that no other works on.
 
   ecg-jax sweep configs/sweeps/objectives_quick.py --output=runs/objectives_quick
+  ecg-jax sweep configs/sweeps/learning_rate.py:quick --output=runs/lr --launcher=slurm --jobs=4 \\
+      --slurm='--partition=gpu --gpus=1 --time=24:00:00' --dry-run
 
-Writes into DIR: NAME/run and NAME/probe of each run; results.json, results.csv, results.md and results.png,
-anew after every run.
+Writes into DIR: NAME/run, NAME/probe and NAME/status.json of each run; results.json, results.csv, results.md and
+results.png; results_table.parquet and results_table.csv. Exit code 0: every run asked for is finished, or submitted;
+2: some failed; 75: some ended themselves and go on when the command is run again.
 """
-
-_DECLARATION = "sweep.json"
-LOCK = ".lock"
-
-
-@contextlib.contextmanager
-def _claimed(sweep: Sweep, output: Path) -> Iterator[None]:
-    """Makes the folder this sweep's and this process's, or refuses it.
-
-    A sweep may gain runs later; runs that are there already must not have changed.
-
-    Raises:
-        UserError: the folder holds something else, or another process runs a sweep in it; runs that differ, or are
-            missing now, are named.
-    """
-    path = output / _DECLARATION
-    runs = {
-        run.name: {
-            "group": run.group,
-            "config": plain(run.config),
-            "probe": plain(run.probe_config),
-            "targets": run.targets,
-        }
-        for run in sweep.runs
-    }
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())["runs"]
-            gone = [name for name in before if name not in runs]
-            changed = {name: differences(before[name], runs[name]) for name in before if name in runs}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged; choose another --output") from error
-        if gone:
-            raise UserError(
-                f"{output} belongs to another sweep: it has the runs {', '.join(gone[:5])}, which {sweep.path} has "
-                "not; choose another --output"
-            )
-        for name, differ in changed.items():
-            if differ:
-                raise UserError(
-                    f"{output} belongs to another sweep: its run {name} differs in {', '.join(sorted(differ)[:5])}; "
-                    "choose another --output, or give the run another name"
-                )
-    elif output.is_dir() and any(entry.name not in (STORE, LOCK) for entry in output.iterdir()):
-        raise UserError(f"{output} holds something else than a sweep; choose another --output")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into --output={output}: {error.strerror}") from error
-    with (output / LOCK).open("w") as held:
-        lock(held, f"another `ecg-jax sweep` is running in {output}; wait for it, or choose another --output")
-        write_atomic(path, (json.dumps({"sweep": sweep.path, "runs": runs}, indent=1) + "\n").encode())
-        yield
-
-
-def _is_finished(output: Path, run: Run) -> bool:
-    """results.json is the last thing a probe writes."""
-    return (output / run.name / "probe" / "results.json").exists()
-
-
-def _state(output: Path | None, run: Run) -> str:
-    if output is None:
-        return ""
-    if _is_finished(output, run):
-        return "finished"
-    steps = finished_steps(output / run.name / "run")
-    return f"at step {max(steps)}" if steps else "not begun"
 
 
 def run_sweep(
-    sweep: Sweep, output: str | Path, store: str | Path | None = None, only: str | None = None
+    sweep: Sweep,
+    output: str | Path,
+    store: str | None = None,
+    only: str | None = None,
+    probe_store: str | None = None,
+    *,
+    jobs: int = 1,
+    tables: bool = True,
 ) -> dict[str, Any]:
-    """Runs what is not finished yet, and writes the table after each run.
+    """Runs what is not finished yet, and writes the tables after each run.
 
     Args:
         sweep: from `load_sweep`.
         output: folder of the sweep, made if needed.
-        store: a labelled store; None prepares the PTB-XL sample that ships with the package.
+        store: that runs are pretrained on, one folder or several separated by commas; None: runs that name none use
+            the PTB-XL sample that ships with the package.
         only: names of runs or groups, separated by commas; None for all.
+        probe_store: the labelled store of the probes; None: the one that a run is pretrained on.
+        jobs: 1: one run after another, in this process; else so many at a time, each in a process of its own.
+        tables: False: leaves them to somebody else.
 
     Returns:
-        What results.json holds: see `studies.comparison.compare`; and "failed", run -> reason.
+        What results.json holds, see `studies.comparison.compare` ({} while no probe is finished); "failed", run ->
+        reason; "busy", names of runs that other processes work on; "again", names of runs that ended with exit code 75.
 
     Raises:
-        UserError: the folder or the store does not fit. A run that fails does not raise.
+        UserError: the folder or a store does not fit. A run that fails does not raise.
         Stopped, KeyboardInterrupt: asked to stop; the same call goes on from there.
     """
-    output = Path(output)
+    output, choice = Path(output), StoreChoice(store and str(store), probe_store and str(probe_store))
     chosen = select(sweep, only)
-    if store is not None:
-        Store(store)  # before anything is written
-    with _claimed(sweep, output):
-        return _run(sweep, output, store, chosen)
-
-
-def _run(sweep: Sweep, output: Path, store: str | Path | None, chosen: Sequence[Run]) -> dict[str, Any]:
-    """The sweep itself, in a folder that is this process's."""
-    if store is None:
-        print(prepare("ptbxl", SAMPLE, output / STORE))
-        store = output / STORE
-    opened = Store(store)
-    _check_store(sweep, output, opened)
-    waiting = [run for run in chosen if not _is_finished(output, run)]
+    check_folder(sweep, output)
+    check_stores(choice, chosen, output)  # before anything is written
+    declare(sweep, output)
+    if prepare_sample(choice, chosen, output):
+        check_stores(choice, chosen, output)
+    waiting = [run for run in chosen if not is_finished(output, run)]
     if len(waiting) < len(chosen):
         print(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished already")
-    failed: dict[str, str] = {}
-    results = _write_results(sweep, output, opened)
+
+    def write() -> dict[str, Any]:
+        return write_tables(sweep, output) if tables else {}
+
+    results = write()
+    if jobs > 1:
+        arguments = _arguments(sweep, output, choice)
+        failed, again = run_jobs(waiting, output, [*arguments, "--no-tables"], jobs, write)
+        busy = [run.name for run in waiting if state_of(output, run).kind == RUNNING]
+        failed = {name: why for name, why in failed.items() if name not in busy}
+        return write() | {"failed": failed, "busy": busy, "again": again}
+    failed, busy = {}, []
     for number, run in enumerate(waiting, start=1):
         print(f"\n[{number}/{len(waiting)}] {run.name}: {run.declared}", flush=True)
         try:
-            _pretrain_and_probe(run, output / run.name, opened)
+            pretrain_and_probe(run, choice, output)
         except Stopped:
             raise
+        except Busy as error:
+            busy.append(run.name)
+            print(error, file=sys.stderr, flush=True)
+            continue
         except Exception as error:  # whatever it is, the other runs go on
-            failed[run.name] = _report(error, output / run.name)
+            failed[run.name] = reason(error, output / run.name)
             print(f"{run.name} failed: {failed[run.name]}", file=sys.stderr, flush=True)
         jax.clear_caches()  # programs of a run that is over
-        results = _write_results(sweep, output, opened)
-    return results | {"failed": failed}
+        results = write()
+    busy = [run.name for run in waiting if run.name in busy and not is_finished(output, run)]
+    return results | {"failed": failed, "busy": busy, "again": []}
 
 
-def _check_store(sweep: Sweep, output: Path, store: Store) -> None:
-    """Refuses a store with another content than the finished runs had."""
-    for run in sweep.runs:
-        if _is_finished(output, run):
-            with _damage(output / run.name / "probe"):
-                used = json.loads((output / run.name / "probe" / "results.json").read_text())["store"]
-                path, fingerprint = used["path"], used["fingerprint"]
-            if fingerprint != store.fingerprint:
-                raise UserError(
-                    f"{output} belongs to another sweep: its run {run.name} used {path}, whose content is not that of "
-                    f"{store.path}; choose another --output"
-                )
-
-
-@contextlib.contextmanager
-def _damage(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong while the files of a probe are read becomes one sentence."""
-    try:
-        yield
-    except Exception as error:  # of json, zipfile, numpy, a missing key, ...
-        text = next(iter(str(error).splitlines()), "")
-        raise UserError(
-            f"{folder} is damaged ({type(error).__name__}: {text}); remove it, and it is made anew"
-        ) from error
-
-
-def _pretrain_and_probe(run: Run, folder: Path, store: Store) -> None:
-    """One run; what is there already is continued, and the probe done anew."""
-    config = run.config.copy_and_resolve_references()
-    config.store = str(store.path)
-    folder.mkdir(exist_ok=True)
-    (folder / "error.txt").unlink(missing_ok=True)
-    if run.targets is not None:
-        _make_targets(run, store)
-    begin = time.perf_counter()
-    try:
-        pretrain(config, folder / "run")
-    finally:
-        with (folder / "times.jsonl").open("a") as file:
-            file.write(json.dumps({"pretrain": time.perf_counter() - begin}) + "\n")
-    results = probe(run.probe_config, folder / "probe", folder / "run", store.path)
-    print(
-        f"{run.name}: macro AUROC {results['macro_auroc']:.3f} ({results['ci_low']:.3f} to {results['ci_high']:.3f}), "
-        f"random initialisation {results['baselines']['random_init']['macro_auroc']:.3f}",
-        flush=True,
-    )
-
-
-def _make_targets(run: Run, store: Store) -> None:
-    """Clusters the store once for all runs that read the same targets.
-
-    Raises:
-        UserError: targets of that name are there but were made otherwise.
-    """
-    name = targets_name(run.targets)
-    val_folds = run.config.data.val_folds
-    if name not in names(store):
-        cluster(store.path, name, **run.targets, val_folds=val_folds)
-        return
-    meta = Targets(store, name).meta
-    wanted = {**run.targets, "held_out_folds": highest_folds(store.column("fold"), val_folds).tolist()}
-    differ = [key for key, value in wanted.items() if meta[key] != value]
-    if differ:
-        raise UserError(
-            f"the store {store.path} has targets {name} that were made with other {', '.join(differ)}; remove them"
-        )
-
-
-def _report(error: BaseException, folder: Path) -> str:
-    """The reason of a failure in one line; what is no mistake of the user's leaves its traceback in a file."""
-    if isinstance(error, UserError):
-        return str(error)
-    lines = str(error).strip().splitlines()
-    first = f"{type(error).__name__}: {lines[0] if lines else ''}"
-    path = folder / "error.txt"
-    try:
-        path.write_text("".join(traceback.format_exception(error)))
-    except OSError:  # the folder itself may be what failed
-        return first
-    return f"{first} (all of it in {path})"
-
-
-def read_finished(sweep: Sweep, output: Path) -> list[FinishedRun]:
-    """The finished runs of a sweep, in its order.
-
-    Raises:
-        UserError: a file of one of them is damaged.
-    """
-    finished = []
-    for run in sweep.runs:
-        if not _is_finished(output, run):
-            continue
-        folder = output / run.name
-        with _damage(folder / "probe"):
-            results = json.loads((folder / "probe" / "results.json").read_text())
-            with np.load(folder / "probe" / "predictions.npz") as file:
-                predictions = dict(file)
-            n = len(predictions["targets"])
-            twins = predictions["probabilities_random_init_seeds"]
-            lengths = {name: len(predictions[name]) for name in ("record_id", "patient_id", "probabilities")}
-            for name, length in (lengths | {"probabilities_random_init_seeds": twins.shape[1]}).items():
-                if length != n:
-                    raise ValueError(f"predictions.npz has {length} of {name}, not {n}")
-            for name in ("macro_auroc", "bootstrap", "baselines", "pretraining_config", "n_patients"):
-                results[name]
-        times = folder / "times.jsonl"
-        seconds = sum(entry["pretrain"] for entry in read_jsonl(times)) if times.exists() else None
-        finished.append(
-            FinishedRun(
-                name=run.name,
-                group=run.group,
-                results=results,
-                predictions=predictions,
-                log=read_log(folder / "run"),
-                warnings=read_warnings(folder / "run"),
-                seconds=seconds,
-            )
-        )
-    return finished
-
-
-def _write_results(sweep: Sweep, output: Path, store: Store) -> dict[str, Any]:
-    """results.json, .csv, .md and .png of the finished runs, {} while there is none."""
-    finished = read_finished(sweep, output)
-    if not finished:
-        return {}
-    done = {run.name for run in finished}
-    results = {
-        "sweep": sweep.path,
-        "note": sweep.note.replace("{recordings}", str(len(store))),
-        "recordings": len(store),
-        "missing": [run.name for run in sweep.runs if run.name not in done],
-        **comparison.compare(finished),
-    }
-    write_atomic(output / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-    write_atomic(output / "results.csv", comparison.to_csv(results).encode())
-    write_atomic(output / "results.md", comparison.to_markdown(results).encode())
-    try:
-        _draw(results, output / "results.png")
-    except OSError as error:
-        raise UserError(f"cannot write {output / 'results.png'}: {error.strerror}") from error
-    return results
-
-
-def _draw(results: dict[str, Any], path: Path) -> None:
-    def interval(entry):
-        return tuple(
-            float("nan") if entry[name] is None else entry[name]
-            for name in ("macro_auroc", "ci_low", "ci_high")
-        )
-
-    random = {
-        group: interval(entry)
-        for entry in results["baselines"]
-        if entry["baseline"] == comparison.RANDOM_INIT
-        for group in entry["groups"]
-    }
-    patients = f", {results['n_patients']} patients" if results["n_patients"] else ""
-    plots.seeds_forest(
-        [entry["group"] for entry in results["groups"]],
-        [interval(entry) for entry in results["groups"]],
-        [entry["each_seed"] for entry in results["groups"]],
-        [random[entry["group"]] for entry in results["groups"]],
-        next(e["macro_auroc"] for e in results["baselines"] if e["baseline"] == comparison.MAJORITY),
-        path,
-        title=f"{results['task']}: {results['n_records']} test records{patients}",
-        note=results["note"],
-        level=results["bootstrap"]["level"],
-    )
+def _arguments(sweep: Sweep, output: Path, choice: StoreChoice) -> list[str]:
+    """Of `ecg-jax` for another process that works on this sweep."""
+    arguments = ["sweep", sweep.path, f"--output={output}"]
+    arguments += [f"--store={choice.store}"] if choice.store else []
+    return arguments + ([f"--probe-store={choice.probe_store}"] if choice.probe_store else [])
 
 
 def describe(runs: Sequence[Run], output: Path | None) -> str:
-    """One line for each run: name, group, state, config."""
-    rows = [(run.name, run.group, _state(output, run), run.declared) for run in runs]
+    """One line for each run: name, group, state, config; and those that failed or died with their last error."""
+    states = {run.name: state_of(output, run) for run in runs} if output else {}
+    rows = [(run.name, run.group, str(states[run.name]) if output else "", run.declared) for run in runs]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
+    lines = [
         "  ".join([cell.ljust(w) for cell, w in zip(row[:3], widths, strict=True) if w] + [row[3]])
         for row in rows
-    )
+    ]
+    errors = [f"{name}: {state.error}" for name, state in states.items() if state.error]
+    return "\n".join([*lines, *(["", "last errors:", *errors] if errors else [])])
 
 
-def main(argv: list[str]) -> int:
-    """`ecg-jax sweep`."""
+def _launch(
+    sweep: Sweep, output: Path, choice: StoreChoice, chosen: Sequence[Run], options: argparse.Namespace
+) -> None:
+    """Submits the runs that are neither finished nor being worked on, or says how."""
+    slurm = check_slurm_options(options.slurm or "")
+    check_folder(sweep, output)
+    check_stores(choice, chosen, output)
+    states = {run.name: state_of(output, run) for run in chosen}
+    runs = [run for run in chosen if states[run.name].kind not in (FINISHED, RUNNING)]
+    arguments = _arguments(sweep, output, choice)
+    if options.dry_run:
+        print(describe(chosen, output))
+    if not runs:
+        print(
+            f"nothing to run: of {len(chosen)} runs {_count(states, FINISHED)} are finished and "
+            f"{_count(states, RUNNING)} being worked on"
+        )
+    elif options.launcher == "local":
+        print("\n" + "\n".join(shlex.join(["ecg-jax", *arguments, f"--only={run.name}"]) for run in runs))
+    elif options.dry_run:
+        print(f"\n# sbatch --parsable {output / ARRAY_SCRIPT}")
+        print(array_script(runs, output, arguments, slurm, options.jobs))
+        print(f"# sbatch --parsable --dependency=afterany:ARRAY {output / COLLECT_SCRIPT}")
+        print(collect_script(output, arguments, slurm), end="")
+    else:
+        declare(sweep, output)
+        array, last = submit(runs, output, arguments, slurm, options.jobs)
+        print(f"submitted {len(runs)} runs as the array {array}, and job {last}, which then makes the tables")
+
+
+def _count(states: dict[str, State], kind: str) -> int:
+    return sum(state.kind == kind for state in states.values())
+
+
+def _conclude(sweep: Sweep, output: Path, chosen: Sequence[Run], results: dict[str, Any]) -> int:
+    """Prints the tables and what is not finished; the exit code.
+
+    Raises:
+        UserError: runs failed, or other processes work on them.
+    """
+    failed, busy, again = (results.pop(name) for name in ("failed", "busy", "again"))
+    _print_tables(sweep, output, results)
+    if failed:
+        many = f"{len(failed)} runs" if len(failed) > 1 else "1 run"
+        raise UserError(f"{many} failed, see above: {', '.join(failed)}")
+    if busy:
+        raise UserError(f"other processes are working on {', '.join(busy)}; wait for them")
+    if again:
+        print(
+            f"ended themselves, and go on when this command is run again: {', '.join(again)}", file=sys.stderr
+        )
+        return TRY_AGAIN
+    if left := [run.name for run in chosen if not is_finished(output, run)]:
+        raise UserError(f"not finished: {', '.join(left)}; run the same command again")
+    return 0
+
+
+def _print_tables(sweep: Sweep, output: Path, results: dict[str, Any]) -> None:
+    if results:
+        print("\n" + "\n".join(comparison_tables.group_table(results)))
+        if results["note"]:
+            print(f"\n{results['note']}")
+        print(f"\nwritten to {output}: results.md, results.csv, results.json, results.png, results_table.*")
+    elif not sweep.probes and (lines := loss_table(collect(sweep, output))):
+        print("\n" + "\n".join(lines))
+        print(f"\nwritten to {output}: results.md, results_table.parquet, results_table.csv")
+
+
+class _Terminated(BaseException):
+    """SIGTERM came while nothing was there that could save first."""
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """SIGTERM ends the sweep as Ctrl-C does, with the status of its run written; pretraining saves first."""
+
+    def end(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except _Terminated:
+        raise Stopped("SIGTERM: run the same command again to continue", exit_code=0) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ecg-jax sweep",
         description=DESCRIPTION,
@@ -352,31 +243,85 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "sweep", metavar="SWEEP.py", help="sweep file, e.g. configs/sweeps/objectives_quick.py"
+        "sweep", metavar="SWEEP.py[:ARGS]", help="sweep file, e.g. configs/sweeps/data_ladder.py:ladder=paper"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of all runs and of the table")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of all runs and of the tables")
     parser.add_argument(
-        "--store", help="labelled store (default: the PTB-XL sample that ships with the package)"
+        "--store",
+        help="store that runs are pretrained on, or several separated by commas (default: the PTB-XL sample that "
+        "ships with the package, unless the sweep asks for one)",
+    )
+    parser.add_argument(
+        "--probe-store", metavar="STORE", help="labelled store of the probes (default: the one of --store)"
     )
     parser.add_argument("--only", metavar="NAME,...", help="only these runs or groups")
     parser.add_argument(
-        "--list", action="store_true", help="shows the runs and how far they are, and runs nothing"
+        "--launcher",
+        choices=("local", "slurm"),
+        default="local",
+        help="on this host, now (default); or as an array of SLURM jobs, one for each unfinished run",
     )
-    options = parser.parse_args(argv)
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time (default: 1 on this host, no limit of SLURM's array); on this host each in a process of "
+        "its own, with its share of the GPUs",
+    )
+    parser.add_argument(
+        "--slurm", metavar="OPTIONS", help="of sbatch, e.g. --slurm='--partition=gpu --gpus=1'"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--dry-run", action="store_true", help="prints what would be run or submitted, and writes nothing"
+    )
+    what.add_argument(
+        "--list", action="store_true", help="shows the runs, how far they are and their last errors"
+    )
+    what.add_argument(
+        "--collect", action="store_true", help="makes the tables of what there is, and runs nothing"
+    )
+    what.add_argument("--no-tables", action="store_true", help="runs, and leaves the tables to --collect")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`ecg-jax sweep`."""
+    options = _parser().parse_args(argv)
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs={options.jobs} must be at least 1")
+    if options.slurm is not None and options.launcher != "slurm":
+        raise UserError("--slurm goes with --launcher=slurm")
+    idle = options.list or options.dry_run or options.collect or options.launcher == "slurm"
+    if idle or (options.jobs or 1) > 1:
+        # This process only reads configs and tables: the GPUs, and their memory, are for those that it starts.
+        jax.config.update("jax_platforms", "cpu")
     sweep = load_sweep(options.sweep)
+    chosen = select(sweep, options.only)
     if options.list:
-        print(describe(select(sweep, options.only), options.output))
+        print(describe(chosen, options.output))
         return 0
     if options.output is None:
         raise UserError("give the folder of the sweep: --output=DIR")
-    results = run_sweep(sweep, options.output, options.store, options.only)
-    failed = results.pop("failed")
-    if results:
-        print("\n" + "\n".join(comparison.group_table(results)))
-        if results["note"]:
-            print(f"\n{results['note']}")
-        print(f"\nwritten to {options.output}: results.md, results.csv, results.json, results.png")
-    if failed:
-        many = f"{len(failed)} runs" if len(failed) > 1 else "1 run"
-        raise UserError(f"{many} failed, see above: {', '.join(failed)}")
-    return 0
+    choice = StoreChoice(options.store, options.probe_store)
+    if options.collect:
+        if not options.output.is_dir():
+            raise UserError(f"there is no folder {options.output}; --collect reads what a sweep wrote")
+        check_folder(sweep, options.output)
+        print(describe(chosen, options.output))
+        _print_tables(sweep, options.output, write_tables(sweep, options.output))
+        return 0
+    if options.dry_run or options.launcher == "slurm":
+        _launch(sweep, options.output, choice, chosen, options)
+        return 0
+    with _terminating():
+        results = run_sweep(
+            sweep,
+            options.output,
+            options.store,
+            options.only,
+            options.probe_store,
+            jobs=options.jobs or 1,
+            tables=not options.no_tables,
+        )
+        return _conclude(sweep, options.output, chosen, results)

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ecg_jax import cli, sweep
+from ecg_jax import cli, sweep_run
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, metrics
 from ecg_jax.pretrain import pretrain
@@ -146,7 +146,7 @@ def test_interrupted_sweep_goes_on_exactly(tiny, tmp_path, monkeypatch):
     """The first run is cut off in the middle of pretraining, the second one before its probe."""
     path, whole = tiny
     args = ["sweep", str(path), f"--output={tmp_path / 'out'}", f"--store={whole / 'store'}", "--only=cpc"]
-    probe = sweep.probe
+    probe = sweep_run.probe
 
     def cut_short(config, workdir):
         config.steps = 2
@@ -156,17 +156,19 @@ def test_interrupted_sweep_goes_on_exactly(tiny, tmp_path, monkeypatch):
     def no_probe(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "pretrain", cut_short)
+    monkeypatch.setattr(sweep_run, "pretrain", cut_short)
     assert cli.main(args) == 130
-    monkeypatch.setattr(sweep, "pretrain", pretrain)
-    monkeypatch.setattr(sweep, "probe", lambda *args: probe(*args) if "cpc-0" in str(args[1]) else no_probe())
+    monkeypatch.setattr(sweep_run, "pretrain", pretrain)
+    monkeypatch.setattr(
+        sweep_run, "probe", lambda *args: probe(*args) if "cpc-0" in str(args[1]) else no_probe()
+    )
     assert cli.main(args) == 130
     first = tmp_path / "out" / "cpc-0" / "probe" / "results.json"
     log = tmp_path / "out" / "cpc-1" / "run" / "log.jsonl"
     before = first.read_bytes(), log.read_bytes()
     assert json.loads((tmp_path / "out" / "results.json").read_text())["missing"] == NAMES[1:]
 
-    monkeypatch.setattr(sweep, "probe", probe)
+    monkeypatch.setattr(sweep_run, "probe", probe)
     assert cli.main(args) == 0
     assert (first.read_bytes(), log.read_bytes()) == before
     ours, theirs = (json.loads((f / "results.json").read_text())["runs"] for f in (tmp_path / "out", whole))
@@ -189,7 +191,7 @@ def test_failing_run_does_not_stop_the_others(tiny, tmp_path, capsys, monkeypatc
             raise RuntimeError("out of something\nsecond line")
         return pretrain(config, workdir)
 
-    monkeypatch.setattr(sweep, "pretrain", fails_for_broken)
+    monkeypatch.setattr(sweep_run, "pretrain", fails_for_broken)
     args = [
         "sweep",
         str(path),
@@ -233,7 +235,7 @@ def test_folder_of_another_sweep_is_refused(tiny, tmp_path, synthetic_store, cap
         (("for seed in (0, 1):", "for seed in 3:"), "line 15: TypeError: 'int' object is not iterable"),
         (("    yield run", "    return run"), "sweep() must yield dicts"),
         (('yield run("cpc"', 'yield "cpc"; run("cpc"'), "entry 1 is a str"),
-        (('"group": group, ', ""), "entry 1 lacks group"),
+        (('"probe": PROBE', '"targets": None'), "entry 1 lacks probe"),
         (('"group": group, ', '"group": group, "extra": 1, '), "entry 1 has the unknown extra"),
         (('{"name": f"{group}-{seed}"', '{"name": group'), "run 'cpc' is there twice"),
         (('{"name": f"{group}-{seed}"', '{"name": f"../{group}-{seed}"'), "cannot name a folder"),
@@ -298,12 +300,19 @@ def test_damaged_probe_is_named(tiny, tmp_path, capsys, damage):
     assert err.count("\n") == 1
 
 
-def test_two_sweeps_in_one_folder_are_refused(tiny, capsys):
-    path, output = tiny
-    with (output / ".lock").open("w") as lock:
+def test_run_that_another_process_works_on_is_refused_by_name(tiny, tmp_path, capsys):
+    path, whole = tiny
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    (output / "cpc-1" / "probe" / "results.json").unlink()
+    with (output / "cpc-1" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert cli.main(["sweep", str(path), f"--output={output}"]) == 2
-    assert "another `ecg-jax sweep` is running" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert "the run cpc-1 is being worked on by process" in err
+        assert err.splitlines()[-1].endswith("other processes are working on cpc-1; wait for them")
+        assert cli.main(["sweep", str(path), f"--output={output}", "--list", "--only=cpc-1"]) == 0
+        assert "running at step 4" in capsys.readouterr().out
 
 
 def test_run_whose_folder_cannot_be_made_fails_alone(tiny, tmp_path, capsys):

@@ -6,8 +6,6 @@ on, and which seeds were drawn. Every resample draws the patients once for all r
 group a deviation of its few seeds from all seeds.
 """
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ import numpy as np
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, metrics
 from ecg_jax.evaluation.bootstrap import Interval, hierarchical_interval, seed_deviations
+from ecg_jax.run_setup import flatten
 
 RANDOM_INIT = "random initialisation"
 MAJORITY = "majority guess"
@@ -46,23 +45,50 @@ class FinishedRun(NamedTuple):
         return self.results["pretraining_config"]["seed"]
 
 
-def check_comparable(runs: Sequence[FinishedRun]) -> None:
-    """Refuses runs that were not tested alike.
+def on_common_records(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """The runs with the predictions of the records that all of them were tested on, in the order of the first run's.
+
+    Runs of different windows are tested on different records where a recording is shorter than a window.
 
     Raises:
-        UserError: other test records, labels, classes or resampling; names two of the runs.
+        UserError: there are no such records, or other labels, classes or resampling; names two of the runs.
     """
-    first = runs[0]
-    for run in runs[1:]:
+    ids = [run.predictions["record_id"] for run in runs]
+    common = set(ids[0]).intersection(*ids)
+    order = [record for record in ids[0] if record in common]
+    first, cut = runs[0], []
+    for run, own in zip(runs, ids, strict=True):
+        row_of = {record: row for row, record in enumerate(own)}
+        rows = np.array([row_of[record] for record in order], int)
+        tested = dict(run.predictions)
+        for name in ("record_id", "patient_id", "targets", "probabilities"):
+            tested[name] = tested[name][rows]
+        twins = "probabilities_random_init_seeds"
+        tested[twins] = tested[twins][:, rows]
+        cut.append(run._replace(predictions=tested))
         same = all(
-            np.array_equal(run.predictions[key], first.predictions[key], equal_nan=key == "targets")
-            for key in ("record_id", "classes", "targets")
+            np.array_equal(tested[key], cut[0].predictions[key], equal_nan=key == "targets")
+            for key in ("classes", "targets")
         )
-        if not same or run.results["bootstrap"] != first.results["bootstrap"]:
+        if not order or not same or run.results["bootstrap"] != first.results["bootstrap"]:
             raise UserError(
                 f"the runs {first.name} and {run.name} were probed on other test records, classes or resamples, so "
-                "that they cannot stand in one table; give all runs the same window and the same probe"
+                "that they cannot stand in one table; give all runs the same probe"
             )
+    return cut
+
+
+def _settings(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
+    """Group -> the fields of pretraining in which groups differ, None where a group's config has no such field."""
+    configs = {run.group: flatten(run.results["pretraining_config"]) for run in runs}
+    names = dict.fromkeys(name for config in configs.values() for name in config)
+    values = {name: [config.get(name) for config in configs.values()] for name in names}
+    differ = [
+        name
+        for name, each in values.items()
+        if name not in ("seed", "store") and any(value != each[0] for value in each)
+    ]
+    return {group: {name: config.get(name) for name in differ} for group, config in configs.items()}
 
 
 def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
@@ -71,9 +97,10 @@ def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     The randomly initialised twins of groups with the same encoder and input are one baseline.
 
     Raises:
-        UserError: see `check_comparable`.
+        UserError: see `on_common_records`.
     """
-    check_comparable(runs)
+    largest = max(len(run.predictions["record_id"]) for run in runs)
+    runs = on_common_records(runs)
     settings, tested = runs[0].results["bootstrap"], runs[0].predictions
     undefined, level = settings["undefined"], settings["level"]
     targets = tested["targets"]
@@ -100,6 +127,10 @@ def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
         name: tuple(np.mean(values, axis=0) for values in zip(*scored, strict=True))
         for name, scored in each_twin.items()
     }
+    # As the probes wrote it, to the last digit, unless they were tested on other records too.
+    cut = largest > len(targets)
+    points = {run.name: float(ours[run.name][0]) if cut else run.results["macro_auroc"] for run in runs}
+    differing = _settings(runs)
     members: dict[str, list[FinishedRun]] = {}
     for run in runs:
         members.setdefault(run.group, []).append(run)
@@ -113,9 +144,10 @@ def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
         groups.append(
             {
                 "group": group,
+                "settings": differing[group],
                 "seeds": [run.seed for run in own],
                 **over_seeds([ours[run.name] for run in own]),
-                "each_seed": [run.results["macro_auroc"] for run in own],
+                "each_seed": [points[run.name] for run in own],
                 "difference_to_random_init": over_seeds(differences),
                 **{name: _mean([entry[name] for entry in logged]) for name in ("step", *LOGGED)},
                 "seconds": _mean([run.seconds for run in own]),
@@ -154,7 +186,8 @@ def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
         "task": runs[0].results["task"],
         "classes": tested["classes"].tolist(),
         "n_records": len(targets),
-        "n_patients": runs[0].results["n_patients"],
+        "n_records_of_any": largest,
+        "n_patients": _n_patients(tested["patient_id"]) if cut else runs[0].results["n_patients"],
         "bootstrap": {
             **settings,
             "unit": unit,
@@ -164,6 +197,12 @@ def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
         "baselines": baselines,
         "runs": [_row(run) for run in runs],
     }
+
+
+def _n_patients(patient_ids: np.ndarray) -> int | None:
+    """How many there are; None where any is unknown."""
+    known = {patient for patient in patient_ids.tolist() if patient}
+    return len(known) if all(patient_ids.tolist()) else None
 
 
 def _interval(value: Interval) -> dict[str, float]:
@@ -200,152 +239,3 @@ def _row(run: FinishedRun) -> dict[str, Any]:
         "seconds": run.seconds,
         "warnings": [{"step": step, "warning": sentence} for step, sentence in run.warnings],
     }
-
-
-def to_csv(results: dict[str, Any]) -> str:
-    """One line for each run, group and baseline; the first column says which."""
-    columns = [
-        "kind", "group", "name", "seeds", "macro_auroc", "ci_low", "ci_high", "difference_to_random_init",
-        "difference_ci_low", "difference_ci_high", "step", *LOGGED, "seconds",
-    ]  # fmt: skip
-    rows = []
-    for kind, entries in (
-        ("run", results["runs"]),
-        ("group", results["groups"]),
-        ("baseline", results["baselines"]),
-    ):
-        for entry in entries:
-            row = {"kind": kind} | {key: value for key, value in entry.items() if key in columns}
-            row["seeds"] = " ".join(map(str, [entry["seed"]] if kind == "run" else entry["seeds"]))
-            row.pop("difference_to_random_init", None)
-            if kind == "baseline":
-                row |= {"name": entry["baseline"], "group": " ".join(entry["groups"])}
-            else:
-                difference = entry["difference_to_random_init"]
-                row |= {
-                    "difference_to_random_init": difference["macro_auroc"],
-                    "difference_ci_low": difference["ci_low"],
-                    "difference_ci_high": difference["ci_high"],
-                }
-            rows.append(row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _number(value: float | None, digits: str = ".3g") -> str:
-    return "" if value is None else format(value, digits)
-
-
-def _with_interval(entry: dict[str, float], sign: str = "") -> str:
-    low, high = (_number(entry[name], f"{sign}.3f") for name in ("ci_low", "ci_high"))
-    return f"{_number(entry['macro_auroc'], f'{sign}.3f')} ({low} to {high})"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table whose first column is left-aligned, columns padded for people who read the source."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-
-    def line(cells):
-        return "| " + " | ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)) + " |"
-
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return [line(header), line(rule), *map(line, rows)]
-
-
-def baseline_label(entry: dict[str, Any], baselines: list[dict[str, Any]]) -> str:
-    """The name of a baseline, with its groups where several of the kind differ."""
-    several = sum(other["baseline"] == entry["baseline"] for other in baselines) > 1
-    return f"{entry['baseline']} ({', '.join(entry['groups'])})" if several else entry["baseline"]
-
-
-def group_table(results: dict[str, Any]) -> list[str]:
-    """Lines of the table of groups and baselines."""
-    header = [
-        "group", "seeds", "macro AUROC", "each seed", f"minus {RANDOM_INIT}", "steps", "loss", "seconds"
-    ]  # fmt: skip
-    logged = [
-        name for name in ("rankme", "feature_std") if any(g[name] is not None for g in results["groups"])
-    ]
-    header[7:7] = logged
-
-    def each(entry):
-        return " ".join(f"{value:.3f}" for value in entry["each_seed"])
-
-    rows = [
-        [
-            entry["group"],
-            str(len(entry["seeds"])),
-            _with_interval(entry),
-            each(entry),
-            _with_interval(entry["difference_to_random_init"], "+"),
-            _number(entry["step"], ".0f"),
-            *(_number(entry[name]) for name in ("loss", *logged)),
-            _number(entry["seconds"], ".0f"),
-        ]
-        for entry in results["groups"]
-    ]
-    for entry in results["baselines"]:
-        seeds = str(len(entry["seeds"])) if entry["seeds"] else ""
-        cells = [
-            baseline_label(entry, results["baselines"]),
-            seeds,
-            _with_interval(entry),
-            each(entry),
-        ]
-        rows.append(cells + [""] * (len(header) - len(cells)))
-    return _table(header, rows)
-
-
-def to_markdown(results: dict[str, Any]) -> str:
-    """The table of groups, what it means, and the table of runs."""
-    level = 100 * results["bootstrap"]["level"]
-    patients = f" of {results['n_patients']} patients" if results["n_patients"] else ""
-    lines = [
-        f"# {results['sweep']}",
-        "",
-        *group_table(results),
-        "",
-        f"Macro AUROC of {results['task']} ({len(results['classes'])} classes) on {results['n_records']} test "
-        f"records{patients}: mean over seeds with its {level:g} % interval over test patients and seeds. The "
-        f"difference is paired: each seed against a {RANDOM_INIT} of the same encoder, on the same patients. Steps, "
-        "loss (the last one logged) and seconds (of pretraining) are means over seeds; losses of different objectives "
-        "have different units.",
-    ]
-    single = [entry["group"] for entry in results["groups"] if len(entry["seeds"]) == 1]
-    if single:
-        lines += ["", f"A single seed, so the interval is over patients only: {', '.join(single)}."]
-    warned = [
-        f"{run['name']} ({len(run['warnings'])} warnings, the first at step {run['warnings'][0]['step']})"
-        for run in results["runs"]
-        if run["warnings"]
-    ]
-    if warned:
-        lines += ["", f"Warned of a collapse during pretraining, see log.jsonl: {', '.join(warned)}."]
-    if results["missing"]:
-        lines += ["", f"Not finished: {', '.join(results['missing'])}."]
-    if results["note"]:
-        lines += ["", f"**{results['note']}**"]
-    names = [
-        name
-        for name in ("val_loss", "rankme", "feature_std")
-        if any(r[name] is not None for r in results["runs"])
-    ]
-    header = ["run", "seed", "macro AUROC", RANDOM_INIT, "difference", "steps", "loss", *names, "seconds"]
-    rows = [
-        [
-            run["name"],
-            str(run["seed"]),
-            _with_interval(run),
-            _with_interval(run["random_init"]),
-            _with_interval(run["difference_to_random_init"], "+"),
-            _number(run["step"], "d"),
-            *(_number(run[name]) for name in ("loss", *names)),
-            _number(run["seconds"], ".0f"),
-        ]
-        for run in results["runs"]
-    ]
-    lines += ["", f"## Runs, with {level:g} % intervals over test patients", "", *_table(header, rows)]
-    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Sweep files: what `ecg-jax sweep` runs."""

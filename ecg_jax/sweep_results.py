@@ -1,0 +1,135 @@
+"""The tables and the picture of a sweep, made of what its runs wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecg_jax.errors import UserError
+from ecg_jax.evaluation import plots
+from ecg_jax.files import write_atomic
+from ecg_jax.studies import comparison, comparison_tables
+from ecg_jax.studies.comparison import FinishedRun
+from ecg_jax.sweep_file import STORE, Sweep
+from ecg_jax.sweep_folder import FINISHED, damage, held_shortly, is_finished, spent
+from ecg_jax.sweep_table import collect, loss_table, write_table
+from ecg_jax.training.metric_writers import read_log, read_warnings
+
+OF_THE_SAMPLE = (
+    "Pretrained on the {recordings} recordings of the sample that ships with the package: a check that everything "
+    "runs, and no comparison."
+)
+
+
+def write_tables(sweep: Sweep, output: Path) -> dict[str, Any]:
+    """results_table.* of all runs, and results.* of the finished ones.
+
+    Returns:
+        What results.json holds, {} while no probe is finished and of a sweep without probes.
+
+    Raises:
+        UserError: files of a finished run are damaged; results_table.* is written before.
+    """
+    with held_shortly(output):
+        table = collect(sweep, output)
+        write_table(table, output)
+        if not sweep.probes:
+            if lines := loss_table(table):
+                text = "\n".join(
+                    [f"# {sweep.path}", "", *lines, *([f"**{sweep.note}**", ""] * bool(sweep.note))]
+                )
+                write_atomic(output / "results.md", text.encode())
+            return {}
+        finished = read_finished(sweep, output)
+        if not finished:
+            return {}
+        done = {run.name for run in finished}
+        rows = [row for row in table.to_pylist() if row["state"] == FINISHED]
+        read = {row["recordings"] for row in rows}
+        recordings = read.pop() if len(read) == 1 else None
+        note = sweep.note
+        if not note and {Path(row["store"]) for row in rows} == {output / STORE}:
+            note = OF_THE_SAMPLE
+        results = {
+            "sweep": sweep.path,
+            "note": note.replace("{recordings}", str(recordings or "differing numbers of")),
+            "recordings": recordings,
+            "missing": [run.name for run in sweep.runs if run.name not in done],
+            **comparison.compare(finished),
+        }
+        write_atomic(
+            output / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode()
+        )
+        write_atomic(output / "results.csv", comparison_tables.to_csv(results).encode())
+        write_atomic(output / "results.md", comparison_tables.to_markdown(results).encode())
+        try:
+            _draw(results, output / "results.png")
+        except OSError as error:
+            raise UserError(f"cannot write {output / 'results.png'}: {error.strerror}") from error
+    return results
+
+
+def read_finished(sweep: Sweep, output: Path) -> list[FinishedRun]:
+    """The finished runs of a sweep, in its order.
+
+    Raises:
+        UserError: a file of one of them is damaged.
+    """
+    finished = []
+    for run in sweep.runs:
+        if not is_finished(output, run):
+            continue
+        folder = output / run.name
+        with damage(folder / "probe"):
+            results = json.loads((folder / "probe" / "results.json").read_text())
+            with np.load(folder / "probe" / "predictions.npz") as file:
+                predictions = dict(file)
+            n = len(predictions["targets"])
+            twins = predictions["probabilities_random_init_seeds"]
+            lengths = {name: len(predictions[name]) for name in ("record_id", "patient_id", "probabilities")}
+            for name, length in (lengths | {"probabilities_random_init_seeds": twins.shape[1]}).items():
+                if length != n:
+                    raise ValueError(f"predictions.npz has {length} of {name}, not {n}")
+            for name in ("macro_auroc", "bootstrap", "baselines", "pretraining_config", "n_patients"):
+                results[name]
+        seconds = spent(folder)["pretrain"]
+        finished.append(
+            FinishedRun(
+                name=run.name,
+                group=run.group,
+                results=results,
+                predictions=predictions,
+                log=read_log(folder / "run"),
+                warnings=read_warnings(folder / "run"),
+                seconds=seconds,
+            )
+        )
+    return finished
+
+
+def _draw(results: dict[str, Any], path: Path) -> None:
+    def interval(entry):
+        return tuple(
+            float("nan") if entry[name] is None else entry[name]
+            for name in ("macro_auroc", "ci_low", "ci_high")
+        )
+
+    random = {
+        group: interval(entry)
+        for entry in results["baselines"]
+        if entry["baseline"] == comparison.RANDOM_INIT
+        for group in entry["groups"]
+    }
+    patients = f", {results['n_patients']} patients" if results["n_patients"] else ""
+    plots.seeds_forest(
+        [entry["group"] for entry in results["groups"]],
+        [interval(entry) for entry in results["groups"]],
+        [entry["each_seed"] for entry in results["groups"]],
+        [random[entry["group"]] for entry in results["groups"]],
+        next(e["macro_auroc"] for e in results["baselines"] if e["baseline"] == comparison.MAJORITY),
+        path,
+        title=f"{results['task']}: {results['n_records']} test records{patients}",
+        note=results["note"],
+        level=results["bootstrap"]["level"],
+    )
