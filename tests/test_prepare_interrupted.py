@@ -76,7 +76,7 @@ shutil.rmtree = dying(shutil.rmtree)
 def test_killed_at_every_step_and_resumed_gives_the_same_bytes(source, reference, tmp_path):
     """One store, killed again and again until it gets through: no run may spoil an earlier one."""
     store = tmp_path / "s"
-    # The first seven do the units, the others get further and further in finalisation; the last one through it.
+    # All but the last two die among the units; the last one gets through.
     for step in (0, 1, 2, 4, 5, 3, 2, 1, 3, 6, 8, 100):
         run = subprocess.run([sys.executable, "-c", DYING + COMMAND, source, store, "1", str(step)])
         assert run.returncode == (0 if step == 100 else -signal.SIGKILL)
@@ -86,10 +86,11 @@ def test_killed_at_every_step_and_resumed_gives_the_same_bytes(source, reference
     assert files_of(store) == reference[0]
 
 
-@pytest.mark.parametrize("step", [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17])
+# 13 puts problems.jsonl into place, 16 to 19 extend chunk files, 20 is records.parquet, 25 zarr.json, 26 on the end.
+@pytest.mark.parametrize("step", [12, 13, 14, 15, 17, 20, 22, 24, 25, 26, 27, 29, 33])
 def test_killed_in_finalisation_and_resumed_gives_the_same_bytes(source, reference, tmp_path, step):
     run = subprocess.run([sys.executable, "-c", DYING + COMMAND, source, tmp_path / "s", "1", str(step)])
-    assert run.returncode in (0, -signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
     prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
     assert files_of(tmp_path / "s") == reference[0]
 

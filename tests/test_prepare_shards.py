@@ -571,6 +571,15 @@ def test_a_log_gets_a_line_a_minute(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.Progress("prepare heedb", 100, 40) as bar:
+        bar.update(60)
+    text = capsys.readouterr().err
+    assert "\r" in text
+    assert "100/100" in text
+
+
 def test_durations():
     texts = {0: "0.0 s", 9.94: "9.9 s", 59: "59 s", 61: "1 min 1 s", 7500: "2 h 5 min", 100_000: "1 d 3 h"}
     assert {seconds: progress.duration_text(seconds) for seconds in texts} == texts

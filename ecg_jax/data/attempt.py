@@ -131,11 +131,15 @@ def whole_store(store: Path, settings: dict, listed: dict) -> Iterator[bool]:
     Raises:
       UserError: another process works there, or it holds work on another job or something else.
     """
-    with _partial_folder(store, settings, listed, None) as unfinished:
-        yield unfinished
-    if not (store / PARTIAL / "plan.json").exists() or (store / "zarr.json").exists():
-        # Once more: a network drive keeps files that are still open, as the lock was.
-        shutil.rmtree(store / PARTIAL, ignore_errors=True)
+    entered = False
+    try:
+        with _partial_folder(store, settings, listed, None) as unfinished:
+            entered = True
+            yield unfinished
+    finally:
+        if entered and ((store / "zarr.json").exists() or not (store / PARTIAL / "plan.json").exists()):
+            # `finalise` has emptied it, but a network drive keeps files that are still open, as the lock was.
+            shutil.rmtree(store / PARTIAL, ignore_errors=True)
 
 
 @contextlib.contextmanager

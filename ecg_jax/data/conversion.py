@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class Task:
     store: Path
     folder: Path  # for what is not finished
     unit: int
-    entries: list[Entry]
+    entries: Sequence[Entry]
     preprocessing: Preprocessing
     strict: bool
     assume_gain: float | None
@@ -64,7 +64,7 @@ def _task(job: Job, unit: int, folder: Path) -> Task:
         job.store,
         folder,
         unit,
-        list(job.listing.entries[rows.start : rows.stop]),
+        job.listing.entries[rows.start : rows.stop],
         job.preprocessing,
         job.strict,
         job.assume_gain,

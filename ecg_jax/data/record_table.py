@@ -82,7 +82,10 @@ def first_with_same_checksum(keys: np.ndarray) -> np.ndarray:
     # lexsort is stable: of equal ones the first comes first.
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     begins = np.ones(len(keys), bool)
-    begins[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
+    begins[1:] = False
+    for half in range(2):
+        ordered = keys[order, half]
+        begins[1:] |= ordered[1:] != ordered[:-1]
     first = np.empty(len(keys), np.int64)
     first[order] = order[np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0))]
     return first
