@@ -62,11 +62,13 @@ def list_institution(
         if name_of(p) not in known
     ]
     people, more = read_people(layout, files, name_of)
+    _give_back()
     problems += more
     files, people, more = _without_duplicates(layout, files, people, name_of)
     problems += more
     problems += _count_unknown(layout, files, people, name_of)
     starts, codes, classes, more = read_diagnoses(layout, files)
+    _give_back()
     fold = _folds(people, starts, codes)
     return Listing(
         _table(layout, files, people, fold, starts, codes, classes),
@@ -76,6 +78,13 @@ def list_institution(
         {LABEL_SET: read_meanings(layout, classes)},
         f"{N_FOLDS} folds of whole patients, stratified by diagnostic codes, sex, race and age, in batches of patients",
     )
+
+
+def _give_back() -> None:
+    """Returns what Arrow keeps of freed memory, which the next step, NumPy's, could not use."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
 
 
 def _without_duplicates(layout: Layout, files: Files, people: People, name_of: Callable[[str], str]):
