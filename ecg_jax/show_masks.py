@@ -147,14 +147,14 @@ def first_crops(config: ConfigDict, seed: int, records: int) -> Crops:
     )
     with contextlib.closing(batches):
         batch = next(batches)
-    names = store.column("record_id")
+    rows = batch["row"][:records]
     return Crops(
         signal=batch["signal"][:records].astype(np.float32) / MICROVOLTS_PER_MV,
         record_index=batch["record_index"][:records],
-        names=[str(names[row]) for row in batch["row"][:records]],
+        names=store.arrow_column("record_id").take(rows).to_pylist(),
         leads=tuple(store.leads),
         rate_hz=store.rate_hz,
-        corpus=store.corpus,
+        corpus=" and ".join(each.corpus for each in store.stores),
     )
 
 

@@ -271,7 +271,7 @@ def test_fitted_on_training_records_only(store, monkeypatch):
     meta = cluster(store.path, "few", features="spectrum", max_records=3, **SMALL)
     rung = select_records(store, window_samples=240, val_folds=1, max_records=3).train
     np.testing.assert_array_equal(used[1], rung)
-    assert meta["fitted_records"] == 3
+    assert meta["fitted_records"] == len(rung) <= 3
 
 
 @pytest.mark.parametrize(("wanted", "got"), [(10, 10), (1000, 1000), (10**6, None)])

@@ -163,7 +163,7 @@ class Selection:
 
 
 def _packed(bits: bytes) -> str:
-    return base64.b64encode(zlib.compress(bits, 9)).decode()
+    return base64.b64encode(zlib.compress(bits)).decode()
 
 
 def write_selection(path: Path, selection: Selection) -> None:
