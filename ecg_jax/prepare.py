@@ -174,12 +174,12 @@ def _make_store(job: Job, workers: int, merge: bool, progress: bool) -> bool:
                 progress=progress,
             )
         except DamagedUnits as error:
-            if not merge or count == 1:
+            if not merge:
                 raise
-            again = shards_of(error.units, count)
-            raise UserError(
-                f"{error.what}; run {again} again, which writes only what is damaged, then --merge."
-            ) from error
+            again = "the same command without --merge writes them again and keeps the others"
+            if count > 1:
+                again = f"run {shards_of(error.units, count)} again, which writes only what is damaged, then --merge"
+            raise UserError(f"{error.what}; {again}.") from error
     return True
 
 

@@ -481,6 +481,18 @@ def test_a_flipped_byte_is_named_by_the_merge_and_only_that_unit_is_done_again(r
     assert files_of(store) == reference
 
 
+def test_a_flipped_byte_after_a_call_for_everything_is_named_by_a_merge_too(run, reference, tmp_path):
+    run(shard="0/1")
+    chunk = tmp_path / "s/signal/c/3/0"
+    data = bytearray(chunk.read_bytes())
+    data[-1] ^= 128
+    chunk.write_bytes(data)
+    with pytest.raises(UserError, match=r"signal/c/3/0.*; the same command without --merge writes them"):
+        run(merge=True)
+    run()
+    assert files_of(tmp_path / "s") == reference
+
+
 def test_leftovers_of_another_host_are_removed_when_they_are_old(run, tmp_path):
     run(shard="1/3")
     folder = tmp_path / "s/.partial/shard-1-of-3"
