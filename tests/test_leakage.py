@@ -141,6 +141,21 @@ def test_only_pretraining_rows_count(store):
     assert (on_all["same_patients"], on_all["identical_test"], on_all["near_identical_test"]) == (1, 1, 0)
 
 
+def test_pretraining_on_several_stores(store, pretraining):
+    """What any of them holds counts once, and each is named."""
+    both = [(store, TRAIN), (pretraining, np.arange(3))]
+    found = verdict(store, TEST, TRAIN, both, near=True)
+    assert not found["clean"]
+    assert found["examined"] == {"identical": True, "near_identical": True, "pretraining": True}
+    told = found["pretraining"]
+    assert told["records_test"] == ["copy", "louder", "same patient", "clean"]
+    assert (told["identical_test"], told["near_identical_test"], told["same_patients"]) == (2, 2, 1)
+    assert told["store"] == f"{store.path}, {pretraining.path}"
+    assert told["fingerprint"] not in (store.fingerprint, pretraining.fingerprint)
+    assert f"the 3 pretraining recordings of {pretraining.path} hold 1 bit for bit" in found["verdict"]
+    assert verdict(store, TEST, TRAIN, [], near=False)["examined"]["pretraining"] is False
+
+
 def test_pretraining_on_the_test_recordings_themselves(store):
     """The same row of the same store is the recording itself: pretrained on, it has been seen."""
     found = verdict(store, TEST, TRAIN, store, near=False)
