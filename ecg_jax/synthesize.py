@@ -277,7 +277,11 @@ def _patient(seed: int, number: int) -> cases.Patient:
 
 def _case(job: Job, index: int) -> cases.Case:
     """What a recording shows. Repeated ones show what the first of them does, whoever's they are."""
-    index = index % job.distinct if job.distinct else index
+    return _drawn_case(job, index % job.distinct if job.distinct else index)
+
+
+@functools.lru_cache(MAX_DISTINCT)
+def _drawn_case(job: Job, index: int) -> cases.Case:
     patient = _patient(job.seed, cases.patient_of(index, job.records, job.patients))
     return cases.draw_case(job.seed, index, patient, job.seconds)
 
