@@ -269,7 +269,9 @@ def _item(name: str, text: str, width: int) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line of `ecg-jax prepare`."""
     kinds = "\n".join(_item(kind, meaning, 22) for kind, meaning in KINDS.items())
-    expects = "\n".join(_item(name, module.EXPECTS, 10) for name, module in CORPORA.items())
+    expects = "\n".join(
+        _item(name, module.EXPECTS, max(map(len, CORPORA))) for name, module in CORPORA.items()
+    )
     result = argparse.ArgumentParser(
         prog="ecg-jax prepare",
         formatter_class=argparse.RawDescriptionHelpFormatter,
