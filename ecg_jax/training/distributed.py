@@ -12,6 +12,7 @@ from types import TracebackType
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ecg_jax import cpu
 from ecg_jax.errors import Stopped, UserError
@@ -106,6 +107,9 @@ def initialise(
         heartbeat_timeout_seconds=max(round(2 * heartbeat_s), 10),
     )
     _forget_own_cache()
+    # JAX's collectives on CPUs give up when processes come to their first one more than 30 s apart, as after they
+    # compiled a model. Here they come together; later ones wait.
+    multihost_utils.sync_global_devices("ecg_jax")
     return _Together(_peers)
 
 
@@ -258,6 +262,4 @@ def first_says(answer: bool) -> bool:
     """The answer of process 0, on every process: each judges by its own floating point, and they must not part."""
     if jax.process_count() == 1:
         return answer
-    from jax.experimental import multihost_utils
-
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
