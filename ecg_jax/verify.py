@@ -20,6 +20,7 @@ import numpy as np
 from ecg_jax.data.progress import Progress
 from ecg_jax.data.record_table import Fingerprint, count_codes
 from ecg_jax.data.store import BYTES_PER_SAMPLE, Store
+from ecg_jax.data.writer import array_metadata
 from ecg_jax.errors import UserError
 
 DESCRIPTION = """\
@@ -129,8 +130,6 @@ def verify(
 
 def _metadata_damage(store: Store) -> Iterator[Damage]:
     """Whether any Zarr reader would see what this package reads."""
-    from ecg_jax.data.writer import array_metadata
-
     path = store.path / "signal" / "zarr.json"
     found = json.loads(path.read_bytes())
     for key, wanted in array_metadata(store.n_chunks * store.chunk_samples, store.chunk_samples).items():

@@ -50,8 +50,8 @@ def read_attributes(path: Path) -> dict:
     if not metadata.is_file():
         if (path / PARTIAL).is_dir():
             raise UserError(
-                f"The store {path} is incomplete; run the `ecg-jax prepare` command that began it again to "
-                "go on."
+                f"The store {path} is incomplete; run the command that began it again (`ecg-jax prepare` or "
+                "`ecg-jax synthesize`) to go on."
             )
         raise UserError(f"The folder {path} is not a store of ecg_jax (it has no zarr.json).")
     try:
