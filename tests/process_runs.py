@@ -25,7 +25,10 @@ class Processes:
     """N processes, each running `code` with the process's number in `PROCESS`; a context manager that leaves none."""
 
     def __init__(self, folder, n, *, code=COMMAND, args=(), devices=1, start=None, env=None):
-        """Starts those of the processes 0 .. n-1 that `start` names, all by default."""
+        """Starts those of the processes 0 .. n-1 that `start` names, all by default.
+
+        With `env`, a function from the process's number to variables, they are given no arguments of ours.
+        """
         self._held = local.reserved_port()
         self.coordinator = f"127.0.0.1:{self._held.__enter__()}"
         self._folder, self.children = Path(folder), {}

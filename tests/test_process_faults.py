@@ -9,7 +9,7 @@ from ecg_jax.training.metric_writers import read_log
 from process_runs import COMMAND, Processes, logged
 from test_pretrain import arguments, checksums, finish
 
-CHANGES = {"tensorboard": False, "monitor__probe_every": 0}
+CHANGES = {"tensorboard": False, "monitor__probe_every": 0, "model__layers": 1}
 
 
 def steps_saved(workdir):
