@@ -30,6 +30,7 @@ _REQUIRED = ("config", "overrides", "probe")
 _OPTIONAL = ("name", "group", "targets", "store")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
 _LONGEST_NAME = 80  # characters of a derived name
+_SEEDS = 2**31  # below which one seed is as good as another
 _OWN_FILES = ("results.", "results_table.", "sweep.", "collect.")
 
 
@@ -86,14 +87,14 @@ def load_sweep(path: str) -> Sweep:
         UserError: names the run and what is wrong with it.
     """
     entries, note = _read(path)
-    runs = []
+    runs, checked = [], set()
     for number, entry in enumerate(entries, start=1):
         entry = _check_entry(path, number, entry)
         where = f"{path}: run {entry['name']!r}"
         if any(run.name == entry["name"] for run in runs):
             raise UserError(f"{where} is there twice; give every run a name of its own")
         try:
-            runs.append(_load_run(entry))
+            runs.append(_load_run(entry, checked))
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     if not runs:
@@ -222,8 +223,8 @@ def _check_entry(path: str, number: int, entry: Any) -> dict[str, Any]:
     return entry
 
 
-def _load_run(entry: dict[str, Any]) -> Run:
-    """The run of a checked entry.
+def _load_run(entry: dict[str, Any], checked: set[str]) -> Run:
+    """The run of a checked entry; of runs that differ in their seed alone the config is checked once.
 
     Raises:
         UserError: from the configs, the overrides or their checks.
@@ -250,7 +251,10 @@ def _load_run(entry: dict[str, Any]) -> Run:
                 "they must be equal"
             )
         config.data.targets = targets_name(targets)
-    check_config(config)
+    same = json.dumps(plain(config) | {"seed": config.seed if config.seed not in range(_SEEDS) else 0})
+    if same not in checked:
+        check_config(config)
+        checked.add(same)
     return Run(
         name=entry["name"],
         group=entry["group"],
