@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.evaluation.examples import Examples, Fitted
 from ecg_jax.evaluation.plots import FEW_POSITIVES
 from ecg_jax.evaluation.probe_scores import Baselines
@@ -115,6 +116,8 @@ def summary(results: dict[str, Any]) -> str:
         if names:
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             lines.append(f"  {number} classes {what}: {shown}")
+    if results["store"]["corpus"] == SYNTHETIC:
+        lines.append("  SYNTHETIC recordings: they test the machinery and say nothing about ECGs")
     if results["mode"] == "linear" and not results["fit"]["converged"]:
         lines.append("  WARNING: the solver did not reach its tolerance; raise --config.linear.max_steps")
     if not results["leakage"]["clean"]:

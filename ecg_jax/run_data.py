@@ -81,6 +81,8 @@ class RunData:
             lines.append(
                 f"  {store.path}: {len(train)} to train on, {len(val)} held out, {share:.1%} of the crops"
             )
+        if made_up := [str(store.path) for store in self.store.stores if store.synthetic]:
+            lines.append(f"SYNTHETIC recordings in {', '.join(made_up)}: no encoder of ECGs comes of them")
         cut = selection.rule.max_records
         if cut is not None and selection.available < cut:
             lines.append(

@@ -28,6 +28,7 @@ from ecg_jax.errors import UserError
 
 FORMAT_VERSION = 1
 PARTIAL = ".partial"
+SYNTHETIC = "synthetic"  # the corpus of signals that were made up
 BYTES_PER_SAMPLE = 24  # 12 leads of int16
 
 
@@ -128,9 +129,8 @@ class Store:
 
     @property
     def synthetic(self) -> bool:
-        """Whether its signals were made up by `ecg-jax synthesize`; every result from it has to say so."""
-        # Stores of recordings have no such attribute.
-        return bool(self.attributes.get("synthetic", False))
+        """Whether its signals were made up; every result from it has to say so."""
+        return self.corpus == SYNTHETIC
 
     @property
     def records(self):

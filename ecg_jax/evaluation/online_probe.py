@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from ecg_jax.data.corpora.entries import UNLABELLED_FOLD
 from ecg_jax.data.folds import highest_folds
-from ecg_jax.data.store import Store
+from ecg_jax.data.store import SYNTHETIC, Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import metrics, tasks
 from ecg_jax.evaluation.targets import is_labelled, target_matrix
@@ -54,7 +54,7 @@ class Slice:
 def _can_watch(task: tasks.Task) -> bool:
     """Whether the classes of all labelled records of a store are the task's."""
     everything = task.dataset is None and task.subset is None and task.protocol is None
-    real = task.corpus != "synthetic"  # made-up rhythms say nothing about features
+    real = task.corpus != SYNTHETIC  # made-up rhythms say nothing about features
     return task.source == "labels" and task.split == "corpus_folds" and everything and real
 
 

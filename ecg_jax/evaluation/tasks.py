@@ -12,6 +12,7 @@ recording comes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.data.stratify import ADULT_BINS, PAEDIATRIC_BINS
 from ecg_jax.errors import UserError, closest
 
@@ -145,7 +146,7 @@ _BESIDE = (
     Task("challenge_dx", "challenge", "dx", OTHER),
     _challenge("challenge_chapman", "chapman", OTHER),
     # Generated recordings: what they score says that the machinery works, and nothing about ECGs.
-    Task("synthetic_rhythm", "synthetic", "rhythm", OTHER),
+    *(Task(f"synthetic_{s}", SYNTHETIC, s, OTHER) for s in ("rhythm", "conduction", "axis", "st_t", "noise")),
 )
 
 #: Names of the 26 tasks of the study, in the order they are reported in.

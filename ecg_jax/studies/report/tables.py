@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.evaluation.ranking import mean_ranks
 from ecg_jax.studies.report.cells import DASH, SCORES, Cell, Table, interval, texts
 from ecg_jax.studies.report.load import Collection, Result
@@ -213,7 +214,14 @@ def stores(scores: dict[str, TaskScores]) -> Table:
         key = store["path"], store["corpus"], store["fingerprint"]
         of_store.setdefault(key, []).append(task.task)
     rows = [
-        texts((path, corpus, fingerprint[:12], ", ".join(tasks)))
+        texts(
+            (
+                path,
+                f"{corpus} (no ECGs)" if corpus == SYNTHETIC else corpus,
+                fingerprint[:12],
+                ", ".join(tasks),
+            )
+        )
         for (path, corpus, fingerprint), tasks in of_store.items()
     ]
     head = ["store", "corpus", "fingerprint", "tasks"]
