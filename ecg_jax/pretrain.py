@@ -194,7 +194,7 @@ def _run(config: ConfigDict, workdir: Path, data: RunData, steps: int, watchdog:
                 save_now = due and done == step
                 if save_now or seen:
                     scalars |= {"learning_rate": float(schedule(done - 1))} | meter.read(done)
-                    scalars |= monitor.read(seen)
+                    scalars |= monitor.read(seen) | checkpoints.read()
                     if save_now and not stopping:
                         scalars |= validate(state)
                     writer.write_scalars(done, scalars)
@@ -223,6 +223,8 @@ def _run(config: ConfigDict, workdir: Path, data: RunData, steps: int, watchdog:
             seen = monitor.watch(state, batch, step + 1, is_logged(step + 1))
             unread.append((step + 1, metrics, seen))
             progress.update()
+        watchdog.beat("the end of the last write", slow=True)
+        checkpoints.finish()
 
     if stopping:
         cause = stop.received or "preemption"

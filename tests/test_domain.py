@@ -22,7 +22,7 @@ from ecg_jax.training.metric_writers import read_log
 from ecg_jax.training.pretrained import restore_encoder
 from tiny_runs import overrides, tiny_config
 
-CLOCK = ("windows_per_s", "data_wait")
+CLOCK = ("windows_per_s", "data_wait", "save_seconds", "peak_memory_gib")
 
 
 def shrunk(spec, name="cpc", **changes):

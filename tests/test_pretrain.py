@@ -71,7 +71,7 @@ def finish(args):
 
 def trajectory(workdir):
     """What must not depend on interruptions: every logged number but the clock's."""
-    clock = ("windows_per_s", "data_wait")
+    clock = ("windows_per_s", "data_wait", "save_seconds", "peak_memory_gib")
     return [{k: v for k, v in entry.items() if k not in clock} for entry in read_log(Path(workdir))]
 
 
