@@ -8,14 +8,16 @@ import shutil
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
-from ecg_jax import cli, sweep_run
+from ecg_jax import cli, sweep_run, sweep_table
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, metrics
 from ecg_jax.pretrain import pretrain
-from ecg_jax.studies import comparison
+from ecg_jax.studies import comparison, comparison_tables
 from ecg_jax.studies.comparison import FinishedRun, hierarchical_interval, seed_deviations
 from ecg_jax.sweep_file import load_sweep
+from ecg_jax.sweep_table import collect
 from ecg_jax.training.metric_writers import read_log, read_warnings
 
 TINY = """
@@ -103,6 +105,64 @@ def test_table_holds_what_the_probes_wrote(tiny):
         assert group["ci_low"] < group["macro_auroc"] < group["ci_high"]
         loss = [run["loss"] for run in results["runs"] if run["group"] == group["group"]]
         assert group["loss"] == pytest.approx(np.mean(loss))
+
+
+def test_collected_table_holds_settings_and_results(tiny):
+    path, output = tiny
+    loaded = load_sweep(str(path))
+    table = collect(loaded, output)
+    assert parquet.read_table(output / "results_table.parquet").equals(table)
+    rows = {row["name"]: row for row in table.to_pylist()}
+    assert list(rows) == NAMES
+    for run in loaded.runs:
+        row, folder = rows[run.name], output / run.name
+        probed = json.loads((folder / "probe" / "results.json").read_text())
+        assert (row["state"], row["error"], row["step"], row["seed"]) == (
+            "finished",
+            None,
+            4,
+            run.config.seed,
+        )
+        for name in (
+            "macro_auroc",
+            "ci_low",
+            "ci_high",
+            "task",
+            "n_records",
+            "n_patients",
+            "encoder_parameters",
+        ):
+            assert row[name] == probed[name]
+        for name in ("random_init", "ecg_features", "majority"):
+            assert row[name] == probed["baselines"][name]["macro_auroc"]
+            assert row[f"{name}_ci_low"] == probed["baselines"][name]["ci_low"]
+        assert row["difference_to_random_init"] == probed["difference_to_random_init"]["macro_auroc"]
+        log = read_log(folder / "run")
+        for name in ("loss", "val_loss"):
+            values = [entry[name] for entry in log if name in entry]
+            assert (row[name], row[f"best_{name}"]) == (values[-1], min(values))
+        assert row["config.objective.name"] == run.config.objective.name
+        assert row["parameters"] > row["encoder_parameters"]
+        assert row["recordings"] == 304
+        assert row["store_fingerprint"] == row["probe_store_fingerprint"] == probed["store"]["fingerprint"]
+        assert row["version_jax"] == probed["versions"]["jax"]
+        assert (row["attempts"], row["windows_per_s"] > 0, row["seconds"] > 0) == (1, True, True)
+    # Fields have their own types, and only those that differ have a column; of other objectives they are null.
+    types = {field.name: str(field.type) for field in table.schema}
+    assert types["config.objective.codes"] == "int64"
+    assert types["config.model.bidirectional"] == "bool"
+    assert rows["cpc-0"]["config.objective.codes"] is None
+    assert rows["offline-0"]["config.objective.codes"] == 8
+    assert "config.model.width" not in types
+    with (output / "results_table.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [float(row["macro_auroc"]) for row in written] == [row["macro_auroc"] for row in rows.values()]
+    documented = sweep_table.__doc__
+    for name in types:
+        known = name.startswith(("config.", "version_")) or name.removesuffix("_ci_low").removesuffix(
+            "_ci_high"
+        )
+        assert known is True or known in documented
 
 
 def test_baselines_stand_in_the_table(tiny):
@@ -207,6 +267,22 @@ def test_failing_run_does_not_stop_the_others(tiny, tmp_path, capsys, monkeypatc
     assert "second line" in (output / "broken-0" / "error.txt").read_text()
     results = json.loads((output / "results.json").read_text())
     assert [run["name"] for run in results["runs"]] == ["cpc-1"]
+    assert cli.main([*args[:2], f"--output={output}", "--collect"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"long-0 +long +failed ", printed)
+    assert "last errors:\nlong-0: The store" in printed
+    assert "broken-0: RuntimeError: out of something (all of it in" in printed
+    rows = {row["name"]: row for row in collect(load_sweep(str(path)), output).to_pylist()}
+    assert [rows[name]["state"] for name in ("cpc-0", "cpc-1", "long-0", "broken-0")] == [
+        "not begun",
+        "finished",
+        "failed",
+        "failed",
+    ]
+    assert rows["broken-0"]["error"].startswith("RuntimeError: out of something (all of it in")
+    assert rows["cpc-0"]["macro_auroc"] is rows["cpc-0"]["step"] is None
+    assert rows["cpc-1"]["macro_auroc"] == results["runs"][0]["macro_auroc"]
+    assert (rows["broken-0"]["config.model.width"], rows["cpc-0"]["config.model.width"]) == (32, 16)
 
 
 def test_folder_of_another_sweep_is_refused(tiny, tmp_path, synthetic_store, capsys):
@@ -278,6 +354,21 @@ def test_unknown_names_are_refused(tmp_path, capsys):
     assert "there is no file nothing.py" in capsys.readouterr().err
     assert cli.main(["sweep", str(path)]) == 2
     assert "--output=DIR" in capsys.readouterr().err
+
+
+def test_table_names_damage(tiny, tmp_path):
+    path, output = tiny
+    copy = tmp_path / "out"
+    shutil.copytree(output, copy)
+    (copy / "cpc-0" / "probe" / "results.json").write_text("{")
+    (copy / "cpc-1" / "status.json").write_text("[]")
+    (copy / "data2vec-0" / "run" / "config.json").write_text("")
+    table = collect(load_sweep(str(path)), copy).to_pylist()
+    assert [row["state"] for row in table] == ["damaged"] * 3 + ["finished"] * 2
+    for row, file in zip(
+        table, ("cpc-0/probe is damaged", "status.json is damaged", "run is damaged"), strict=False
+    ):
+        assert file in row["error"]
 
 
 @pytest.mark.parametrize(
@@ -454,3 +545,76 @@ def test_runs_tested_on_other_records_are_refused():
     other = second.predictions | {"record_id": second.predictions["record_id"][::-1]}
     with pytest.raises(UserError, match="group-0 and group-1 were probed on other test records"):
         comparison.compare([first, second._replace(predictions=other)])
+    apart = second.predictions | {"record_id": np.char.add(second.predictions["record_id"], "b")}
+    with pytest.raises(UserError, match="were probed on other test records"):
+        comparison.compare([first, second._replace(predictions=apart)])
+
+
+def shorter(run, kept):
+    """The run as if it had been tested on some of its records, in another order, at another window."""
+    rows = np.flatnonzero(kept)[::-1]
+    tested = {name: values[rows] for name, values in run.predictions.items() if len(values) == len(kept)}
+    tested["probabilities_random_init_seeds"] = run.predictions["probabilities_random_init_seeds"][:, rows]
+    config = run.results["pretraining_config"] | {"data": {"window_s": 10.0}}
+    return run._replace(
+        group="long",
+        name=f"long-{run.seed}",
+        predictions=run.predictions | tested,
+        results=run.results | {"pretraining_config": config},
+    )
+
+
+def test_runs_of_other_windows_are_compared_on_common_records():
+    """Whatever a run says of records that others cannot be tested on must not count."""
+    runs = planted("short", [1.0, 2.0])
+    runs = [
+        run._replace(
+            results=run.results
+            | {"pretraining_config": run.results["pretraining_config"] | {"data": {"window_s": 2.5}}}
+        )
+        for run in runs
+    ]
+    kept = np.arange(N_PATIENTS * PER_PATIENT) >= 10 * PER_PATIENT
+    both = [*runs, *(shorter(run, kept) for run in runs)]
+    found = comparison.compare(both)
+    assert (found["n_records"], found["n_records_of_any"], found["n_patients"]) == (60, 80, 30)
+    short, long = found["groups"]
+    same = ("macro_auroc", "ci_low", "ci_high", "each_seed", "difference_to_random_init")
+    assert {name: short[name] for name in same} == {name: long[name] for name in same}
+    spoilt = [
+        run._replace(
+            predictions=run.predictions
+            | {"probabilities": np.where(kept[:, None], run.predictions["probabilities"], 99.0)}
+        )
+        for run in runs
+    ]
+    assert comparison.compare([*spoilt, *both[2:]])["groups"] == found["groups"]
+    assert [group["settings"] for group in found["groups"]] == [
+        {"data.window_s": 2.5},
+        {"data.window_s": 10.0},
+    ]
+    results = {"sweep": "s", "note": "", "missing": [], **found}
+    markdown = comparison_tables.to_markdown(results)
+    assert re.search(r"\| group +\| window_s \| seeds \|", markdown)
+    assert "tested on up to 80 records" in markdown
+
+
+def test_many_differing_settings_stand_below_the_table():
+    runs = planted("group", [1.0]) + [
+        run._replace(
+            group="other",
+            name="other-0",
+            results=run.results
+            | {"pretraining_config": {"seed": 0, "model": {"width": 2}, **dict.fromkeys("abcd", 1)}},
+        )
+        for run in planted("group", [1.0])
+    ]
+    first = runs[0].results["pretraining_config"]
+    runs[0] = runs[0]._replace(
+        results=runs[0].results | {"pretraining_config": first | dict.fromkeys("abcd", 0)}
+    )
+    results = {"sweep": "s", "note": "", "missing": [], **comparison.compare(runs)}
+    assert "Groups differ in model.width, a, b, c, d; results_table.csv has" in comparison_tables.to_markdown(
+        results
+    )
+    assert re.search(r"\| group +\| seeds \|", comparison_tables.to_markdown(results))
