@@ -8,6 +8,7 @@ import sys
 import ecg_jax
 from ecg_jax import cpu
 from ecg_jax.errors import Stopped, UserError
+from ecg_jax.training.launchers import refuse_several
 
 COMMANDS = {
     "quickstart": "prepare, pretrain and probe on the PTB-XL sample that ships with the package",
@@ -29,6 +30,9 @@ COMMANDS = {
     "capacity": "windows per second -> what disks and network must deliver, and hours of each rung",
     "import-checkpoint": "checkpoint of the reference implementation -> run, to be probed and embedded with",
 }
+
+#: Commands that may run as several processes at once: parts of one run, or shards of one store under their own locks.
+IN_SEVERAL = ("pretrain", "prepare")
 
 _USAGE = f"""\
 usage: ecg-jax COMMAND [options]
@@ -61,6 +65,8 @@ def main(argv: list[str]) -> int:
         print(f"ecg-jax: error: unknown command {command!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
+        if command not in IN_SEVERAL:
+            refuse_several(command)
         return importlib.import_module(f"ecg_jax.{command.replace('-', '_')}").main(rest)
     except UserError as error:
         print(f"ecg-jax {command}: error: {error}", file=sys.stderr)

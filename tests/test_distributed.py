@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from ecg_jax import cli
 from ecg_jax.errors import UserError
 from ecg_jax.training import launchers
 from process_runs import PATIENCE, Processes, local
@@ -103,6 +104,15 @@ def test_other_commands_refuse_to_be_one_of_several():
         launchers.refuse_several("probe", {"OMPI_COMM_WORLD_SIZE": "2"})
     launchers.refuse_several("probe", {"SLURM_NTASKS": "4"})  # typed into an allocation: it runs once
     launchers.refuse_several("probe", {})
+
+
+def test_every_other_command_asks_before_it_starts(monkeypatch, capsys):
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    for command in cli.COMMANDS:
+        if command not in cli.IN_SEVERAL:
+            assert cli.main([command, "--nonsense"]) == 2
+            assert f"`ecg-jax {command}` works in one process" in capsys.readouterr().err
 
 
 JOIN = """
