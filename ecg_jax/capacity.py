@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,8 @@ the pretraining ladder takes on them. Nothing is measured here: the rates come f
 """
 
 _CLUSTERS = "1x1,8x1,256x32"
+#: Beyond what can be, and far from where floats end.
+_MOST = 1e12
 _CLUSTER = re.compile(r"([1-9][0-9]{0,6})x([1-9][0-9]{0,6})")
 
 
@@ -78,8 +79,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(
             f"--{given[0].replace('_', '-')} and {options.measured} both say how fast a device is; leave one out"
         )
-    if options.epochs is not None and not (math.isfinite(options.epochs) and options.epochs > 0):
-        raise UserError(f"--epochs={options.epochs:g} must be a positive number")
+    if options.epochs is not None and not _possible(options.epochs):
+        raise UserError(
+            f"--epochs={options.epochs:g} must be a positive number, from {1 / _MOST:g} to {_MOST:g}"
+        )
     options.sources = read_sources(options.measured) if options.measured else _by_hand(**by_hand)
     return options
 
@@ -94,16 +97,23 @@ def _cluster(text: str) -> Cluster:
     return cluster
 
 
+def _possible(value: float) -> bool:
+    return 1 / _MOST <= value <= _MOST
+
+
 def _by_hand(windows_per_s: str, parameters: int, batch: int) -> list[Source]:
     try:
         rates = [float(part) for part in windows_per_s.split(",")]
     except ValueError:
         rates = [0.0]
-    if not all(math.isfinite(rate) and rate > 0 for rate in rates):
-        raise UserError(f"--windows-per-s={windows_per_s} must be a positive number, or several with commas")
+    if not all(map(_possible, rates)):
+        raise UserError(
+            f"--windows-per-s={windows_per_s} must be a positive number, from {1 / _MOST:g} to {_MOST:g}, or several "
+            "with commas"
+        )
     for name, value in (("parameters", parameters), ("batch", batch)):
-        if value < 1:
-            raise UserError(f"--{name}={value} must be at least 1")
+        if not 1 <= value <= _MOST:
+            raise UserError(f"--{name}={value} must be from 1 to {_MOST:g}")
     window_s = load_config("configs/cpc.py").data.window_s
     return [Source("as given", rate, batch, parameters, window_s) for rate in rates]
 
@@ -127,9 +137,11 @@ def read_sources(path: Path) -> list[Source]:
             for row in found["rows"]
             if "failed" not in row
         ]
+        if not all(_possible(number) for source in sources for number in source[1:]):
+            raise ValueError("a number that cannot be")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not what `ecg-jax efficiency` writes; give its efficiency.json"
         ) from error

@@ -1,4 +1,4 @@
-"""`ecg-jax verify STORE...`: every record of a store against the checksum it was written with."""
+"""`ecg-jax verify STORE...`: the signal of every record against the checksum it was written with."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ from ecg_jax.data.writer import array_metadata
 from ecg_jax.errors import UserError
 
 DESCRIPTION = """\
-Reads every record of stores and compares it with the checksum it was written with, chunk file by chunk file in the
-order of the disk. Run it after a store was copied, or when a disk is suspected.
+Reads the signal of every record of stores and compares it with the checksum it was written with, chunk file by chunk
+file in the order of the disk. Run it after a store was copied, or when a disk is suspected.
 
-The table of records is checked too: that it can be read in full, that record ids and checksums are those the store was
-finished with, that its labels occur as often as the store says, that no record leaves its chunk or lies on another;
-and that the metadata of the Zarr array describes what the chunk files are.
+Of the table of records it is checked that it can be read in full, that record ids and checksums are those the store was
+finished with, that labels occur as often as the store says, that no record leaves its chunk or lies on another; and
+of the Zarr array that its metadata describe what the chunk files are.
+
+Not covered are folds, patients, ages, sexes and values, and which record has which label: nothing else in a store says
+them. Whether a copy has the same table tells `sha256sum STORE/records.parquet` on both sides; every probe keeps that
+number of its store in results.json, as "table".
 
   ecg-jax verify stores/ptbxl
   ecg-jax verify stores/* --workers=8
@@ -38,6 +42,7 @@ The exit code is 0 when nothing is wrong and 2 otherwise. At most 20 damages are
 chunk file can be copied again from where the store came from; `ecg-jax prepare` writes a whole store anew.
 """
 SHOWN = 20
+NOT_COVERED = "folds, patients, ages, sexes, values, and which record has which label"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,8 @@ class Bytes:
 def verify(
     path: str | os.PathLike, workers: int | None = None, read: Bytes | None = None
 ) -> Iterator[Damage]:
-    """Finds everything that is wrong with a store.
+    """Finds signals, record ids and checksums that are not as they were written, records out of place, labels that
+    occur more or less often, and wrong array metadata; all else in the table is not covered (see `NOT_COVERED`).
 
     Args:
       path: its folder.
@@ -296,7 +302,7 @@ def verify_all(paths: list[Path], workers: int | None = None, progress: bool = T
             + (f" ({hidden} of them not printed)" if hidden else "")
             + "; copy those files again, or prepare the store anew."
         )
-    return f"Nothing is damaged: {read}, in {seconds:.1f} s."
+    return f"Signals and record ids are as they were written: {read}, in {seconds:.1f} s. Not covered: {NOT_COVERED}."
 
 
 def _many(n: int, what: str) -> str:

@@ -115,10 +115,15 @@ def test_rates_of_a_measurement(tmp_path):
         (["--windows-per-s=5"], "give the efficiency.json"),
         ([*GIVEN, "--windows-per-s=fast"], "--windows-per-s=fast must be a positive number"),
         ([*GIVEN, "--windows-per-s=nan"], "--windows-per-s=nan must be a positive number"),
-        ([*GIVEN, "--parameters=0"], "--parameters=0 must be at least 1"),
+        ([*GIVEN, "--parameters=0"], "--parameters=0 must be from 1 to 1e+12"),
         ([*GIVEN, "--clusters=8"], "--clusters: '8' is not devices x hosts"),
         ([*GIVEN, "--clusters=8x3"], "8 devices do not divide over 3 hosts"),
         ([*GIVEN, "--epochs=0"], "--epochs=0 must be a positive number"),
+        ([*GIVEN, "--epochs=nan"], "--epochs=nan must be a positive number"),
+        ([*GIVEN, "--epochs=1e305"], "--epochs=1e+305 must be a positive number, from 1e-12 to 1e+12"),
+        ([*GIVEN, "--windows-per-s=1e308"], "--windows-per-s=1e308 must be a positive number"),
+        ([*GIVEN, "--windows-per-s=1e-320"], "--windows-per-s=1e-320 must be a positive number"),
+        ([*GIVEN, f"--batch={10**400}"], "must be from 1 to 1e+12"),
         (["nowhere.json"], "cannot read nowhere.json"),
         (["nowhere.json", "--batch=3"], "--batch and nowhere.json both say"),
     ],
@@ -126,6 +131,21 @@ def test_rates_of_a_measurement(tmp_path):
 def test_refusals(arguments, message, capsys):
     assert cli.main(["capacity", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_least_and_the_most_can_be_worked_out(capsys):
+    for few, many in (("1e-12", 10**12), ("1e12", 1)):
+        arguments = [f"--windows-per-s={few}", f"--parameters={many}", f"--batch={many}", f"--epochs={many}"]
+        assert cli.main(["capacity", *arguments, "--clusters=1x1,9999999x1"]) == 0
+    assert cli.main(["capacity", *GIVEN, "--epochs=1e-12"]) == 0
+
+
+def test_a_rate_that_cannot_be_is_none_of_efficiency(tmp_path):
+    rows = json.loads(efficiency_json(tmp_path / "efficiency.json").read_text())["rows"]
+    for rate in (0.0, float("nan"), float("inf"), 10**400):
+        rows[0]["programs"]["step"]["windows_per_s"] = rate
+        with pytest.raises(UserError, match="is not what"):
+            read_sources(efficiency_json(tmp_path / "efficiency.json", rows=rows))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": 3}', '{"window_s": 2.5, "rows": []}'])

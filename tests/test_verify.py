@@ -11,7 +11,7 @@ import pytest
 from ecg_jax import cli
 from ecg_jax.data.store import Store
 from ecg_jax.data.synthetic import write_synthetic_store
-from ecg_jax.verify import SHOWN, verify
+from ecg_jax.verify import NOT_COVERED, SHOWN, verify
 from sparse_store import write_sparse_store
 
 
@@ -45,7 +45,8 @@ def flip(path, byte, bit=1):
 def test_a_sound_store_passes(made, capsys, workers):
     code, out, err = run(capsys, made, f"--workers={workers}")
     assert code == 0
-    assert "Nothing is damaged: 96 records of 1 store, 0.00 GB" in out
+    assert "Signals and record ids are as they were written: 96 records of 1 store, 0.00 GB" in out
+    assert out.endswith(f"Not covered: {NOT_COVERED}.\n")
     assert err.startswith("verify: 1.7 MB\nverify: 1.7 MB in ")
 
 
@@ -167,6 +168,24 @@ def test_a_table_that_was_changed(copy, capsys, name, edit, said):
     code, out, _ = run(capsys, copy)
     assert code == 2
     assert said in out
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("fold", "folds"),
+        ("patient_id", "patients"),
+        ("age", "ages"),
+        ("sex", "sexes"),
+        ("labels_rhythm", "which record has which label"),
+    ],
+)
+def test_what_is_not_covered_is_said(copy, name, word):
+    before = Store(copy).table_digest()
+    change(copy, name, lambda values: values.append(values.pop(0)))
+    assert list(verify(copy)) == []
+    assert word in NOT_COVERED
+    assert Store(copy).table_digest() != before
 
 
 def test_a_table_without_a_column(copy, capsys):
