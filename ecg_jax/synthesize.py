@@ -31,6 +31,8 @@ from ecg_jax.data.unit_files import disk_errors, read_sidecar
 from ecg_jax.data.writer import UnitWriter, finalise, unit_size
 from ecg_jax.errors import UserError
 
+# A permutation of fewer leaves too many, or all, with their own labels.
+LEAST_TO_SHUFFLE = 20
 # Raised whenever the same arguments give other signals or labels, so that a half-made store is not finished by another
 # generator.
 GENERATOR = 1
@@ -39,16 +41,20 @@ MAX_DISTINCT = 4096
 
 _SETS = "\n".join(f"  {label_set:<12}{', '.join(classes)}" for label_set, classes in cases.CLASSES.items())
 DESCRIPTION = f"""\
-Writes a store of synthetic 12-lead ECG: for load studies at any size, for controls (with --shuffle-labels every probe
-must score 0.5), and to see whether an encoder finds what is known to be there. It is no substitute for ECG: a model is
-not good because it is good here, and every store, record id and result says that it is synthetic.
+Writes a store of synthetic 12-lead ECG: for load studies at any size, for controls (with --shuffle-labels AUROC of a
+probe must be 0.5 within its confidence interval), and to see whether an encoder finds what is known to be there. It is
+no substitute for ECG: a model is not good because it is good here, and every store, record id and result says that it
+is synthetic.
 
 Each recording has five label sets, and the numbers behind them as values `truth`:
 {_SETS}
 
-A patient keeps conduction, axis and voltages over all recordings. Signals are drawn at the rate and in the unit of a
-store, without preprocessing; the limb-lead identities hold exactly in the stored integers. The bytes depend on the
-arguments only, and not on the number of processes; interrupted, the same command goes on where it stopped.
+A patient keeps conduction, axis and voltages over all recordings. With --distinct no patient does: few signals are
+repeated for all patients, in all folds, so every probe on such a store is leaky; it is for load studies only.
+
+Signals are drawn at the rate and in the unit of a store, without preprocessing; the limb-lead identities hold exactly
+in the stored integers. The bytes depend on the arguments only, and not on the number of processes; interrupted, the
+same command goes on where it stopped.
 
   ecg-jax synthesize stores/synthetic --records=20000
   ecg-jax synthesize stores/control --records=20000 --shuffle-labels
@@ -67,7 +73,7 @@ class Job:
       seed: of everything.
       shuffle_labels: give each patient the labels and values of another.
       distinct: draw only so many signals and repeat them, each copy with some microvolts of its own on the chest
-        leads; 0: draw every one.
+        leads; 0: draw every one. Labels are those of the signal, whoever's it is: for load studies only.
     """
 
     store: Path
@@ -158,6 +164,11 @@ def _check(job: Job, workers: int) -> None:
         ),
         (not low <= job.seconds <= high, f"--seconds is from {low:g} to {high:g}, not {job.seconds:g}"),
         (job.seed < 0, f"--seed must not be negative, and is {job.seed}"),
+        (
+            job.shuffle_labels and job.patients < LEAST_TO_SHUFFLE,
+            f"--shuffle-labels needs at least {LEAST_TO_SHUFFLE} patients, not {job.patients}: of fewer too many would "
+            "get their own labels",
+        ),
         (workers < 1, f"--workers must be at least 1, not {workers}"),
         (
             not 0 <= job.distinct <= MAX_DISTINCT,
@@ -247,18 +258,19 @@ def _draw_unit(job: Job, unit: int) -> None:
                 return
             labelled = index if order is None else cases.shuffled_source(index, job.records, order)
             case, known = _case(job, index), _case(job, labelled)
-            patient = cases.patient_of(index, job.records, job.patients)
+            number = cases.patient_of(index, job.records, job.patients)
+            patient, name = _patient(job.seed, number), f"p{number:08d}"
             recording = Recording(
                 record_id=f"synthetic{index:08d}",
                 signal=np.zeros((0, 12)),  # in the store's own format below
                 rate=preprocessing.rate_hz,
                 leads=CANONICAL_LEADS,
-                patient_id=f"p{patient:08d}",
-                fold=hash_fold(f"p{patient:08d}"),
+                patient_id=name,
+                fold=hash_fold(name),
                 labels=known.labels(),
                 values={"truth": known.values()},
-                age=case.patient.age,
-                sex=case.patient.sex,
+                age=patient.age,
+                sex=patient.sex,
             )
             signal = _signal(job, index, case, preprocessing.rate_hz)
             writer.append(recording, Processed(signal, none, none, none, 0, []), "")
@@ -341,14 +353,15 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--shuffle-labels",
         action="store_true",
-        help="negative control: each patient's recordings get labels and values of another patient's",
+        help="negative control: patients, at least 20, change labels and values at random",
     )
     add(
         "--distinct",
         type=int,
         default=0,
         metavar="K",
-        help="for load studies: draw K signals and repeat them, with microvolts of difference (default: draw all)",
+        help="for load studies only, not for probes: draw K signals and repeat them for all patients, with microvolts "
+        "of difference (default: draw all)",
     )
     return result
 
@@ -375,7 +388,13 @@ def main(argv: list[str]) -> int:
         counts = ", ".join(f"{name} {info['count']}" for name, info in classes.items())
         print(f"  {label_set:<12}{counts}")
     if arguments.shuffle_labels:
-        print("Its labels are shuffled among patients: a probe that scores other than 0.5 (AUROC) is wrong.")
+        print(
+            "Its labels are shuffled among patients: AUROC of a probe must be 0.5 within its confidence interval."
+        )
+    if arguments.distinct:
+        print(
+            "Its recordings are copies of few, in all folds: for load studies only, every probe on it is leaky."
+        )
     print(
         "No result from it says anything about ECG.\n\n"
         f"Next: ecg-jax pretrain --config=configs/cpc.py --workdir=runs/synthetic --config.store={store.path}"
