@@ -116,15 +116,15 @@ def test_other_arguments_do_not_go_on(small, tmp_path, capsys):
 
 
 def test_repeated_signals_differ_by_microvolts_and_keep_the_identities(tmp_path):
-    store = synthesize(tmp_path / "s", records=300, seconds=2.5, distinct=2, workers=1, progress=False)
+    store = synthesize(tmp_path / "s", records=300, seconds=2.5, distinct=3, workers=1, progress=False)
     assert len(set(store.column("checksum"))) == 300
-    for row in (2, 131, 299):
-        signal, source = store.read(row).astype(int), store.read(row % 2).astype(int)
+    for row in (3, 131, 299):
+        signal, source = store.read(row).astype(int), store.read(row % 3).astype(int)
         np.testing.assert_array_equal(signal[:, :6], source[:, :6])
         assert np.ptp(signal - source, axis=0).max() == 0
         assert (signal - source).max() <= 63
         assert limb_residual(signal.astype(np.float64)).max() == 0.0
-        assert store.column("labels_rhythm")[row] == store.column("labels_rhythm")[row % 2]
+        assert store.column("labels_rhythm")[row] == store.column("labels_rhythm")[row % 3]
     assert len(set(store.column("patient_id"))) == 150
     # Age and sex are the patient's own, also where the signal is that of another.
     people = zip(*(store.column(name) for name in ("patient_id", "age", "sex")), strict=True)
