@@ -7,6 +7,8 @@ import numpy as np
 
 from corpus_replicas import synthetic, write_csv
 from ecg_files import write_record
+from ecg_jax.data.corpora import CORPORA
+from ecg_jax.data.corpora.listing import Listing
 
 RHYTHM_CODES = {"sinus": 22, "irregular": 161, "brady": 19, "tachy": 21}
 MEANINGS = {
@@ -94,9 +96,7 @@ def write_version_2(folder: Path, some: list[Study], duplicated: list[str], rows
         if s.listed
     ]
     write_csv(folder / "Metadata" / "demographics_ECG.csv", [*table, *rows])
-    write_csv(
-        folder / "Metadata" / "duplicated.csv", [{"file_name": name} for name in duplicated or ["none"]]
-    )
+    (folder / "Metadata" / "duplicated.csv").write_text("\n".join(["file_name", *duplicated]) + "\n")
     lines = ["file_source|diagnostic_codes|acquisition"]
     lines += [f"{s.name}|{','.join(map(str, s.codes))}|1" for s in some if s.codes is not None]
     (folder / "Metadata" / "ECG_Interpretations.psv").write_text("\n".join(lines) + "\n")
@@ -136,3 +136,17 @@ def write_institution(folder: Path, some: list[Study], emory: bool = False, rows
         base / "12SL_diagnoses" / "diagnoses_dictionary.csv",
         [{"codes": code, "acronym": "", "diagnoses": text} for code, text in MEANINGS.items()],
     )
+
+
+def write(folder: Path, version: int | str, some: list[Study], **more) -> str:
+    """A replica of version 2 or 5, or of Emory, and the corpus that reads it."""
+    if version == 2:
+        write_version_2(folder, some, **{"duplicated": [], **more})
+    else:
+        write_institution(folder, some, emory=version == "emory", **more)
+    return "heedb_emory" if version == "emory" else "heedb"
+
+
+def listing(corpus: str, folder: Path) -> Listing:
+    """What a corpus lists."""
+    return CORPORA[corpus].list_records(folder, None)

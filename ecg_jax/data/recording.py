@@ -76,13 +76,13 @@ KINDS = {
     "lead_spelling": "matched by name: unusual spelling, e.g. lower case",
     "limb_leads_disagree": "kept: limb leads contradict each other by more than 0.05 mV",
     "short": "kept: shorter than 2.5 s",
-    "missing_part": "left out: a part of the corpus is not in SOURCE",
+    "missing_part": "left out: a part of the corpus, or what a table names, is not in SOURCE",
     "extra_partition": "kept: a site and year beyond those the paper was trained on (HEEDB)",
     "listed_duplicate": "left out: the corpus' own list has them as duplicates; one line for each partition (HEEDB)",
     "no_patient": "kept, in no test: the corpus' table does not say whose recordings these are (HEEDB)",
-    "contradictory_rows": "unknown: a table's rows about the recording contradict each other",
+    "contradictory_rows": "unknown, or (diagnoses of HEEDB) united: a table's rows about the recording differ",
     "no_table_row": "kept without labels, in no test: the corpus' table has no row for the recording",
-    "no_diagnosis": "kept without labels: the header has no diagnosis (PTB)",
+    "no_diagnosis": "kept without labels: the header has no diagnosis (PTB), or the table no row (HEEDB)",
     "unknown_label": "ignored: a code the corpus' own table does not know",
     "duplicate_id": "refused: an earlier recording has this id",
     "duplicate_signal": "kept and marked, or dropped: an earlier recording has this signal",
@@ -163,7 +163,7 @@ class Recording:
       leads: C lead names as the file spells them.
       patient_id: the patient, None if unknown.
       fold: the corpus' own fold, None if it has none.
-      labels: label set -> codes.
+      labels: label set -> codes, None where they are unknown.
       values: value set -> name -> number (a measurement, or 0 and 1); names left out and NaN are unknown.
       age: years, None if unknown.
       sex: "F", "M" or None.
@@ -177,7 +177,7 @@ class Recording:
     leads: tuple[str, ...]
     patient_id: str | None = None
     fold: int | None = None
-    labels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    labels: dict[str, list[str] | None] = dataclasses.field(default_factory=dict)
     values: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     age: float | None = None
     sex: str | None = None

@@ -61,9 +61,10 @@ def partition_of(source_file: str) -> str | None:
 def list_records(source: Path, rate: int | None) -> Listing:
     """Lists every .hea of the partitions that are in SOURCE, in order of partition, folder and name.
 
-    The record id is the file's name. Label set `statement`: the codes of the GE 12SL program, in numeric order;
-    a recording without a row there has none. Recordings of duplicated.csv are left out. A recording without a row in
-    the table of demographics, or without a patient there, is kept in fold -1, which is trained on only.
+    The record id is the file's name. Label set `statement`: the codes of the GE 12SL program, in numeric order, of
+    all rows of a recording; without a row there they are unknown (null), which is not "none". Recordings of
+    duplicated.csv are left out. A recording without a row in the table of demographics, with rows that contradict
+    each other or without a patient there, is kept in fold -1, which is trained on only.
 
     Folds: 20, of whole patients of the partitions in SOURCE, stratified by codes, sex, race and age as in spec §1.5;
     the paper made them for each partition by itself, so that a patient may be in several folds.
@@ -71,7 +72,8 @@ def list_records(source: Path, rate: int | None) -> Listing:
     What is missing on either side (rows without file, files without row) is one problem for each partition.
 
     Raises:
-      UserError: `rate` is given, a table is missing or another one, or no record is there.
+      UserError: `rate` is given, a table is missing, another one or without a row of any recording here, or no record
+        is there.
     """
     refuse_rate(rate, "HEEDB")
     layout = _find_layout(source)

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from ecg_jax.data.corpora.entries import UNLABELLED_FOLD
+from ecg_jax.data.corpora.heedb_diagnoses import Diagnoses, read_diagnoses, read_meanings
 from ecg_jax.data.corpora.heedb_files import Files, find_files, find_partitions, per_partition
 from ecg_jax.data.corpora.heedb_tables import (
     Layout,
     People,
-    read_diagnoses,
+    any_listed,
     read_duplicates,
-    read_meanings,
     read_people,
     rows_in,
 )
@@ -64,18 +64,24 @@ def list_institution(
     people, more = read_people(layout, files, name_of)
     _give_back()
     problems += more
-    files, people, more = _without_duplicates(layout, files, people, name_of)
+    kept, more = _without_duplicates(layout, files, name_of)
     problems += more
-    problems += _count_unknown(layout, files, people, name_of)
-    starts, codes, classes, more = read_diagnoses(layout, files)
+    # Of all files, so that rows of a recording that is left out do not count as rows of no recording.
+    diagnoses, more = read_diagnoses(layout, files, kept, name_of)
+    problems += more
     _give_back()
-    fold = _folds(people, starts, codes)
+    if not kept.all():
+        columns = ("row", "patient", "sex", "race", "age")
+        people = dataclasses.replace(people, **{name: getattr(people, name)[kept] for name in columns})
+        files = files.where(kept)
+    problems += _count_unknown(layout, files, people, name_of)
+    fold = _folds(people, diagnoses)
     return Listing(
-        _table(layout, files, people, fold, starts, codes, classes),
-        problems + more,
+        _table(layout, files, people, fold, diagnoses),
+        problems,
         (LABEL_SET,),
-        {LABEL_SET: classes},
-        {LABEL_SET: read_meanings(layout, classes)},
+        {LABEL_SET: diagnoses.classes},
+        {LABEL_SET: read_meanings(layout, diagnoses.classes)},
         f"{N_FOLDS} folds of whole patients, stratified by diagnostic codes, sex, race and age, in batches of patients",
     )
 
@@ -87,16 +93,32 @@ def _give_back() -> None:
     pa.default_memory_pool().release_unused()
 
 
-def _without_duplicates(layout: Layout, files: Files, people: People, name_of: Callable[[str], str]):
-    """Files and people without the recordings of the list of duplicates, and without repeated names."""
-    import pyarrow.compute as pc
+def _without_duplicates(
+    layout: Layout, files: Files, name_of: Callable[[str], str]
+) -> tuple[np.ndarray, list[Problem]]:
+    """bool [n]: the files that are neither in the list of duplicates nor have the name of one before them.
 
+    Raises:
+      UserError: the list cannot be read, or names nothing that the version has.
+    """
     problems = []
     kept = np.ones(len(files), bool)
     if layout.duplicates is not None:
         path = layout.duplicates
-        listed_here = pc.is_in(files.names, value_set=read_duplicates(path)).to_numpy(zero_copy_only=False)
+        listed = read_duplicates(path)
+        place = rows_in(files.names, listed)
+        listed_here = place >= 0
         kept &= ~listed_here
+        elsewhere = len(listed) - len(np.unique(place[listed_here]))
+        if elsewhere:
+            if not listed_here.any() and not any_listed(layout, listed):
+                raise UserError(
+                    f"{path} names recordings such as {listed[0]}, but none that is in SOURCE or in "
+                    f"{layout.people.name}, so recordings would be in the store twice; take the file as it was "
+                    "published, or leave only its first line to keep them all."
+                )
+            detail = f"{elsewhere} recordings of {path.name} are not in SOURCE."
+            problems.append(Problem(path.name, "missing_part", "left out", detail))
         text = f"{{n}} recordings are in {path.name}."
         problems += per_partition(files, listed_here, name_of, "listed_duplicate", "left out", text)
     again = rows_in(files.names, files.names)
@@ -107,13 +129,7 @@ def _without_duplicates(layout: Layout, files: Files, people: People, name_of: C
         folders = [files.folders[files.folder[r]] for r in (row, again[row])]
         detail = f"{folders[0]} has the record id of a recording in {folders[1]}, which is kept."
         problems.append(Problem(files.names[row].as_py(), "duplicate_id", "refused", detail))
-    kept &= ~repeated
-    if kept.all():
-        return files, people, problems
-    people = dataclasses.replace(
-        people, **{name: getattr(people, name)[kept] for name in ("row", "patient", "sex", "race", "age")}
-    )
-    return files.where(kept), people, problems
+    return kept & ~repeated, problems
 
 
 def _count_unknown(
@@ -129,11 +145,11 @@ def _count_unknown(
     return problems + per_partition(files, without_patient, name_of, "no_patient", "kept", text)
 
 
-def _folds(people: People, starts: np.ndarray, codes: np.ndarray) -> np.ndarray:
+def _folds(people: People, diagnoses: Diagnoses) -> np.ndarray:
     """int16 [n]; records whose patient is not known may be trained on only."""
     known = people.patient >= 0
     fold = np.full(len(known), UNLABELLED_FOLD, np.int16)
-    lengths = np.diff(starts)
+    lengths, codes = np.diff(diagnoses.starts), diagnoses.codes
     starts_of_known = np.concatenate([[0], np.cumsum(lengths[known])])
     codes_of_known = codes if known.all() else codes[np.repeat(known, lengths)]
     age = people.age[known]
@@ -146,7 +162,9 @@ def _folds(people: People, starts: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return fold
 
 
-def _table(layout: Layout, files: Files, people: People, fold, starts, codes, classes) -> EntryTable:
+def _table(
+    layout: Layout, files: Files, people: People, fold: np.ndarray, diagnoses: Diagnoses
+) -> EntryTable:
     import pyarrow as pa
 
     female, male = ("f", "female"), ("m", "male")
@@ -162,7 +180,9 @@ def _table(layout: Layout, files: Files, people: People, fold, starts, codes, cl
             "fold": pa.array(fold),
             "age": pa.array(people.age, mask=np.isnan(people.age)),
             "sex": pa.DictionaryArray.from_arrays(pa.array(sex, mask=sex < 0), ["F", "M"]),
-            f"labels_{LABEL_SET}": pa.LargeListArray.from_arrays(pa.array(starts), pa.array(codes)),
+            f"labels_{LABEL_SET}": pa.LargeListArray.from_arrays(
+                pa.array(diagnoses.starts), pa.array(diagnoses.codes), mask=pa.array(~diagnoses.known)
+            ),
         }
     )
-    return EntryTable(table, ".hea", {LABEL_SET: classes})
+    return EntryTable(table, ".hea", {LABEL_SET: diagnoses.classes})

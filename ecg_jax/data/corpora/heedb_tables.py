@@ -1,17 +1,18 @@
-"""The tables of an institution of HEEDB: who was recorded, diagnoses, duplicates, as columns joined to its files."""
+"""The tables of an institution of HEEDB: who was recorded, duplicates, and joining rows to files."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ecg_jax.data.corpora.heedb_files import Files
+from ecg_jax.data.corpora.heedb_files import Files, per_partition
 from ecg_jax.data.readers.columns import header_of, read_batches
 from ecg_jax.data.recording import Problem
 from ecg_jax.errors import UserError
@@ -19,7 +20,7 @@ from ecg_jax.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_PUBLISHER = "BDSP"
+PUBLISHER = "BDSP"
 # Names a FileName may begin with that say nothing: "./S0001/...", "/S0001/...", "WFDB/2010/...".
 _LEADING = r"^\.?/?(WFDB/)?"
 
@@ -70,7 +71,7 @@ class People:
     age: np.ndarray
 
 
-def _keys(names: pa.Array) -> pa.Array:
+def keys_of(names: pa.Array) -> pa.Array:
     """Folder and name from a FileName, e.g. "S0001/1987/04/de_1" from "/S0001/1987/04/de_1.hea"."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -112,76 +113,43 @@ class _Codes:
 
 
 def read_people(layout: Layout, files: Files, name_of: Callable[[str], str]) -> tuple[People, list[Problem]]:
-    """Who was recorded in each file, and what is wrong with the table."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    """Who was recorded in each file, and what is wrong with the table.
 
+    Raises:
+      UserError: it cannot be read, is another one, or none of its rows is of a file here.
+    """
     path = layout.people
     columns = {"FileName": "text", "BDSPPatientID": "text", "PatientRace": "text", layout.sex: "text"}
     sexes, races = _Codes(), _Codes()
-    keys: list[pa.Array] = []
+    table = TableRows(path, files, layout.partition)
     parts: list[tuple[np.ndarray, ...]] = []
-    absent: dict[str, int] = {}
-    for batch in read_batches(path, {**columns, layout.age: "float"}, _PUBLISHER):
-        key = _keys(batch.column("FileName"))
-        place = files.partition_of(key)
-        wanted = pa.array(place >= 0)
-        prefix = pc.utf8_slice_codeunits(key.filter(pc.invert(wanted)), 0, len(files.partitions[0]))
-        for count in prefix.value_counts().to_pylist():
-            partition = count["values"] or ""
-            partition = partition if re.fullmatch(layout.partition, partition) else ""
-            absent[partition] = absent.get(partition, 0) + count["counts"]
-        batch = batch.filter(wanted)
-        keys.append(key.filter(wanted))
+    for batch in read_batches(path, {**columns, layout.age: "float"}, PUBLISHER):
+        batch = batch.filter(table.add(keys_of(batch.column("FileName"))))
         parts.append(
             (
-                place[place >= 0],
                 _patients(path, batch.column("BDSPPatientID")),
                 sexes(batch.column(layout.sex)),
                 races(batch.column("PatientRace")),
                 batch.column(layout.age).to_numpy(zero_copy_only=False) / layout.ages_per_year,
             )
         )
-    problems = [
-        Problem(
-            name_of(partition) if partition else path.name,
-            "missing_part",
-            "left out",
-            f"{n} rows of {path.name} are of this partition, which is not in SOURCE."
-            if partition
-            else f"{n} rows have a FileName that is no path of a record, e.g. {layout.example}/NAME.",
-        )
-        for partition, n in sorted(absent.items())
-    ]
-    place, patient, sex, race, age = (np.concatenate(column) for column in zip(*parts, strict=True))
+    patient, sex, race, age = (np.concatenate(column) for column in zip(*parts, strict=True))
     # Not a number of years: unknown (spec §1.5).
     age[~(age >= 0)] = np.nan
-    rows, first = _join(files, keys, place)
-    used = np.zeros(len(first), bool)
-    used[rows[rows >= 0]] = True
-    # A second row of a recording is not used either, and is no lost file.
-    lost = np.bincount(place[~used & (first == np.arange(len(first)))], minlength=len(files.partitions))
-    problems += [
-        Problem(
-            name_of(files.partitions[p]),
-            "missing_part",
-            "left out",
-            f"{lost[p]} recordings of {path.name} have no .hea file in this partition.",
-        )
-        for p in np.flatnonzero(lost)
-    ]
-    doubtful = np.isin(rows, _contradictory(first, (patient, sex, race, age)))
-    problems += [
-        Problem(
-            files.names[row].as_py(),
-            "contradictory_rows",
-            "unknown",
-            f"{path.name} has rows for it that contradict each other, so what it says of the recording is taken as "
-            "unknown.",
-        )
-        for row in np.flatnonzero(doubtful).tolist()
-    ]
+    of = table.join()
+    rows = first_rows(of, len(files))
+    # Several rows of a recording that differ: none of them counts.
+    again = np.flatnonzero((of >= 0) & (rows[of] != np.arange(len(of))))
+    differ = np.zeros(len(again), bool)
+    for column in (patient, sex, race, age):
+        a, b = column[again], column[rows[of[again]]]
+        differ |= (a != b) & ~((a != a) & (b != b))
+    doubtful = np.zeros(len(files), bool)
+    doubtful[of[again[differ]]] = True
     rows[doubtful] = -1
+    text = f"{path.name} has rows for {{n}} recordings that contradict each other; what it says of them is not used."
+    problems = table.problems(name_of)
+    problems += per_partition(files, doubtful, name_of, "contradictory_rows", "unknown", text)
 
     def of_files(column: np.ndarray, unknown) -> np.ndarray:
         found = np.full(len(files), unknown, column.dtype)
@@ -207,32 +175,111 @@ def rows_in(keys: pa.Array, table: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return found.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _join(files: Files, keys: list[pa.Array], place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Files and the rows of a table, one partition after another: an index of eleven million names takes gigabytes.
+def first_rows(of: np.ndarray, n: int) -> np.ndarray:
+    """int64 [n]: the first of the rows that are of each of n files, -1 for none; `of` is the file of each row or -1."""
+    rows = np.full(n, -1)
+    there = np.flatnonzero(of >= 0)[::-1]
+    # Of several rows the one assigned last stays.
+    rows[of[there]] = there
+    return rows
+
+
+class TableRows:
+    """Which file each row of a table is of, and how many rows are of none; the table is read in parts.
 
     Args:
-      files: n of them.
-      keys: folder and name of each row, in parts; emptied, for their memory is needed.
-      place: int16 [m], the partition of each row.
-
-    Returns:
-      int64 [n], the first row of each file, -1 where there is none; int64 [m], the first row with the same key.
+      path: the table.
+      files: those in SOURCE.
+      partition: `Layout.partition`; "" for a table that names a recording without its folder.
+      or_else: what else a user may do about a table that does not fit.
     """
-    import pyarrow as pa
 
-    rows, first = np.full(len(files), -1), np.full(len(place), -1)
-    listed = pa.concat_arrays(keys)
-    keys.clear()
-    order = np.argsort(place, kind="stable")
-    limits = np.searchsorted(place[order], np.arange(len(files.partitions) + 1))
-    for p, (start, stop) in enumerate(itertools.pairwise(limits.tolist())):
-        own = order[start:stop]
-        some = listed.take(pa.array(own))
-        first[own] = own[rows_in(some, some)]
-        begin, end = files.range_of(p)
-        found = rows_in(files.keys(begin, end), some)
-        rows[begin:end] = np.where(found >= 0, own[found] if len(own) else -1, -1)
-    return rows, first
+    def __init__(self, path: Path, files: Files, partition: str, or_else: str = ""):
+        self._path, self._files, self._partition, self._or_else = path, files, partition, or_else
+        self._example: str | None = None
+        self._keys: list[pa.Array] = []
+        self._places: list[np.ndarray] = []
+        self._absent: Counter[str] = Counter()
+        self._lost = np.zeros(len(files.partitions), np.int64)
+
+    def add(self, keys: pa.Array) -> pa.Array:
+        """Takes the names in the next part; returns which rows, bool [m], may be of a file here. The others count as
+        rows of no file.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if self._example is None and len(keys):
+            self._example = keys[0].as_py()
+        if not self._partition:
+            self._keys.append(keys)
+            return pa.array(np.ones(len(keys), bool))
+        place = self._files.partition_of(keys)
+        here = pa.array(place >= 0)
+        prefix = pc.utf8_slice_codeunits(keys.filter(pc.invert(here)), 0, len(self._files.partitions[0]))
+        for count in prefix.value_counts().to_pylist():
+            partition = count["values"] or ""
+            self._absent[partition if re.fullmatch(self._partition, partition) else ""] += count["counts"]
+        self._keys.append(keys.filter(here))
+        self._places.append(place[place >= 0])
+        return here
+
+    def join(self) -> np.ndarray:
+        """int64 [m]: the file of each row that may have one, -1 for none.
+
+        Raises:
+          UserError: no row is of a file here.
+        """
+        of = self._join_by_partition() if self._partition else self._join_by_name()
+        if not (of >= 0).any():
+            rows = (
+                "it has no rows" if self._example is None else f"its rows are of {self._example} and others"
+            )
+            raise UserError(
+                f"{self._path} fits no recording in SOURCE: {rows}, the files are {self._files.keys(0, 1)[0]} and "
+                f"others; take the file as {PUBLISHER} has it{self._or_else}."
+            )
+        return of
+
+    def _join_by_name(self) -> np.ndarray:
+        import pyarrow as pa
+
+        of = rows_in(pa.chunked_array(self._keys, pa.large_string()), self._files.names)
+        self._absent[""] += int((of < 0).sum())
+        return of
+
+    def _join_by_partition(self) -> np.ndarray:
+        import pyarrow as pa
+
+        keys, place = pa.concat_arrays(self._keys), np.concatenate(self._places)
+        # Its memory is needed.
+        self._keys.clear()
+        of = np.full(len(keys), -1)
+        order = np.argsort(place, kind="stable")
+        limits = np.searchsorted(place[order], np.arange(len(self._files.partitions) + 1))
+        # One partition after another: an index of eleven million names takes gigabytes.
+        for p, (start, stop) in enumerate(itertools.pairwise(limits.tolist())):
+            begin, end = self._files.range_of(p)
+            own = order[start:stop]
+            found = rows_in(keys.take(pa.array(own)), self._files.keys(begin, end))
+            of[own] = np.where(found >= 0, begin + found, -1)
+        self._lost = np.bincount(place[of < 0], minlength=len(self._files.partitions))
+        return of
+
+    def problems(self, name_of: Callable[[str], str]) -> list[Problem]:
+        """The rows of no file, one problem for each partition, after `join`."""
+        table = self._path.name
+        told = [
+            (name_of(partition), f"{n} rows of {table} are of this partition, which is not in SOURCE.")
+            if partition
+            else (table, f"{n} rows of {table} are of no recording in SOURCE.")
+            for partition, n in sorted(self._absent.items())
+            if n
+        ]
+        for p in np.flatnonzero(self._lost):
+            detail = f"{self._lost[p]} rows of {table} have no .hea file in this partition."
+            told.append((name_of(self._files.partitions[p]), detail))
+        return [Problem(record, "missing_part", "left out", detail) for record, detail in told]
 
 
 def _patients(path: Path, column: pa.Array) -> np.ndarray:
@@ -250,109 +297,31 @@ def _patients(path: Path, column: pa.Array) -> np.ndarray:
         numbers = text.cast(pa.int64())
     except pa.ArrowInvalid as error:
         raise UserError(
-            f"{path}: a BDSPPatientID is no whole number: {error}; take the file as {_PUBLISHER} has it."
+            f"{path}: a BDSPPatientID is no whole number: {error}; take the file as {PUBLISHER} has it."
         ) from error
     return pc.fill_null(numbers, -1).to_numpy(zero_copy_only=False)
 
 
-def _contradictory(first: np.ndarray, columns) -> np.ndarray:
-    """The first rows of recordings that have several rows which differ."""
-    again = np.flatnonzero(first != np.arange(len(first)))
-    differ = np.zeros(len(again), bool)
-    for column in columns:
-        a, b = column[again], column[first[again]]
-        differ |= (a != b) & ~((a != a) & (b != b))
-    return np.unique(first[again[differ]])
-
-
-def read_diagnoses(layout: Layout, files: Files):
-    """(starts [n + 1], codes, classes, problems): indices into `classes`, those of record i from starts[i] on."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    path = layout.diagnoses
-    if not path.is_file():
-        detail = f"{path.name} is not there, so no recording has labels."
-        problem = Problem(path.name, "missing_part", "left out", detail)
-        return np.zeros(len(files) + 1, np.int64), np.empty(0, np.int16), [], [problem]
-    keys, lists, places = [], [], []
-    for key, codes in _diagnosis_batches(layout):
-        if not layout.by_name:
-            place = files.partition_of(key)
-            key, codes = key.filter(pa.array(place >= 0)), codes.filter(pa.array(place >= 0))
-            places.append(place[place >= 0])
-        keys.append(key)
-        lists.append(codes)
-    if layout.by_name:
-        rows = rows_in(files.names, pa.chunked_array(keys, pa.large_string()))
-    else:
-        rows, _ = _join(files, keys, np.concatenate(places))
-    chosen = pa.chunked_array(lists).combine_chunks()
-    chosen = chosen.take(pa.array(rows, mask=rows < 0))
-    lengths = pc.fill_null(pc.list_value_length(chosen), 0).to_numpy(zero_copy_only=False)
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    encoded = chosen.flatten().dictionary_encode()
-    numbers = encoded.dictionary.to_numpy(zero_copy_only=False)
-    order = np.argsort(numbers)
-    place = np.empty(len(order), np.int16 if len(order) < 2**15 else np.int32)
-    place[order] = np.arange(len(order))
-    classes = [str(code) for code in numbers[order].tolist()]
-    return starts, place[encoded.indices.to_numpy(zero_copy_only=False)], classes, []
-
-
-def _diagnosis_batches(layout: Layout) -> Iterator[tuple[pa.Array, pa.Array]]:
-    """(keys, list<uint32> of each row's codes, each once) in parts.
-
-    Raises:
-      UserError: a code is no whole number.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    columns = {layout.diagnosis_key: "text", layout.diagnosis_codes: "text"}
-    for batch in read_batches(layout.diagnoses, columns, _PUBLISHER, layout.delimiter):
-        key = batch.column(layout.diagnosis_key)
-        cells = pc.split_pattern(batch.column(layout.diagnosis_codes).fill_null(""), ",")
-        row = pc.list_parent_indices(cells).to_numpy(zero_copy_only=False)
-        texts = pc.utf8_trim_whitespace(cells.flatten())
-        there = pc.not_equal(texts, "")
-        try:
-            codes = texts.filter(there).cast(pa.uint32()).to_numpy(zero_copy_only=False).astype(np.int64)
-        except pa.ArrowInvalid as error:
-            raise UserError(
-                f"{layout.diagnoses}: {layout.diagnosis_codes} must be whole numbers separated by commas: {error}; "
-                "correct that row."
-            ) from error
-        # A code that a row repeats counts once.
-        pairs = np.sort((row[there.to_numpy(zero_copy_only=False)].astype(np.int64) << 32) + codes)
-        pairs = pairs[np.diff(pairs, prepend=-1) != 0]
-        starts = np.searchsorted(pairs, np.arange(len(key) + 1, dtype=np.int64) << 32)
-        lists = pa.ListArray.from_arrays(
-            pa.array(starts, pa.int32()), pa.array((pairs & 0xFFFFFFFF).astype(np.uint32))
-        )
-        yield stems(key) if layout.by_name else _keys(key), lists
-
-
-def read_meanings(layout: Layout, classes: list[str]) -> dict[str, str]:
-    """Code -> its meaning, as far as the dictionary of the version has it."""
-    if layout.dictionary is None or not layout.dictionary.is_file():
-        return {}
-    found = {}
-    for batch in read_batches(layout.dictionary, {"codes": "text", "diagnoses": "text"}, _PUBLISHER):
-        for row in batch.to_pylist():
-            found[(row["codes"] or "").strip()] = row["diagnoses"] or ""
-    return {code: found[code] for code in classes if code in found}
-
-
 def sex_column(path: Path) -> str:
     """What the table of recordings calls the column of the sex: SexDSC (I0001) or Sex (I0006)."""
-    header = header_of(path, _PUBLISHER)
+    header = header_of(path, PUBLISHER)
     return "SexDSC" if "SexDSC" in header else "Sex"
 
 
-def read_duplicates(path: Path) -> pa.ChunkedArray:
-    """Names of the recordings that the list of duplicates has, large text."""
+def read_duplicates(path: Path) -> pa.Array:
+    """Names of the recordings that the list of duplicates has, each once, large text."""
     import pyarrow as pa
 
-    batches = read_batches(path, {"file_name": "text"}, _PUBLISHER)
-    return pa.chunked_array([stems(batch.column("file_name")) for batch in batches], pa.large_string())
+    batches = read_batches(path, {"file_name": "text"}, PUBLISHER)
+    names = pa.chunked_array([stems(batch.column("file_name")) for batch in batches], pa.large_string())
+    return names.unique().drop_null()
+
+
+def any_listed(layout: Layout, names: pa.Array) -> bool:
+    """Whether the table of recordings, which may be of more partitions than are in SOURCE, has any of these names."""
+    import pyarrow.compute as pc
+
+    batches = read_batches(layout.people, {"FileName": "text"}, PUBLISHER)
+    return any(
+        pc.any(pc.is_in(stems(batch.column("FileName")), value_set=names)).as_py() for batch in batches
+    )

@@ -29,7 +29,7 @@ class Entry:
       record_id: unique in the corpus.
       file: path relative to SOURCE.
       patient_id, fold, labels, age, sex, values: what the corpus' tables say; None where only the file itself can
-        tell.
+        tell. The labels of a set are None where they are unknown, which is not "none of them".
       problems: found in the tables, reported once the recording is read.
     """
 
@@ -37,7 +37,7 @@ class Entry:
     file: str
     patient_id: str | None = None
     fold: int | None = None
-    labels: dict[str, list[str]] | None = None
+    labels: dict[str, list[str] | None] | None = None
     age: float | None = None
     sex: str | None = None
     problems: tuple[Problem, ...] = ()
@@ -56,19 +56,17 @@ class EntryTable(Sequence[Entry]):
       table: n rows. `record_id`; `folder` and `file`, both optional: a recording's file is folder + file + suffix, with
         the record id in place of `file` where there is no such column; `patient_id` (text or integers), `fold`, `age`,
         `sex`, all optional, null where unknown; `labels_NAME`: list of indices into `label_names[NAME]`, a null list
-        for a recording of which nothing is known; `values_NAME`: list of numbers in the order of `value_names[NAME]`,
+        where they are unknown; `values_NAME`: list of numbers in the order of `value_names[NAME]`,
         null or NaN where unknown.
       suffix: ends the name of every file.
       label_names: label set -> classes.
       value_names: value set -> names of the numbers.
-      problems: row -> what the corpus' tables said against it.
     """
 
     table: pa.Table
     suffix: str = ""
     label_names: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     value_names: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    problems: Mapping[int, tuple[Problem, ...]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -81,9 +79,7 @@ class EntryTable(Sequence[Entry]):
         start, stop, step = index.indices(len(self))
         if step != 1:
             raise ValueError(f"an EntryTable takes slices of step 1, not {step}")
-        problems = {row - start: found for row, found in self.problems.items() if start <= row < stop}
-        table = self.table.slice(start, max(stop - start, 0))
-        return dataclasses.replace(self, table=table, problems=problems)
+        return dataclasses.replace(self, table=self.table.slice(start, max(stop - start, 0)))
 
     def __iter__(self) -> Iterator[Entry]:
         for start in range(0, len(self), _BLOCK):
@@ -98,7 +94,7 @@ class EntryTable(Sequence[Entry]):
             # One batch: dictionaries that change from chunk to chunk would be written again and again.
             writer.write_table(self.table.combine_chunks())
         data = sink.getvalue().to_pybytes()
-        return _read_table, (data, self.suffix, self.label_names, self.value_names, self.problems)
+        return _read_table, (data, self.suffix, self.label_names, self.value_names)
 
     def _made(self) -> list[Entry]:
         """All entries as objects."""
@@ -114,8 +110,7 @@ class EntryTable(Sequence[Entry]):
             labels, values = {}, {}
             for name, classes in self.label_names.items():
                 codes = cells[f"labels_{name}"][i]
-                if codes is not None:
-                    labels[name] = [classes[code] for code in codes]
+                labels[name] = None if codes is None else [classes[code] for code in codes]
             for name, numbers in self.value_names.items():
                 row = zip(numbers, cells[f"values_{name}"][i] or (), strict=False)
                 known = {key: x for key, x in row if x is not None and x == x}
@@ -127,10 +122,9 @@ class EntryTable(Sequence[Entry]):
                     file=f"{folders[i]}{stems[i]}{self.suffix}",
                     patient_id=None if patients[i] is None else str(patients[i]),
                     fold=fold[i],
-                    labels=labels if labels or not self.label_names else None,
+                    labels=labels,
                     age=age[i],
                     sex=sex[i],
-                    problems=self.problems.get(i, ()),
                     values=values if self.value_names else None,
                 )
             )
@@ -141,7 +135,6 @@ class EntryTable(Sequence[Entry]):
         digest = hashlib.sha256(repr((self.suffix, sorted(self.table.column_names))).encode())
         for names in (self.label_names, self.value_names):
             digest.update(repr([(name, list(texts)) for name, texts in names.items()]).encode())
-        digest.update(repr(sorted(self.problems.items())).encode())
         for name in sorted(self.table.column_names):
             column = self.table.column(name)
             for start in range(0, len(column), _BLOCK):
