@@ -27,14 +27,15 @@ from ecg_jax.data.attempt import (
 from ecg_jax.data.conversion import Job, convert
 from ecg_jax.data.corpora import CORPORA
 from ecg_jax.data.preprocessing import Preprocessing
+from ecg_jax.data.progress import count_text, duration_text
 from ecg_jax.data.readers.gains import check_assume_gain
 from ecg_jax.data.recording import KINDS, strict_error
 from ecg_jax.data.shard import WHOLE, Shard, shards_of
 from ecg_jax.data.store import PARTIAL
-from ecg_jax.data.unit_files import DamagedUnits, disk_errors
+from ecg_jax.data.unit_files import DamagedUnits, disk_errors, finished_units
 from ecg_jax.data.writer import finalise, unit_size
 from ecg_jax.errors import UserError
-from ecg_jax.prepare_summary import ShardSummary, Summary, Survey, finished_units, summarise, survey
+from ecg_jax.prepare_summary import ShardSummary, Summary, Survey, summarise, survey
 
 # A lower --clip-mv would cut off ordinary QRS complexes, and nothing after it would notice.
 MIN_CLIP_MV = 0.5
@@ -108,19 +109,17 @@ def prepare(
     # for only that tells whether labels and recordings of SOURCE still are what the store was made from.
     with disk_errors(store):
         refuse_another_job(store, settings)
-    if (
-        merge
-        and not dry_run
-        and not any((store / name).exists() for name in ("zarr.json", f"{PARTIAL}/plan.json"))
-    ):
+    if merge and not any((store / name).exists() for name in ("zarr.json", f"{PARTIAL}/plan.json")):
         raise UserError(
             f"There is nothing to merge in {store}: no shard has been started; begin with --shard=0/N."
         )
-    job = _job(source, store, strict, settings)
+    job = _job(source, store, strict, settings, progress)
     with disk_errors(store):
         refuse_another_job(store, job.settings, job.outline)
         complete = (store / "zarr.json").exists()
         if dry_run:
+            if merge and not complete:
+                _refuse_missing(job)
             return survey(job, part, complete)
         converted = 0
         if complete:
@@ -176,23 +175,29 @@ def _make_store(job: Job, workers: int, merge: bool, progress: bool) -> bool:
         except DamagedUnits as error:
             if not merge:
                 raise
-            again = "the same command without --merge writes them again and keeps the others"
-            if count > 1:
-                again = f"run {shards_of(error.units, count)} again, which writes only what is damaged, then --merge"
-            raise UserError(f"{error.what}; {again}.") from error
+            how = _how_to_convert(error.units, count)
+            raise UserError(
+                f"{error.what}; run the same command {how} again, which writes only what is damaged, then --merge."
+            ) from error
     return True
 
 
 def _refuse_missing(job: Job) -> None:
     """Raises UserError when there are units that no shard has finished."""
-    missing = sorted(set(range(len(job.units))) - set(finished_units(job.store, len(job.units))))
-    count = last_count(job.store)
+    missing = sorted(set(range(len(job.units))) - set(finished_units(job.store, range(len(job.units)))))
     if missing:
-        how = "without --merge" if count == 1 else f"with {shards_of(missing, count)}"
+        how = _how_to_convert(missing, last_count(job.store))
         raise UserError(
             f"{len(missing)} of {len(job.units)} units of {job.store} are not converted yet; run the same command "
             f"{how} first, which does only what is missing."
         )
+
+
+def _how_to_convert(units: list[int], count: int) -> str:
+    """The arguments instead of --merge that have these units done, when there were so many shards last."""
+    if count == WHOLE.count:
+        return "without --merge, or with --shard=i/n for all i as an array,"
+    return f"with {shards_of(units, count)}"
 
 
 def _check_arguments(corpus, source, store, rate, workers, clip_mv, duplicates, assume_gain) -> int | None:
@@ -223,8 +228,18 @@ def _check_arguments(corpus, source, store, rate, workers, clip_mv, duplicates, 
     return rate
 
 
-def _job(source: Path, store: Path, strict: bool, settings: dict) -> Job:
+def _job(source: Path, store: Path, strict: bool, settings: dict, progress: bool) -> Job:
+    started = time.monotonic()
+    if progress:
+        print(f"prepare {settings['corpus']}: listing {source}", file=sys.stderr, flush=True)
     listing = CORPORA[settings["corpus"]].list_records(source, settings["source_rate"])
+    if progress:
+        listed = f"{count_text(len(listing.entries))} recordings listed"
+        print(
+            f"prepare {settings['corpus']}: {listed} in {duration_text(time.monotonic() - started)}",
+            file=sys.stderr,
+            flush=True,
+        )
     # In the order in which stores have always had them: their bytes depend on it.
     settings = {
         **{key: settings[key] for key in ("corpus", "source", "source_rate")},

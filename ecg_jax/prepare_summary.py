@@ -18,7 +18,7 @@ from ecg_jax.data.progress import bytes_text, count_text, duration_text, rate_te
 from ecg_jax.data.recording import Problem, strict_error
 from ecg_jax.data.shard import WHOLE, Shard, shards_of
 from ecg_jax.data.store import BYTES_PER_SAMPLE, Store
-from ecg_jax.data.unit_files import chunk_path, sidecar_path
+from ecg_jax.data.unit_files import chunk_path, finished_units
 from ecg_jax.errors import UserError
 
 # What is assumed of recordings while none has been converted.
@@ -35,6 +35,7 @@ class Summary:
       written: records in the store.
       refused: recordings that could not be used.
       problems: kind -> number of recordings.
+      problem_bytes: size of problems.jsonl.
       derived: recordings with limb leads derived.
       missing: recordings with missing leads.
       saturated: saturated samples, all recordings together.
@@ -50,6 +51,7 @@ class Summary:
     written: int
     refused: int
     problems: dict[str, int]
+    problem_bytes: int
     derived: int
     missing: int
     saturated: int
@@ -74,8 +76,12 @@ class Summary:
             f"                     from {self.fold_source}",
         ]
         if self.problems:
-            lines.append(f"  problems           one line each in {self.store / 'problems.jsonl'}")
-            lines += [f"    {kind:<24} {n}" for kind, n in self.problems.items()]
+            # All of them are kept, however often one repeats: what is left out of a study must be found by its record.
+            size = f"{count_text(sum(self.problems.values()))}, {bytes_text(self.problem_bytes)}"
+            lines.append(f"  problems           one line each in {self.store / 'problems.jsonl'} ({size})")
+            for kind, n in self.problems.items():
+                everywhere = " (as many as there are records)" if n >= self.written else ""
+                lines.append(f"    {kind:<24} {n}{everywhere}")
         else:
             lines.append("  problems           none")
         return "\n".join(lines)
@@ -190,7 +196,7 @@ class Survey:
 def survey(job: Job, shard: Shard, complete: bool) -> Survey:
     """Looks what a job would do; writes nothing, and does not read what is done already."""
     units = shard.units(len(job.units))
-    finished = [] if complete else finished_units(job.store, len(job.units))
+    finished = [] if complete else finished_units(job.store, range(len(job.units)))
     done = sorted(set(units) & set(finished))
     converted = sum(len(job.units[unit]) for unit in finished)
     if converted:
@@ -219,11 +225,6 @@ def survey(job: Job, shard: Shard, complete: bool) -> Survey:
         bytes_free=shutil.disk_usage(existing).free,
         complete=complete,
     )
-
-
-def finished_units(store: Path, n_units: int) -> list[int]:
-    """The units that have been put into place, as far as names tell."""
-    return [unit for unit in range(n_units) if sidecar_path(store, unit).exists()]
 
 
 def _size(path: Path) -> int:
@@ -278,6 +279,7 @@ def summarise(job: Job, started: float, already_complete: bool) -> Summary:
         written=len(written),
         refused=refused,
         problems=dict(kinds.most_common()),
+        problem_bytes=(job.store / "problems.jsonl").stat().st_size,
         derived=kinds["derived_leads"],
         missing=kinds["missing_leads"],
         saturated=int(written.column("saturated").sum()),

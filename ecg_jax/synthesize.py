@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
-import itertools
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from ecg_jax.data import synthetic_cases as cases
 from ecg_jax.data.attempt import check_same_job, refuse_another_job, whole_store
-from ecg_jax.data.conversion import _keep_freed_memory as keep_freed_memory
 from ecg_jax.data.corpora.listing import hash_fold
 from ecg_jax.data.preprocessing import Preprocessing, Processed
 from ecg_jax.data.progress import Progress
 from ecg_jax.data.recording import CANONICAL_LEADS, Recording
 from ecg_jax.data.store import BYTES_PER_SAMPLE, Store, read_attributes
 from ecg_jax.data.synthetic_signal import draw_signal
-from ecg_jax.data.unit_files import disk_errors, read_sidecar
+from ecg_jax.data.unit_files import disk_errors, finished_units
+from ecg_jax.data.workers import do_all, stopped
 from ecg_jax.data.writer import UnitWriter, finalise, unit_size
 from ecg_jax.errors import UserError
 
@@ -186,7 +181,8 @@ def _draw(job: Job, workers: int, progress: bool) -> None:
     Raises:
       UserError: the disk is too small, a worker process died.
     """
-    todo = [unit for unit in range(job.n_units) if read_sidecar(job.store, unit) is None]
+    units = range(job.n_units)
+    todo = sorted(set(units) - set(finished_units(job.store, units)))
     n_todo = sum(len(job.unit(unit)) for unit in todo)
     samples = round(job.seconds * Preprocessing().rate_hz)
     need, free = n_todo * samples * BYTES_PER_SAMPLE, shutil.disk_usage(job.store).free
@@ -196,65 +192,17 @@ def _draw(job: Job, workers: int, progress: bool) -> None:
             "another folder or fewer records."
         )
     with Progress("synthesize", job.records, job.records - n_todo, show=progress) as bar:
-        if workers == 1 or len(todo) <= 1:
-            for unit in todo:
-                _draw_unit(job, unit)
-                bar.update(bar.fresh + len(job.unit(unit)))
-        else:
-            _draw_in_processes(job, todo, min(workers, len(todo)), bar)
+        do_all(functools.partial(_draw_unit, job), todo, min(workers, len(todo)), bar)
 
 
-def _draw_in_processes(job: Job, todo: list[int], workers: int, bar: Progress) -> None:
-    # spawn, not fork: this process may run threads.
-    context = multiprocessing.get_context("spawn")
-    stop, units = context.Event(), iter(todo)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (stop,)) as pool:
-        waiting = {pool.submit(_draw_unit, job, unit): unit for unit in itertools.islice(units, 2 * workers)}
-        try:
-            while waiting:
-                done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                    bar.update(bar.fresh + len(job.unit(waiting.pop(future))))
-                for unit in itertools.islice(units, len(done)):
-                    waiting[pool.submit(_draw_unit, job, unit)] = unit
-        except BrokenProcessPool:
-            raise UserError(
-                "A worker process died (killed, or out of memory?); run the same command again, it goes on where it "
-                "stopped, if need be with fewer --workers."
-            ) from None
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-_stop = threading.Event()
-
-
-def _start_worker(stop) -> None:
-    """Runs once in each worker process."""
-    global _stop
-    _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    parent = multiprocessing.parent_process()
-
-    def follow_parent() -> None:
-        # A parent killed with SIGKILL cannot stop its workers: they notice and leave.
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-    keep_freed_memory()
-
-
-def _draw_unit(job: Job, unit: int) -> None:
-    """Draws and writes the records of one chunk file."""
+def _draw_unit(job: Job, unit: int, count: Callable[[], None]) -> None:
+    """Draws and writes the records of one chunk file; calls `count` after each."""
     preprocessing = Preprocessing()
     order = _order(job) if job.shuffle_labels else None
     none = np.zeros(12, bool)
     with disk_errors(job.store), UnitWriter(job.store, unit, "synthetic") as writer:
         for index in job.unit(unit):
-            if _stop.is_set():
+            if stopped():
                 return
             labelled = index if order is None else cases.shuffled_source(index, job.records, order)
             case, known = _case(job, index), _case(job, labelled)
@@ -274,6 +222,7 @@ def _draw_unit(job: Job, unit: int) -> None:
             )
             signal = _signal(job, index, case, preprocessing.rate_hz)
             writer.append(recording, Processed(signal, none, none, none, 0, []), "")
+            count()
         writer.finish()
 
 

@@ -10,7 +10,8 @@ from ecg_files import ecg, write_record
 from ecg_jax.prepare import prepare
 
 SAMPLE = Path(ecg_jax.__file__).parent / "assets" / "ptbxl_sample"
-N_MADE = 100  # four units of at most 32
+N_MADE = 100
+N_UNITS = 4  # of at most 32 recordings
 
 
 def write_source(folder: Path) -> Path:
@@ -24,6 +25,19 @@ def write_source(folder: Path) -> Path:
         if i % 29 == 5:
             path.with_suffix(".dat").unlink()
     return folder
+
+
+def write_source_with_twins(folder: Path) -> Path:
+    """`write_source` and three equal recordings, far apart, so that some shard sees only the later ones."""
+    write_source(folder)
+    for name in ("patient000/twin", "patient020/twin", "patient049/twin"):
+        write_record(folder / name[:10], name[11:], ecg(2.6, 240.0, 0), rate=240)
+    return folder
+
+
+def finished(store: Path) -> list[int]:
+    """The units that have a sidecar."""
+    return sorted(int(path.stem.removeprefix("unit-")) for path in (store / ".partial").glob("unit-*.json"))
 
 
 def files_of(store: Path) -> dict[str, bytes]:

@@ -1,5 +1,6 @@
 """`ecg-jax prepare`: real and made sources, what a store holds, the command."""
 
+import re
 import shutil
 
 import numpy as np
@@ -246,6 +247,49 @@ def test_source_that_vanishes_ends_the_command_and_the_next_run_goes_on(tmp_path
             prepare("wfdb", tmp_path / "source", tmp_path / "s", workers=1, progress=False)
     (tmp_path / "away").rename(tmp_path / "source" / "records")
     assert prepare("wfdb", tmp_path / "source", tmp_path / "s", workers=1, progress=False).problems == {}
+
+
+def test_a_folder_below_that_vanishes_ends_the_command_too(tmp_path, monkeypatch):
+    """Sites of a corpus may be drives of their own."""
+    for i in range(40):
+        write_record(tmp_path / "source" / "site" / f"s{i // 20}" / "1987", f"r{i:02d}", ecg(3.0, index=i))
+    from ecg_jax.data.corpora import wfdb as corpus
+
+    original = corpus.read
+
+    def read(source, entry, assume_gain):
+        if entry.record_id == "site/s1/1987/r35":
+            (source / "site/s1").rename(tmp_path / "away")
+        return original(source, entry, assume_gain)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "read", read)
+        with pytest.raises(UserError, match=r"site/s1 has vanished or is empty.*again"):
+            prepare("wfdb", tmp_path / "source", tmp_path / "s", workers=1, progress=False)
+    (tmp_path / "away").rename(tmp_path / "source/site/s1")
+    summary = prepare("wfdb", tmp_path / "source", tmp_path / "s", workers=1, progress=False)
+    assert (summary.written, summary.problems) == (40, {})
+
+
+def test_a_partial_download_of_a_corpus_with_a_table_is_no_reason_to_stop(tmp_path):
+    """Its table names files whose folders have never been there."""
+    shutil.copytree(SAMPLE, tmp_path / "source")
+    table = tmp_path / "source" / "ptbxl_database.csv"
+    before, _, after = table.read_text().rpartition("records100/00000/")
+    table.write_text(f"{before}records100/21000/{after}")
+    summary = prepare("ptbxl", tmp_path / "source", tmp_path / "s", workers=1, progress=False)
+    assert (summary.written, summary.problems) == (303, {"missing_header": 1})
+
+
+def test_a_problem_of_every_recording_is_said_to_be_one(tmp_path):
+    for i in range(3):
+        write_record(tmp_path / "source", f"r{i}", ecg(3.0, index=i)[:, :11], leads=CANONICAL_LEADS[:11])
+    summary = prepare("wfdb", tmp_path / "source", tmp_path / "s", workers=1, progress=False)
+    text = str(summary)
+    size = (tmp_path / "s/problems.jsonl").stat().st_size
+    assert summary.problem_bytes == size
+    assert re.search(r"problems.jsonl \(3, 0.0 MB\)", text)
+    assert "missing_leads            3 (as many as there are records)" in text
 
 
 # ---------------------------------------------------------------- the command

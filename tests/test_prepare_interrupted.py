@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 
 from ecg_files import ecg, write_record
-from ecg_jax.data import conversion, writer
+from ecg_jax.data import workers, writer
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.prepare import prepare
@@ -158,13 +159,26 @@ def test_a_stopped_worker_abandons_its_unit(source, reference, tmp_path, monkeyp
             return self.asked > 10
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_stop", StopAfterTen())
+        patch.setattr(workers, "_stop", StopAfterTen())
         patch.setattr("ecg_jax.prepare.finalise", lambda *_, **__: None)
         with pytest.raises(UserError, match="incomplete"):
             prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
     assert not list((tmp_path / "s" / ".partial").glob("unit-*"))
     prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
     assert files_of(tmp_path / "s") == reference[0]
+
+
+@pytest.mark.parametrize("method", ["submit", "wait"])
+def test_a_pool_that_breaks_is_a_sentence(source, tmp_path, monkeypatch, method):
+    """Also one that breaks while the first units are handed out."""
+
+    def broken(*_, **__):
+        raise BrokenProcessPool("died")
+
+    where = workers.concurrent.futures if method == "wait" else workers.concurrent.futures.ProcessPoolExecutor
+    monkeypatch.setattr(where, method, broken)
+    with pytest.raises(UserError, match=r"A worker process died .*run the same command again"):
+        prepare("wfdb", source, tmp_path / "s", workers=2, progress=False)
 
 
 def test_unit_without_chunk_file_is_done_again(source, reference, tmp_path):
@@ -193,23 +207,29 @@ def test_flipped_byte_in_unfinished_work_does_not_become_a_store(source, referen
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("at_once", "damage"),
     [
-        lambda sidecar: [],
-        lambda sidecar: None,
-        lambda sidecar: {**sidecar, "samples": "many"},
-        lambda sidecar: {**sidecar, "rows": 3},
-        lambda sidecar: {**sidecar, "rows": sidecar["rows"][1:]},
-        lambda sidecar: {**sidecar, "rows": [{**row, "age": "old"} for row in sidecar["rows"]]},
-        lambda sidecar: {**sidecar, "problems": [{"kind": "x"}]},
-        lambda sidecar: {"samples": 0},
+        (True, lambda sidecar: []),
+        (True, lambda sidecar: None),
+        (True, lambda sidecar: {**sidecar, "samples": "many"}),
+        (True, lambda sidecar: {**sidecar, "rows": 3}),
+        (False, lambda sidecar: {**sidecar, "rows": sidecar["rows"][1:]}),
+        (False, lambda sidecar: {**sidecar, "rows": [{**row, "age": "old"} for row in sidecar["rows"]]}),
+        (False, lambda sidecar: {**sidecar, "problems": [{"kind": "x"}]}),
+        (True, lambda sidecar: {"samples": 0}),
     ],
 )
-def test_sidecar_of_another_shape_has_its_unit_done_again(source, reference, tmp_path, damage):
+def test_sidecar_of_another_shape_has_its_unit_done_again(source, reference, tmp_path, at_once, damage):
+    """Not at once where only reading all of it tells, which is left to the end, as with other damage of the disk."""
     with pytest.raises(KeyboardInterrupt):
         interrupt_finalisation(source, tmp_path / "s")
     sidecar = tmp_path / "s" / ".partial" / "unit-000001.json"
     sidecar.write_text(json.dumps(damage(json.loads(sidecar.read_text()))))
+    if not at_once:
+        with pytest.raises(
+            UserError, match=r"1 of the 4 chunk files .*signal/c/1/0.*the same command writes"
+        ):
+            prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
     prepare("wfdb", source, tmp_path / "s", workers=1, progress=False)
     assert files_of(tmp_path / "s") == reference[0]
 

@@ -191,9 +191,11 @@ def shard_folder(store: Path, shard: Shard) -> Iterator[Path]:
 
 def last_count(store: Path) -> int:
     """How many shards there were when one was last started; 1 if a call without --shard was the last, or none."""
-    started = {
-        shard: (store / PARTIAL / shard.folder / "lock").stat().st_mtime for shard in _shards_seen(store)
-    }
+    started = {}
+    for shard in _shards_seen(store):
+        # Another process may just have finished the store.
+        with contextlib.suppress(FileNotFoundError):
+            started[shard] = (store / PARTIAL / shard.folder / "lock").stat().st_mtime
     return max(started, key=started.__getitem__).count if started else WHOLE.count
 
 
@@ -302,8 +304,11 @@ def _remove_leftovers(folder: Path, lock: IO, held: bool) -> None:
 
 def _shards_seen(store: Path) -> list[Shard]:
     """Those that have a folder, in order."""
-    found = (Shard.from_folder(lock.parent.name) for lock in (store / PARTIAL).glob("shard-*-of-*/lock"))
-    return sorted(shard for shard in found if shard is not None)
+    try:
+        names = os.listdir(store / PARTIAL)
+    except FileNotFoundError:
+        return []
+    return sorted(shard for name in names if (shard := Shard.from_folder(name)) is not None)
 
 
 def _running(store: Path) -> list[Shard]:

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import ctypes
 import dataclasses
-import itertools
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ecg_jax.data.corpora import CORPORA
@@ -20,7 +13,8 @@ from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.progress import Progress
 from ecg_jax.data.recording import BadRecording, Problem, cannot_read, strict_error
 from ecg_jax.data.shard import WHOLE, Shard
-from ecg_jax.data.unit_files import disk_errors, read_sidecar
+from ecg_jax.data.unit_files import disk_errors, finished_units, read_sidecar
+from ecg_jax.data.workers import do_all, stopped
 from ecg_jax.data.writer import UnitWriter
 from ecg_jax.errors import UserError
 
@@ -87,98 +81,20 @@ def convert(job: Job, shard: Shard, folder: Path, workers: int, progress: bool) 
     Raises:
       UserError: the first problem under `strict`, a full disk, a worker process that died.
     """
-    todo, done, total = [], 0, 0
-    for unit in shard.units(len(job.units)):
-        total += len(job.units[unit])
-        sidecar = read_sidecar(job.store, unit)
-        if sidecar is None:
-            todo.append(unit)
-            continue
-        if job.strict and sidecar["problems"]:
-            raise strict_error(Problem(**sidecar["problems"][0]))
-        done += len(job.units[unit])
+    units = shard.units(len(job.units))
+    finished = finished_units(job.store, units)
+    if job.strict:
+        for unit in finished:
+            sidecar = read_sidecar(job.store, unit)
+            if sidecar is not None and sidecar["problems"]:
+                raise strict_error(Problem(**sidecar["problems"][0]))
+    todo = sorted(set(units) - set(finished))
+    total, done = (sum(len(job.units[unit]) for unit in part) for part in (units, finished))
     what = f"prepare {job.corpus}" + ("" if shard == WHOLE else f", shard {shard}")
     tasks = (_task(job, unit, folder) for unit in todo)
     with Progress(what, total, done, show=progress) as bar:
-        if workers == 1 or len(todo) <= 1:
-            for task in tasks:
-                _convert_unit(task, lambda: bar.update(bar.fresh + 1))
-        else:
-            _convert_in_processes(tasks, min(workers, len(todo)), bar)
+        do_all(_convert_unit, tasks, min(workers, len(todo)), bar)
         return bar.fresh
-
-
-def _convert_in_processes(tasks: Iterable[Task], workers: int, bar: Progress) -> None:
-    # spawn, not fork: the parent may run threads (tqdm, pyarrow, a notebook's kernel).
-    context = multiprocessing.get_context("spawn")
-    stop, counter = context.Event(), context.Value(ctypes.c_int64)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (stop, counter)) as pool:
-        # Not all at once: the entries of 11 million recordings would all lie in memory.
-        waiting = {
-            pool.submit(_convert_unit_in_worker, task) for task in itertools.islice(tasks, 2 * workers)
-        }
-        try:
-            while waiting:
-                finished, waiting = concurrent.futures.wait(
-                    waiting, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in finished:
-                    future.result()
-                for task in itertools.islice(tasks, len(finished)):
-                    waiting.add(pool.submit(_convert_unit_in_worker, task))
-                # Without its lock, which a worker that was killed may hold for ever.
-                bar.update(counter.get_obj().value)
-        except BrokenProcessPool:
-            raise UserError(
-                "A worker process died (killed, or out of memory?); run the same command again, it goes on "
-                "where it stopped, if need be with fewer --workers."
-            ) from None
-        finally:
-            # On success nothing is left to stop. On an error or Ctrl-C the workers leave their units
-            # unfinished.
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-_stop = threading.Event()
-_counter = None  # recordings that all workers together have dealt with; in a worker process only
-
-
-def _start_worker(stop, counter) -> None:
-    """Runs once in each worker process."""
-    global _stop, _counter
-    _stop, _counter = stop, counter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    parent = multiprocessing.parent_process()
-
-    def follow_parent() -> None:
-        # A parent killed with SIGKILL cannot stop its workers: they notice and leave.
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep freed arrays: a third of a worker's time went into page faults otherwise.
-
-    Does nothing where the C library has no `mallopt`.
-    """
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt"):
-        return
-    trim_threshold, mmap_threshold = -1, -3  # names of <malloc.h>
-    library.mallopt(trim_threshold, 256 << 20)
-    library.mallopt(mmap_threshold, 32 << 20)
-
-
-def _convert_unit_in_worker(task: Task) -> None:
-    def count() -> None:
-        with _counter.get_lock():
-            _counter.value += 1
-
-    _convert_unit(task, count)
 
 
 def _convert_unit(task: Task, count: Callable[[], None]) -> None:
@@ -186,7 +102,7 @@ def _convert_unit(task: Task, count: Callable[[], None]) -> None:
     read = CORPORA[task.corpus].read
     with disk_errors(task.store), UnitWriter(task.store, task.unit, task.corpus, task.folder) as writer:
         for number, entry in enumerate(task.entries):
-            if _stop.is_set():
+            if stopped():
                 return
             if number:
                 count()
@@ -195,7 +111,7 @@ def _convert_unit(task: Task, count: Callable[[], None]) -> None:
                 processed = task.preprocessing.apply(recording)
             except BadRecording as error:
                 if error.problem.kind in ("missing_header", "missing_signal"):
-                    _check_source(task.source, entry)
+                    _check_source(task, entry)
                 if task.strict:
                     raise strict_error(error.problem) from error
                 writer.problems.append(error.problem)
@@ -221,15 +137,20 @@ def _convert_unit(task: Task, count: Callable[[], None]) -> None:
         count()
 
 
-def _check_source(source: Path, entry: Entry) -> None:
-    """Tells a recording that is missing from a SOURCE that has gone, e.g. an unmounted drive.
+# Their files were seen when they were listed. The tables of other corpora also name files that a partial download does
+# not have, which is no reason to stop.
+_FOUND_BY_NAME = ("challenge", "wfdb", "ptb", "heedb", "heedb_emory")
+
+
+def _check_source(task: Task, entry: Entry) -> None:
+    """Tells a recording that is missing from a SOURCE of which a part has gone, e.g. a drive that is not mounted.
 
     Raises:
-      UserError: SOURCE, or the folder in it that held the recording, is not there any more or is empty.
+      UserError: SOURCE, or a folder in it that held the recording, is not there any more or is empty.
     """
-    folders = [source]
-    if len(Path(entry.file).parts) > 1:
-        folders.append(source / Path(entry.file).parts[0])
+    folders = [task.source / folder for folder in reversed(Path(entry.file).parents)]
+    if task.corpus not in _FOUND_BY_NAME:
+        folders = folders[:2]
     for folder in folders:
         try:
             with os.scandir(folder) as content:

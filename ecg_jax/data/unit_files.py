@@ -8,21 +8,28 @@ import errno
 import itertools
 import json
 import os
+import re
 import socket
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 
 from ecg_jax.data.progress import Progress
-from ecg_jax.data.record_table import checksum_keys, record_schema, unit_table
+from ecg_jax.data.record_table import checksum_keys, unit_table
 from ecg_jax.data.recording import Problem
 from ecg_jax.data.store import BYTES_PER_SAMPLE, PARTIAL, checksum
 from ecg_jax.errors import UserError
 from ecg_jax.files import replace_file
+
+# What is not a sidecar raises one of these on the way to a table.
+_NO_SIDECAR = (ValueError, KeyError, TypeError, OverflowError)
+
+# As `UnitWriter.finish` writes it.
+_SIDECAR_BEGIN = re.compile(rb'\{"samples": ([0-9]+), "rows": \[')
 
 
 def write_in_store(store: Path, path: Path, data: bytes) -> None:
@@ -60,7 +67,10 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"The disk is full while writing the store {path}; free some space and run the same command "
                 "again: it goes on where it stopped."
             ) from error
-        raise UserError(f"Cannot write the store {path}: {error.strerror} ({error.filename}).") from error
+        raise UserError(
+            f"Cannot write the store {path}: {error.strerror} ({error.filename}); when that is mended, run the same "
+            "command again: it goes on where it stopped."
+        ) from error
 
 
 def sidecar_path(store: Path, unit: int) -> Path:
@@ -71,36 +81,50 @@ def chunk_path(store: Path, unit: int) -> Path:
     return store / "signal" / "c" / str(unit) / "0"
 
 
+def finished_units(store: Path, units: Iterable[int]) -> list[int]:
+    """Those of some units that have been put into place, as far as the ends of the sidecar and the size of the chunk
+    file tell: the sidecars of 11 million recordings are gigabytes, which only `verified_units` reads.
+    """
+    return [unit for unit in units if _in_place(store, unit)]
+
+
+def _in_place(store: Path, unit: int) -> bool:
+    try:
+        with open(sidecar_path(store, unit), "rb") as file:
+            begin = _SIDECAR_BEGIN.match(file.read(64))
+            file.seek(-1, os.SEEK_END)
+            return (
+                begin is not None and file.read() == b"}" and _has_chunk(store, unit, samples=int(begin[1]))
+            )
+    except FileNotFoundError:
+        return False
+
+
+def _has_chunk(store: Path, unit: int, samples: int) -> bool:
+    """Whether a unit's chunk file is long enough; it may be longer, for finalisation extends it with zeros.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    return not samples or chunk_path(store, unit).stat().st_size >= samples * BYTES_PER_SAMPLE
+
+
 def read_sidecar(store: Path, unit: int) -> dict | None:
-    """The sidecar of a finished unit; None when the unit must be done (again)."""
-    found = _read(store, unit, _any_table)
-    return None if found is None else found[0]
+    """The sidecar of a finished unit; None when the unit must be done (again).
 
-
-def read_unit(
-    store: Path, unit: int, schema, values: Mapping[str, Iterable[str]]
-) -> tuple[dict, object] | None:
-    """The sidecar of a finished unit and its rows as a `pyarrow.Table`; None when the unit must be done (again)."""
-    return _read(store, unit, lambda rows: unit_table(rows, schema, values))
-
-
-def _read(store: Path, unit: int, table_of: Callable[[list[dict]], object]) -> tuple[dict, object] | None:
+    Raises:
+      OSError: it is there and cannot be read, which does not say that it is damaged.
+    """
     try:
         sidecar = json.loads(sidecar_path(store, unit).read_bytes())
         _check_sidecar(sidecar)
-        table = table_of(sidecar["rows"])
-        # Finalisation extends chunk files with zeros; if it was interrupted, they may already be longer.
-        if sidecar["samples"] and (
-            chunk_path(store, unit).stat().st_size < sidecar["samples"] * BYTES_PER_SAMPLE
-        ):
-            return None
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return sidecar if _has_chunk(store, unit, sidecar["samples"]) else None
+    except (FileNotFoundError, *_NO_SIDECAR):
         return None
-    return sidecar, table
 
 
 def _check_sidecar(sidecar: dict) -> None:
-    """Raises ValueError, KeyError or TypeError when it is not what `UnitWriter.finish` writes."""
+    """Raises one of `_NO_SIDECAR` when it is not what `UnitWriter.finish` writes."""
     end = 0
     for row in sidecar["rows"]:
         if row["offset"] != end or not row["length"] > 0 or len(bytes.fromhex(row["checksum"])) != 16:
@@ -112,19 +136,8 @@ def _check_sidecar(sidecar: dict) -> None:
         Problem(**problem)
 
 
-def _any_table(rows: list[dict]):
-    """The rows as a table, whatever label sets and value sets they have: that they can be one is what is checked."""
-    keys = sorted({key for row in rows for key in row})
-    label_sets = [key.removeprefix("labels_") for key in keys if key.startswith("labels_")]
-    values: dict[str, dict] = {key.removeprefix("values_"): {} for key in keys if key.startswith("values_")}
-    for name, numbers in values.items():
-        for row in rows:
-            numbers.update(row.get(f"values_{name}", {}))
-    return unit_table(rows, record_schema(label_sets, values), values)
-
-
 class DamagedUnits(UserError):
-    """Chunk files do not hold what was written.
+    """Units are damaged: a chunk file does not hold what its sidecar says, or the sidecar is none.
 
     Attributes:
       what: the sentence without what to do.
@@ -133,8 +146,8 @@ class DamagedUnits(UserError):
 
     def __init__(self, store: Path, n_units: int, units: list[int]):
         self.what = (
-            f"{len(units)} of the {n_units} chunk files written to {store} do not hold what was written (the "
-            f"first is {chunk_path(store, units[0])}), so check that disk"
+            f"{len(units)} of the {n_units} chunk files written to {store} do not hold what their sidecars "
+            f"say, or those are damaged (the first is {chunk_path(store, units[0])}), so check that disk"
         )
         self.units = units
         super().__init__(f"{self.what}; the same command writes them again and keeps the others.")
@@ -152,20 +165,23 @@ class VerifiedUnit(NamedTuple):
 
 
 def _verify(store: Path, unit: int, schema, values) -> VerifiedUnit | None:
-    """Reads one unit; None where samples differ from the checksums in its sidecar."""
-    found = read_unit(store, unit, schema, values)
-    if found is None:
+    """Reads one unit; None where its sidecar is damaged, or samples differ from the checksums in it."""
+    sidecar = read_sidecar(store, unit)
+    if sidecar is None:
         return None
-    sidecar, table = found
+    try:
+        # A table and not the rows, which take ten times as much.
+        table = unit_table(sidecar["rows"], schema, values)
+    except _NO_SIDECAR:
+        return None
     if sidecar["samples"]:
         with open(chunk_path(store, unit), "rb") as file:
             for row in sidecar["rows"]:
-                # `read_unit` has seen that the file is long enough.
+                # `read_sidecar` has seen that the file is long enough.
                 data = file.read(row["length"] * BYTES_PER_SAMPLE)
                 if checksum(np.frombuffer(data, "<i2")) != row["checksum"]:
                     return None
     problems = [Problem(**problem) for problem in sidecar["problems"]]
-    # A table and not the rows, which take ten times as much.
     return VerifiedUnit(sidecar["samples"], problems, table, checksum_keys(sidecar["rows"]))
 
 
@@ -177,6 +193,7 @@ def verified_units(store: Path, n_units: int, schema, values, progress: bool) ->
 
     Raises:
       DamagedUnits: some are damaged; their sidecars are removed, so that the next run does them again.
+      OSError: one is there and cannot be read; nothing is removed.
     """
     paths = [chunk_path(store, unit) for unit in range(n_units)]
     ends = np.cumsum([path.stat().st_size if path.exists() else 0 for path in paths]).tolist()
