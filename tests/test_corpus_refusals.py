@@ -219,8 +219,51 @@ def test_code15_refuses_a_part_that_is_no_hdf5(source):
 @pytest.mark.parametrize("units_per_mv", [0.1, 1000.0])
 def test_code15_does_not_guess_a_unit(tmp_path, units_per_mv):
     replicas.write_code15(tmp_path / "source", 2, parts=1, units_per_mv=units_per_mv, unlisted=False)
-    with pytest.raises(UserError, match=r"unit of .*exams_part0\.hdf5 cannot be told.*--assume-gain"):
+    with pytest.raises(
+        UserError, match=r"unit of CODE-15 .* cannot be told.*exams_part0\.hdf5.*--assume-gain"
+    ):
         prepare("code15", tmp_path / "source", tmp_path / "store", workers=1, progress=False)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """CODE-15 in three parts, the signals of the second multiplied."""
+
+    def make(factor):
+        replicas.write_code15(tmp_path / "source", 6, parts=3, unlisted=False)
+        with h5py.File(tmp_path / "source" / "exams_part1.hdf5", "a") as file:
+            file["tracings"][...] *= factor
+        return tmp_path / "source"
+
+    return make
+
+
+def test_code15_takes_the_unit_of_a_part_from_the_others(parts):
+    folder = parts(0.02)  # no ECG in either unit
+    found = listing("code15", folder)
+    units = [(p.record, p.action) for p in found.problems if p.kind == "unit_detected"]
+    assert units == [(f"exams_part{i}.hdf5", "millivolts") for i in range(3)]
+    for entry in found.entries:
+        file, row = entry.file.split("#")
+        with h5py.File(folder / file) as part:
+            tracing = part["tracings"][int(row)]
+        assert np.abs(code15.read(folder, entry, None).signal).max() == np.abs(tracing).max()
+
+
+def test_code15_whose_parts_differ_in_unit_is_refused(parts):
+    folder = parts(10.0)
+    found = listing("code15", folder)
+    assert "unit_detected" not in [p.kind for p in found.problems]
+    for forgotten in (False, True):  # by a process that listed the parts, and by another
+        if forgotten:
+            code15._looked_at.clear()
+        with pytest.raises(
+            UserError, match=r"differs.*part0\.hdf5 \S+ \(millivolts\).*part1\.hdf5 \S+ \(1e-4 V\)"
+        ):
+            code15.read(folder, found.entries[0], None)
+    assert code15.read(folder, found.entries[0], 10.0).record_id == found.entries[0].record_id
+    with pytest.raises(UserError, match="differs between its parts"):
+        prepare("code15", folder, folder / ".." / "store", workers=2, progress=False)
 
 
 def test_code15_row_of_zeros_is_refused(source):

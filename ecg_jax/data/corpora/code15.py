@@ -8,7 +8,8 @@ with exam_id 0. Columns and arrays as published and as public code reads them; n
 
 The unit is not stated with the arrays; the authors' other files are in 1e-4 V. It is told by amplitude: the
 median over some exams of the median lead's robust range is 1.2 for PTB-XL in millivolts (0.7-2.7 for any
-four of its recordings) and ten times that in 1e-4 V. `assume_gain` (units per millivolt: 1 or 10) overrules it.
+four of its recordings) and ten times that in 1e-4 V. All parts have one unit: where amplitudes say different ones, or
+nothing, `assume_gain` (units per millivolt: 1 or 10) must tell it, which overrules amplitudes in any case.
 """
 
 from __future__ import annotations
@@ -46,8 +47,10 @@ _NO_EXAM = 0  # exam_id of the row of zeros in every part
 _EXAMS_LOOKED_AT = 64
 # Limits of the statistic above: millivolts below the middle one, 1e-4 V above it, neither outside.
 _LOWEST_MV, _HIGHEST_MV, _HIGHEST_TENTH_MV = 0.4, 4.0, 40.0
+_UNITS = {1.0: "millivolts", 0.1: "1e-4 V"}
 
-_units: dict[tuple, tuple[float | None, float]] = {}
+# Part -> millivolts per unit or None, and the statistic: by SOURCE, once in each process.
+_looked_at: dict[Path, dict[Path, tuple[float | None, float]]] = {}
 
 
 def list_records(source: Path, rate: int | None) -> Listing:
@@ -64,20 +67,17 @@ def list_records(source: Path, rate: int | None) -> Listing:
     table = source / "exams.csv"
     if not table.is_file():
         raise UserError(f"{source} is not the CODE-15 folder: exams.csv is missing (expected {EXPECTS}).")
-    parts = {
-        int(match[1]): path
-        for path in find_files(source, (".hdf5",))
-        if (match := _PART.fullmatch(path.name)) is not None
-    }
+    parts = _parts(source)
     if not parts:
         raise UserError(f"No exams_part*.hdf5 found in {source} (expected {EXPECTS}).")
     exams, part_of, contradictory = _read_exams(table)
     entries, problems = [], []
-    for number in sorted(parts):
-        entries += _part_entries(source, parts[number], exams, contradictory)
-        problems += _unit_problems(parts[number])
+    for path in parts:
+        entries += _part_entries(source, path, exams, contradictory)
+    _looked_at[source] = {path: _look(path) for path in parts}
+    problems += _unit_problems(source)
     listed = {entry.record_id for entry in entries}
-    there = {path.name for path in parts.values()}
+    there = {path.name for path in parts}
     absent: dict[str, int] = {}
     for record_id in exams:
         if record_id in listed:
@@ -102,7 +102,8 @@ def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
 
     Raises:
       BadRecording: `no_signal` for a row of zeros.
-      UserError: the part cannot be read, or its unit cannot be told and `assume_gain` is not given.
+      UserError: the part cannot be read, or `assume_gain` is not given and the unit cannot be told or differs between
+        parts.
     """
     file, row = split_row_name(entry.file)
     path = source / file
@@ -113,13 +114,7 @@ def read(source: Path, entry: Entry, assume_gain: float | None) -> Recording:
         raise BadRecording(entry.record_id, "no_signal", f"row {row} of {path.name} is all zeros.")
     signal = signal[filled[0] : filled[-1] + 1]
     if assume_gain is None:
-        scale, statistic = _unit(path)
-        if scale is None:
-            raise UserError(
-                f"The unit of {path} cannot be told: its median lead spans {statistic:.3g}, neither an ECG in "
-                "millivolts nor in 1e-4 V; say how many units are a millivolt with --assume-gain."
-            )
-        return recording_from(entry, signal * scale, RATE_HZ)
+        return recording_from(entry, signal * _unit(source), RATE_HZ)
     recording = recording_from(entry, signal / assume_gain, RATE_HZ)
     recording.report("gain_assumed", "--assume-gain used", f"{assume_gain:g} units per millivolt.")
     return recording
@@ -194,40 +189,78 @@ def _part_entries(source: Path, path: Path, exams: dict[str, Entry], contradicto
     return entries
 
 
-def _unit_problems(path: Path) -> list[Problem]:
-    """One line on the unit found for a part; none if it cannot be told, which `read` refuses."""
-    scale, statistic = _unit(path)
-    if scale is None:
+def _parts(source: Path) -> list[Path]:
+    """The parts in SOURCE, by number."""
+    numbers = {
+        int(match[1]): path
+        for path in find_files(source, (".hdf5",))
+        if (match := _PART.fullmatch(path.name)) is not None
+    }
+    return [numbers[number] for number in sorted(numbers)]
+
+
+def _unit_problems(source: Path) -> list[Problem]:
+    """One line for each part on the unit found; none if it cannot be told, which `read` refuses."""
+    scales = _scales(source)
+    if len(scales) != 1:
         return []
-    unit = "millivolts" if scale == 1.0 else "1e-4 V"
-    detail = f"the median lead spans {statistic:.2f}, so it is read as {unit} (--assume-gain overrules that)."
-    return [Problem(path.name, "unit_detected", unit, detail)]
+    unit = _UNITS[scales.pop()]
+    return [
+        Problem(
+            path.name,
+            "unit_detected",
+            unit,
+            f"the median lead spans {statistic:.2f}; all parts are read as {unit} (--assume-gain overrules that).",
+        )
+        for path, (_, statistic) in _looked_at[source].items()
+    ]
 
 
-def _unit(path: Path) -> tuple[float | None, float]:
-    """Millivolts per unit of a part, None if that cannot be told, and the statistic it rests on.
+def _scales(source: Path) -> set[float]:
+    """What the parts' amplitudes say a unit is in millivolts: one number, or none, or two that contradict."""
+    return {scale for scale, _ in _looked_at[source].values() if scale is not None}
+
+
+def _unit(source: Path) -> float:
+    """Millivolts per unit of all parts.
+
+    Raises:
+      UserError: it cannot be told, or parts differ.
+    """
+    if source not in _looked_at:  # a process that has not listed SOURCE
+        _looked_at[source] = {path: _look(path) for path in _parts(source)}
+    scales = _scales(source)
+    if len(scales) == 1:
+        return scales.pop()
+    spans = ", ".join(
+        f"{path.name} {statistic:.3g}" + ("" if scale is None else f" ({_UNITS[scale]})")
+        for path, (scale, statistic) in _looked_at[source].items()
+    )
+    what = "differs between its parts" if scales else "cannot be told, for no ECG has such leads"
+    raise UserError(
+        f"The unit of CODE-15 in {source} {what}. The median lead spans in {spans}. Say how many units are a "
+        "millivolt, in all parts, with --assume-gain: 1 or 10; or take the parts again as published."
+    )
+
+
+def _look(path: Path) -> tuple[float | None, float]:
+    """Millivolts per unit that the amplitudes of a part speak for, None if for none, and the statistic they have.
 
     The exams looked at are spread over the whole part, so every process comes to the same result.
     """
-    status = path.stat()
-    key = str(path), status.st_size, status.st_mtime_ns
-    if key not in _units:
-        tracings, exam_ids = hdf5_datasets(path, ("tracings", "exam_id"))
-        rows = np.flatnonzero(exam_ids[()] != _NO_EXAM)
-        chosen = (
-            rows[np.unique(np.linspace(0, len(rows) - 1, _EXAMS_LOOKED_AT).astype(int))] if len(rows) else []
-        )
-        ranges = []
-        for row in chosen:
-            signal = np.asarray(tracings[row], float)
-            signal = signal[(signal != 0).any(axis=1)]
-            if len(signal) > 1 and np.isfinite(signal).all():
-                ranges.append(np.median(robust_range(signal)))
-        statistic = float(np.median(ranges)) if ranges else 0.0
-        scale = None
-        if _LOWEST_MV <= statistic < _HIGHEST_MV:
-            scale = 1.0
-        elif _HIGHEST_MV <= statistic < _HIGHEST_TENTH_MV:
-            scale = 0.1
-        _units[key] = scale, statistic
-    return _units[key]
+    tracings, exam_ids = hdf5_datasets(path, ("tracings", "exam_id"))
+    rows = np.flatnonzero(exam_ids[()] != _NO_EXAM)
+    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, _EXAMS_LOOKED_AT).astype(int))] if len(rows) else []
+    ranges = []
+    for row in chosen:
+        signal = np.asarray(tracings[row], float)
+        signal = signal[(signal != 0).any(axis=1)]
+        if len(signal) > 1 and np.isfinite(signal).all():
+            ranges.append(np.median(robust_range(signal)))
+    statistic = float(np.median(ranges)) if ranges else 0.0
+    scale = None
+    if _LOWEST_MV <= statistic < _HIGHEST_MV:
+        scale = 1.0
+    elif _HIGHEST_MV <= statistic < _HIGHEST_TENTH_MV:
+        scale = 0.1
+    return scale, statistic
