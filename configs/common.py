@@ -32,7 +32,8 @@ def get_config(backbone: str, *, bidirectional: bool) -> ConfigDict:
     config = ConfigDict()
     config.model = model(backbone, bidirectional)
     config.seed = 0
-    config.store = placeholder(str)  # folder written by `ecg-jax prepare`, or several, separated by commas
+    # Folder written by `ecg-jax prepare`, or several that were prepared alike (rate, --clip-mv), separated by commas.
+    config.store = placeholder(str)
     config.init = ConfigDict()  # what a new run begins with
     config.init.checkpoint = (
         ""  # RUN or RUN/STEP: its parameters (domain pretraining); "": drawn from the seed
@@ -41,7 +42,7 @@ def get_config(backbone: str, *, bidirectional: bool) -> ConfigDict:
 
     config.batch_size = 64  # crops a step, over all devices
     config.accumulate = 1  # parts of a batch that pass through the model one after the other, to save memory
-    config.epochs = 10.0  # an epoch is one random crop of each recording
+    config.epochs = 10.0  # an epoch is as many random crops as there are recordings; see data.weights
     config.steps = 0  # optimiser updates; 0: as many as `epochs` make
     config.precision = (
         "float32"  # or "bfloat16": compute dtype; parameters, norms, S4 kernels and the loss stay float32
@@ -51,10 +52,12 @@ def get_config(backbone: str, *, bidirectional: bool) -> ConfigDict:
     config.data.ladder = "nested"  # random nested sets of patients; or "paper": the paper's sites and years
     config.data.rung = "18k"  # size of a nested set, or whose partitions; 11m takes everything
     config.data.max_records = 0  # recordings, cut down patient by patient; 0: as many as the rung has
-    config.data.selection = (
-        ""  # selection.json of another run, whose recordings to use; "": those of the rung
-    )
-    config.data.weights = ""  # "1,3": share of each store; "": in proportion to its recordings
+    # selection.json of another run, whose recordings to use, held-out ones too, whatever ladder, rung and val_folds
+    # say; "": those of the rung.
+    config.data.selection = ""
+    # "1,3": share of each store in the crops of every epoch, so that recordings of one are seen more often than those
+    # of another; "": in proportion to the recordings, each once in an epoch.
+    config.data.weights = ""
     config.data.rate_hz = 240.0  # samples per second; must be the store's
     config.data.window_s = 2.5  # seconds in a crop
     config.data.normalisation = (

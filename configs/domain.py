@@ -3,8 +3,10 @@
     ecg-jax pretrain --config=configs/domain.py:objective=cpc --workdir=runs/cpc_then_mimic \
         --config.init.checkpoint=runs/cpc --config.store=stores/mimic
 
-Arguments: objective=cpc|jepa|data2vec|dinosr|hubert, and those of its own config (backbone, data, recipe, ...), which
-must be those of the checkpoint. `--config.init.part=encoder` takes the encoder alone, for another objective.
+Arguments: objective=cpc|jepa|data2vec|dinosr|hubert, and those of its own config. `data` is 11m, all of the store,
+unless it is given; backbone and recipe must be those of the checkpoint. Codebooks, prototypes and teacher come along
+and go on from where they were; the optimiser, and schedules of learning rate and of the teacher's momentum, begin anew.
+`--config.init.part=encoder` takes the encoder alone, for another objective.
 """
 
 from ml_collections import config_dict
@@ -17,6 +19,8 @@ OBJECTIVES = {"cpc": cpc, "jepa": jepa, "data2vec": data2vec, "dinosr": dinosr, 
 
 def get_config(arg=""):
     items = arg.split(",")
+    if not any(item.startswith("data=") for item in items):
+        items.append("data=11m")
     own = parse_arg(
         ",".join(item for item in items if item.startswith("objective=")), objective=tuple(OBJECTIVES)
     )

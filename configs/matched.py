@@ -6,8 +6,8 @@
 
 Arguments: corpus=mimic|heedb, objective=cpc|jepa|data2vec|dinosr|hubert, and those of its own config but `data` and
 `ladder`. Both runs take the first 700 000 recordings, less than one patient short, of random patients outside the held
-out fold, and as many steps as ten epochs of them make. Where a store has fewer, the run says so at its start: give both
-runs the smaller number as --config.data.max_records, and the same --config.steps.
+out fold, and ten epochs of them, which is equally many steps but for those recordings. Where a store has fewer, the run
+warns at its start: give both runs the smaller number as --config.data.max_records.
 """
 
 from configs import cpc, data2vec, dinosr, hubert, jepa
@@ -18,7 +18,6 @@ OBJECTIVES = {"cpc": cpc, "jepa": jepa, "data2vec": data2vec, "dinosr": dinosr, 
 
 # One fold of 20 is held out: 753 thousand leave 715 thousand to train on, before duplicates.
 RECORDINGS = 700_000
-EPOCHS = 10
 
 
 def get_config(arg=""):
@@ -36,5 +35,4 @@ def get_config(arg=""):
     config.data.ladder = "paper" if own.corpus == "heedb" else "nested"
     config.data.rung = "753k"
     config.data.max_records = RECORDINGS
-    config.steps = -(-EPOCHS * RECORDINGS // config.batch_size)
     return config

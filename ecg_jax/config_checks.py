@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ecg_jax.config_flags import load_config, with_argument
 from ecg_jax.data import ladder
-from ecg_jax.data.mixture import parse_weights
+from ecg_jax.data.mixture import parse_weights, store_paths
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.errors import UserError, closest
 from ecg_jax.models import convolution
@@ -95,11 +95,17 @@ def check_config(config: ConfigDict) -> None:
 
 
 def _check_sources(config: ConfigDict) -> None:
-    """Refuses stores and weights that do not fit each other."""
-    stores = () if config.store is None else config.store.split(",")
+    """Refuses stores, weights and a selection that do not fit each other."""
+    stores = [] if config.store is None else store_paths(config.store)
     if not all(stores) or len(set(stores)) < len(stores):
         raise UserError(
-            f"config.store={config.store!r} must name one store, or several different ones separated by commas"
+            f"config.store={config.store!r} must name one store, or several different ones separated by commas (a "
+            "path cannot have one)"
+        )
+    if config.data.selection and config.data.max_records:
+        raise UserError(
+            f"config.data.max_records={config.data.max_records} would cut config.data.selection="
+            f"{config.data.selection!r}, which is used as it is; set one of them"
         )
     if not config.data.weights:
         return

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ecg_jax.config_checks import check_config
 from ecg_jax.config_flags import parse_command
+from ecg_jax.data.mixture import store_paths
 from ecg_jax.data.pipeline import train_batches, val_batches
 from ecg_jax.errors import Stopped, UserError
 from ecg_jax.models.encoder import tokens_of
@@ -308,6 +309,6 @@ def main(argv: list[str]) -> int:
     if jax.process_index() == 0:
         print(
             "done; next: ecg-jax probe --config=configs/probe.py:mode=linear,task=ptbxl_super "
-            f"--checkpoint={args.workdir} --store={config.store.split(',')[0]} --workdir={args.workdir}-probe"
+            f"--checkpoint={args.workdir} --store={store_paths(config.store)[0]} --workdir={args.workdir}-probe"
         )
     return 0

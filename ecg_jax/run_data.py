@@ -1,6 +1,7 @@
 """What a pretraining run reads: its stores, which of their recordings, and what it says of them afterwards."""
 
 import dataclasses
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,20 @@ from ml_collections import ConfigDict
 from ecg_jax.data import ladder
 from ecg_jax.data.mixture import StoreSet, parse_weights
 from ecg_jax.data.preprocessing import Preprocessing
-from ecg_jax.data.selection import Selection, knows_selections, select_as_configured
+from ecg_jax.data.selection import SELECTION_NAME, Selection, knows_selections, select_as_configured
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import Targets
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import online_probe
 from ecg_jax.run_origin import find_origin
-from ecg_jax.run_setup import open_store, open_targets
+from ecg_jax.run_setup import flatten, open_store, open_targets
+from ecg_jax.training.agreement import answers
 from ecg_jax.training.checkpoint import finished_steps
 from ecg_jax.workdir import stored_config
+
+# Fields that may differ from process to process: where things lie, which are compared by their content, and how each
+# process reads.
+_LOCAL_FIELDS = {"store", "init.checkpoint", "data.selection", "data.read_threads", "data.prefetch"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +84,19 @@ class RunData:
             share = (
                 self.shares[number] / sum(self.shares) if self.shares else len(train) / len(selection.train)
             )
-            lines.append(
-                f"  {store.path}: {len(train)} to train on, {len(val)} held out, {share:.1%} of the crops"
-            )
+            line = f"  {store.path}: {len(train)} to train on, {len(val)} held out, {share:.1%} of the crops"
+            if self.shares:
+                times = share * len(selection.train) / len(train)
+                line += f", each recording {times:.3g} times in an epoch of {len(selection.train)} crops"
+            lines.append(line)
         if made_up := [str(store.path) for store in self.store.stores if store.synthetic]:
             lines.append(f"SYNTHETIC recordings in {', '.join(made_up)}: no encoder of ECGs comes of them")
         cut = selection.rule.max_records
         if cut is not None and selection.available < cut:
+            # A number was chosen to compare with another run, a rung only bounds what there may be.
             lines.append(
-                f"up to {cut} recordings were asked for; there are {selection.available} to train on"
+                f"{'warning: ' if selection.rule.cut_by_number else ''}up to {cut} recordings were asked for; there "
+                f"are {selection.available} to train on"
             )
         if selection.missing:
             lines.append(
@@ -104,22 +114,75 @@ class RunData:
 
 
 def open_data(config: ConfigDict, workdir: Path) -> RunData:
-    """Opens the stores of a run and chooses its recordings.
+    """Opens the stores of a run and chooses its recordings, and sees to it that every process has the same.
 
     Args:
         config: of the run, checked.
         workdir: of the run. One begun before selections were files keeps the rule of its time.
 
     Raises:
-        UserError: the stores, their recordings, the targets or the first checkpoint do not fit the config.
+        UserError: the stores, their recordings, the targets or the first checkpoint do not fit the config; or a process
+            has another config, or other content where its paths lead. On every process.
+        NoAnswer: a process did not answer in time.
     """
+    mine, data = {"host": socket.gethostname()}, None
+    try:
+        data = _open(config, workdir)
+        mine["reads"] = _reads(config, data)
+    except UserError as error:
+        mine["refused"] = str(error)
+    _check_alike(answers("the data of the run", mine))
+    return data
+
+
+def _reads(config: ConfigDict, data: RunData) -> dict[str, tuple[Any, str]]:
+    """What all processes must have alike, as (value, how to show it) by name.
+
+    The number of steps follows from the config and the selection.
+    """
+    fields = {name: value for name, value in flatten(config.to_dict()).items() if name not in _LOCAL_FIELDS}
+    targets, origin = data.targets, data.origin
+    return {f"config.{name}": (value, repr(value)) for name, value in fields.items()} | {
+        "store": (data.store.fingerprint, ", ".join(str(each.path.resolve()) for each in data.store.stores)),
+        "selection": (data.selection.fingerprint, f"{len(data.selection.train)} recordings to train on"),
+        "offline targets": (targets.fingerprint, str(targets.path)) if targets else (None, "none"),
+        "first checkpoint": (origin, f"step {origin['step']} of {origin['run']}")
+        if origin
+        else (None, "none"),
+    }
+
+
+def _check_alike(heard: list[dict[str, Any]]) -> None:
+    """Compares what processes said with what process 0 said.
+
+    Raises:
+        UserError: a process was refused its data, or reads another.
+    """
+    for process, said in enumerate(heard):
+        if "refused" in said:
+            raise UserError(f"process {process} on {said['host']}: " * (process > 0) + said["refused"])
+    first = heard[0]
+    for process, said in enumerate(heard):
+        for name, (value, shown) in first["reads"].items():
+            other, seen = said["reads"].get(name, (None, "none"))
+            if other != value:
+                raise UserError(
+                    f"process {process} on {said['host']} has another {name} ({seen}) than process 0 on "
+                    f"{first['host']} ({shown}); give every process the same command, and put what it reads where "
+                    "every host sees the same"
+                )
+
+
+def _open(config: ConfigDict, workdir: Path) -> RunData:
+    """`open_data` of this process alone."""
     store, preprocessing = open_store(config)
     targets = open_targets(config, store)
-    fields = config.data.to_dict()
-    if finished_steps(workdir) and not knows_selections(before := stored_config(workdir)["data"]):
+    fields, begun = config.data.to_dict(), bool(finished_steps(workdir))
+    if begun and not knows_selections(before := stored_config(workdir)["data"]):
         fields = {name: fields[name] for name in before}
         fields["max_records"] = config.data.max_records or ladder.SIZES[config.data.rung]
-    selection = select_as_configured(store, fields, preprocessing.window_samples)
+    kept = workdir / SELECTION_NAME if begun else None
+    selection = select_as_configured(store, fields, preprocessing.window_samples, kept)
     shares = parse_weights(config.data.weights)
     for number, each in enumerate(store.stores if shares else ()):
         if not len(selection.rows_of(number)[0]):

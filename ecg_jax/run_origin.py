@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ecg_jax.data.mixture import store_paths
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.errors import UserError
 from ecg_jax.models.encoder import tokens_of
@@ -24,7 +25,8 @@ from ecg_jax.training.checkpoint_tree import checksums, describe_mismatch, flat_
 from ecg_jax.training.train_state import TrainState, with_bases
 from ecg_jax.workdir import stored_config
 
-# Everything that training has moved or drawn, but the optimiser and the key of the run.
+# Everything that training has moved or drawn, but the optimiser and the key of the run. What depends on the step, as
+# the teacher's momentum does, begins anew.
 _COLLECTIONS = ("params", "batch_stats", "ssm", "objective_state", "teacher")
 
 
@@ -47,7 +49,7 @@ def describe_run(run: Path, step: int) -> dict[str, Any]:
         "run": str(run.resolve()),
         "step": step,
         "store": config["store"]
-        and ",".join(str(Path(path).resolve()) for path in config["store"].split(",")),
+        and ",".join(str(Path(path).resolve()) for path in store_paths(config["store"])),
         "store_fingerprint": meta["store_fingerprint"],
         "data": config["data"],
         "window_samples": contract.window_samples,

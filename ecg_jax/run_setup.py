@@ -1,12 +1,13 @@
 """What the config of a run means: the stores, objective, optimiser and first state it describes."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ecg_jax.data.mixture import StoreSet
+from ecg_jax.data.mixture import StoreSet, store_paths
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import Store
@@ -158,8 +159,8 @@ def open_store(config: ConfigDict) -> tuple[StoreSet, Preprocessing]:
     """
     if config.store is None:
         raise UserError("config.store is not set; give the folder of a prepared store: --config.store=STORE")
-    stores = [Store(path) for path in config.store.split(",")]
-    first = stores[0].preprocessing.to_dict()
+    stores = [Store(path) for path in store_paths(config.store)]
+    contract = stores[0].preprocessing
     for store in stores:
         if store.leads != CANONICAL_LEADS:
             raise UserError(
@@ -171,14 +172,17 @@ def open_store(config: ConfigDict) -> tuple[StoreSet, Preprocessing]:
                 f"the store {store.path} has {store.rate_hz:g} samples per second, config.data.rate_hz is "
                 f"{config.data.rate_hz:g}; prepare the recordings again or change the field"
             )
-        contract = store.preprocessing.to_dict()
-        if differ := [name for name in first if contract[name] != first[name]]:
-            raise UserError(
-                f"the stores {stores[0].path} and {store.path} were prepared differently: they differ in "
-                f"{', '.join(differ)}; a run needs one contract, so prepare one of them again"
+        try:
+            contract.check_compatible(
+                store.preprocessing, f"the store {stores[0].path}", f"the store {store.path}"
             )
-    return StoreSet(stores), Preprocessing.from_dict(
-        first | {"window_s": config.data.window_s, "normalisation": config.data.normalisation}
+        except UserError as error:
+            raise UserError(
+                f"{error} A run needs one contract: stores that are mixed have to be prepared alike, with the same "
+                "--clip-mv"
+            ) from error
+    return StoreSet(stores), dataclasses.replace(
+        contract, window_s=config.data.window_s, normalisation=config.data.normalisation
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,10 @@ from ml_collections import ConfigDict
 
 from ecg_jax.config_flags import load_config, with_argument
 from ecg_jax.data import ladder
+from ecg_jax.data.mixture import parse_weights
 from ecg_jax.data.selection import (
     SELECTION_NAME,
     Selection,
-    difference,
     knows_selections,
     read_selection,
     write_selection,
@@ -132,13 +133,22 @@ def _check_same_run(workdir: Path, wanted: dict[str, Any], constant_schedule: bo
     there = flatten(load_config(shipped).to_dict()) | there
     free = _FREE_FIELDS | (_LENGTH_FIELDS if constant_schedule else set())
     names = sorted(there.keys() | wanted.keys())
-    differ = [name for name in names if name not in free and there.get(name) != wanted.get(name)]
+    differ = [
+        name
+        for name in names
+        if name not in free and _meaning(name, there.get(name)) != _meaning(name, wanted.get(name))
+    ]
     if differ:
         shown = ", ".join(
             f"{name} ({there.get(name)!r} there, {wanted.get(name)!r} now)" for name in differ[:5]
         )
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise UserError(f"{workdir} holds another run: it differs in {shown}{more}; choose another --workdir")
+
+
+def _meaning(name: str, value: Any) -> Any:
+    """What a field is compared by: weights are ratios, which have many spellings."""
+    return parse_weights(value) if name == "data.weights" else value
 
 
 def _check_same_selection(workdir: Path, wanted: dict[str, Any], selection: Selection) -> None:
@@ -162,6 +172,25 @@ def _check_same_selection(workdir: Path, wanted: dict[str, Any], selection: Sele
             "choose another --workdir"
         )
     write_selection(path, selection)
+
+
+def difference(there: Selection, now: Selection) -> str | None:
+    """What tells two selections apart, for a sentence; None when they hold the same recordings."""
+    if there.fingerprint == now.fingerprint:
+        return None
+    if [s.fingerprint for s in there.sources] != [s.fingerprint for s in now.sources]:
+        return "the content of its stores"
+    rules = dataclasses.asdict(there.rule), dataclasses.asdict(now.rule)
+    parts = [
+        f"{name} ({rules[0][name]} there, {rules[1][name]} now)"
+        for name in rules[0]
+        if rules[0][name] != rules[1][name]
+    ]
+    for name in ("train", "val"):
+        counts = len(getattr(there, name)), len(getattr(now, name))
+        if counts[0] != counts[1]:
+            parts.append(f"{name} recordings ({counts[0]} there, {counts[1]} now)")
+    return ", ".join(parts) or "which recordings they are (folds, patients or duplicates of a store changed)"
 
 
 def _size(data: dict[str, Any]) -> int | None:

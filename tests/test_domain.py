@@ -70,6 +70,8 @@ def test_domain_config_is_an_objectives_at_a_tenth_of_its_rate():
     )
     assert config.optimiser.learning_rate == pytest.approx(own.optimiser.learning_rate / 10)
     assert (config.objective, config.data) == (own.objective, own.data)
+    config = load_config("configs/domain.py:objective=jepa,ladder=paper")
+    assert (config.data.rung, config.data.ladder) == ("11m", "paper")
     with pytest.raises(UserError, match="objective='jepaa' is unknown; did you mean"):
         load_config("configs/domain.py:objective=jepaa")
 
@@ -194,8 +196,15 @@ def test_run_on_two_stores(tmp_path, stores, capsys):
     out = capsys.readouterr().out
     assert f"{stores[0]}: " in out
     assert "75.0% of the crops" in out
+    trained = [
+        len(rows) for rows in map(lambda n: read_selection(whole / SELECTION_NAME).rows_of(n)[0], (0, 1))
+    ]
+    times = [sum(trained) * share / n for share, n in zip((0.25, 0.75), trained, strict=True)]
+    for each in times:
+        assert f"each recording {each:.3g} times in an epoch of {sum(trained)} crops" in out
     pretrain(mixed(stores, steps=2), halves)
     config = mixed(stores, steps=4)
+    config.data.weights, config.store = "0.25, 0.75", f" {stores[0]}, {stores[1]}"
     pretrain(config, halves)
     logs = [
         [{k: v for k, v in e.items() if k not in CLOCK} for e in read_log(run)] for run in (whole, halves)
@@ -229,6 +238,10 @@ def test_run_on_two_stores(tmp_path, stores, capsys):
         ({"store": "{0}", "data__max_records": -1}, "config.data.max_records=-1 must not be negative"),
         ({"store": "{0}", "stall_timeout_s": -1}, "config.stall_timeout_s=-1.0 must not be negative"),
         ({"store": "{0}", "data__selection": "nowhere.json"}, "cannot read the selection nowhere.json"),
+        (
+            {"store": "{0}", "data__selection": "x", "data__max_records": 9},
+            "data.max_records=9 would cut .*data.sel",
+        ),
     ],
 )
 def test_bad_sources_are_refused(tmp_path, stores, changes, message):
@@ -236,6 +249,19 @@ def test_bad_sources_are_refused(tmp_path, stores, changes, message):
     with pytest.raises(UserError, match=message):
         pretrain(shrunk("configs/cpc.py", **changes | {"store": store}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_stores_prepared_otherwise_are_refused(tmp_path, stores):
+    other = tmp_path / "clipped"
+    shutil.copytree(stores[1], other)
+    metadata = json.loads((other / "zarr.json").read_text())
+    metadata["attributes"]["ecg_jax"]["preprocessing"]["clip_mv"] = 3.0
+    (other / "zarr.json").write_text(json.dumps(metadata))
+    message = (
+        r"clip_mv is None in the store .*0 but 3.0 in the store .*clipped.* alike, with the same --clip-mv"
+    )
+    with pytest.raises(UserError, match=message):
+        pretrain(shrunk("configs/cpc.py", store=f"{stores[0]},{other}"), tmp_path / "run")
 
 
 def test_offline_targets_of_several_stores_are_refused(tmp_path, stores):
@@ -339,9 +365,9 @@ def corpora(tmp_path_factory):
     return stores
 
 
-def test_matched_runs_take_equally_many_recordings_and_steps(tmp_path, corpora):
+def test_matched_runs_take_equally_many_recordings_and_epochs(tmp_path, corpora, capsys):
     configs = {name: load_config(f"configs/matched.py:corpus={name}") for name in corpora}
-    assert configs["mimic"].steps == configs["heedb"].steps == 109_375
+    assert {(config.steps, config.epochs) for config in configs.values()} == {(0, 10.0)}
     assert {config.data.max_records for config in configs.values()} == {700_000}
     sizes = {}
     for name, path in corpora.items():
@@ -356,5 +382,10 @@ def test_matched_runs_take_equally_many_recordings_and_steps(tmp_path, corpora):
         np.unique(Store(path).column("patient_id"), return_counts=True)[1].max() for path in corpora.values()
     )
     assert all(20 - patient < size <= 20 for size in sizes.values()), sizes
+    assert "warning: up to" not in capsys.readouterr().out
+    pretrain(shrunk("configs/matched.py", store=corpora["mimic"], steps=1), tmp_path / "smaller")
+    assert "warning: up to 700000 recordings were asked for; there are " in capsys.readouterr().out
+    pretrain(shrunk("configs/cpc.py", store=corpora["mimic"], steps=1), tmp_path / "rung")
+    assert "\nup to 18000 recordings were asked for" in capsys.readouterr().out
     with pytest.raises(UserError, match="leave data and ladder out"):
         load_config("configs/matched.py:corpus=mimic,data=45k")

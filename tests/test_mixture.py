@@ -1,13 +1,15 @@
 """Several stores read like one, and the share of each in the order."""
 
+import hashlib
 import itertools
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecg_jax.data.mixture import StoreSet, as_set, joint_fingerprint, parse_weights
+from ecg_jax.data.mixture import StoreSet, as_set, joint_fingerprint, parse_weights, store_paths
 from ecg_jax.data.order import mixed_by_position
 from ecg_jax.data.pipeline import train_batches, val_batches
 from ecg_jax.data.selection import select_records
@@ -15,6 +17,7 @@ from ecg_jax.data.store import Store
 from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.errors import UserError
 from store_files import write_store
+from test_selection import FakeStore, people, select
 
 WINDOW = 600
 FROZEN_MIXED = [4, 19, 21, 25, 11, 2, 22, 20]
@@ -96,6 +99,10 @@ def test_a_set_of_one_is_the_store(stores, start_step):
 )  # fmt: skip
 def test_weights_are_the_smallest_whole_shares(text, shares):
     assert parse_weights(text) == shares
+
+
+def test_stores_may_stand_apart():
+    assert store_paths("a, b c ,d") == ["a", "b c", "d"]
 
 
 @pytest.mark.parametrize("text", ["1,0", "-1,2", "a,b", "1,,2", ",", "nan,1", "inf,1"])
@@ -211,3 +218,38 @@ def test_validation_covers_all_stores(stores):
     batches = list(val_batches(stores, rows, batch_size=8, window_samples=WINDOW, max_crops=10**6))
     crops = sum(batch["weight"].sum() for batch in batches)
     assert crops == (stores.column("length")[rows] // WINDOW).sum()
+
+
+def test_nobody_is_trained_on_who_is_held_out_in_another_store_of_the_corpus():
+    ids = [None, *people(39)]
+    folds = [[-1, *((i // 4 + shift) % 5 for i in range(39))] for shift in (0, 1)]
+    stores = [
+        FakeStore("one", name, patient_id=ids, fold=fold) for name, fold in zip("ab", folds, strict=True)
+    ]
+    stores.append(FakeStore("two", "c", patient_id=ids, fold=folds[0]))
+    selection = select(StoreSet(stores), val_folds=1)
+    patients = np.array([f"{store.corpus} {name}" for store in stores for name in ids])
+    assert not set(patients[selection.train]) & set(patients[selection.val])
+    assert {0, 40, 80} <= set(selection.train), "unknown patients are not one"
+    alone = [select(store, val_folds=1) for store in stores]
+    assert len(selection.val) == sum(len(each.val) for each in alone)
+    left = sum(len(each.train) for each in alone) - len(selection.train)
+    assert left == selection.held_elsewhere > 0
+    assert f"{left} of patients who are held out in another store left out" in selection.describe()
+    np.testing.assert_array_equal(selection.rows_of(2)[0], alone[2].train, "the only one of its corpus")
+
+
+def test_a_signal_that_two_stores_have_is_used_once():
+    names = [hashlib.md5(name.encode()).hexdigest() for name in "abcdef"]
+    first = FakeStore(
+        corpus="one", fingerprint="a", patient_id=list("pqrs"), fold=[1, 1, 1, 2], checksum=names[:4]
+    )
+    second = FakeStore(
+        corpus="two", fingerprint="b", patient_id=list("tuvwx"), fold=[1, 2, 1, 2, 2],
+        checksum=[names[4], names[0], names[3], names[5], names[5]],
+        duplicate_of=pa.array([None, None, None, None, "two3"]),
+    )  # fmt: skip
+    selection = select(StoreSet([first, second]), val_folds=1)
+    assert selection.train.tolist() == [0, 1, 2, 4]
+    assert selection.val.tolist() == [3, 7]
+    assert selection.duplicates == 3

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.training.metric_writers import read_log
 from process_runs import COMMAND, RECORD, Processes, trail
 from test_pretrain import arguments
@@ -116,3 +117,43 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_four(
     assert_same_losses(read_log(workdir), read_log(runs[2, 1]))
     rows = [tuple(row) for i in range(processes) for row in trail(tmp_path / "trail", i, "taken")]
     assert sorted(rows) == sorted(tuple(row) for batch in taken(runs[2, 1], 2)[RESUMED:] for row in batch)
+
+
+def run_refused(tmp_path, *, store, **fields):
+    """What two processes say that are refused, each in a folder of its own; `fields` are of process 1 alone."""
+    run = tmp_path / "run"
+    code = (
+        f"import os, sys; os.chdir(f'{tmp_path}/{{PROCESS}}')\n"
+        f"sys.argv += {[f'--config.{name}={value}' for name, value in fields.items()]} * PROCESS\n"
+    )
+    args = arguments(run, store, **CHANGES)
+    with Processes(tmp_path / "outputs", 2, code=code + COMMAND, args=args) as running:
+        codes, _, err = running.finish()
+    assert set(codes.values()) == {2}, err
+    assert not run.exists()
+    return err
+
+
+@pytest.mark.parametrize("other", ["another", "none"])
+def test_a_process_that_reads_another_store_is_refused_on_all(tmp_path, other):
+    """One path that is another folder, of equally many records, or none, on another host."""
+    for process, seed in ((0, 0), (1, 9)):
+        (tmp_path / str(process)).mkdir()
+        if process == 0 or other == "another":
+            write_synthetic_store(tmp_path / str(process) / "store", n_records=60, seconds=2.0, seed=seed)
+    err = run_refused(tmp_path, store="store")
+    for text in err.values():
+        if other == "another":
+            assert "process 1 on " in text
+            assert f"has another store ({tmp_path}/1/store) than process 0" in text
+        else:
+            assert "There is no store at store" in text
+            assert "process 1 on " in text
+
+
+def test_a_process_of_another_command_is_refused_on_all(tmp_path, synthetic_store):
+    for process in (0, 1):
+        (tmp_path / str(process)).mkdir()
+    err = run_refused(tmp_path, store=synthetic_store, seed=3)
+    for text in err.values():
+        assert "has another config.seed (3) than process 0" in text

@@ -9,10 +9,10 @@ import pytest
 
 from ecg_jax.config_flags import load_config, override
 from ecg_jax.data import ladder
+from ecg_jax.data import selection as selection_module
 from ecg_jax.data.corpora import heedb, heedb_emory
 from ecg_jax.data.mixture import StoreSet
 from ecg_jax.data.selection import (
-    difference,
     read_selection,
     select_as_configured,
     select_records,
@@ -21,6 +21,7 @@ from ecg_jax.data.selection import (
 )
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
+from ecg_jax.workdir import difference
 
 WINDOW = 600
 
@@ -36,6 +37,7 @@ class FakeStore:
         self.columns = {
             "length": np.full(n, 900), "fold": np.ones(n, int), "duplicate_of": pa.nulls(n, pa.string()),
             "record_id": [f"{corpus}{i}" for i in range(n)], "source_file": [""] * n,
+            "checksum": [hashlib.md5(f"{fingerprint}{i}".encode()).hexdigest() for i in range(n)],
         } | columns  # fmt: skip
 
     def arrow_column(self, name):
@@ -223,6 +225,14 @@ def test_paper_rung_of_several_corpora():
     np.testing.assert_array_equal(select(stores, ladder="paper", rung="18k").train, np.arange(30))
 
 
+def test_the_papers_last_rung_takes_nothing_else():
+    stores = StoreSet(
+        [heedb_store("S0001-1987", "S0005-2024"), FakeStore("ptbxl", "x", patient_id=list("xyz"))]
+    )
+    np.testing.assert_array_equal(select(stores, ladder="paper", rung="11m").train, np.arange(30))
+    assert len(select(stores, rung="11m").train) == 63
+
+
 @pytest.mark.parametrize("rung", ["45k", "11m"])
 def test_paper_rung_without_its_partitions_is_refused(rung):
     with pytest.raises(UserError, match=rf"config.data.ladder=paper: rung {rung} is made of .* none of it"):
@@ -252,6 +262,46 @@ def test_selection_comes_back_from_its_file(kept, store):
     assert content["stores"][0]["train"] == len(selection.train)
     assert "whole patients" in content["rule"]
     assert use_selection(path, store, WINDOW).fingerprint == selection.fingerprint
+
+
+def test_selection_file_says_whether_its_cut_was_reached(tmp_path):
+    fake = FakeStore(patient_id=people(40))
+    rules = {size: select(fake, max_records=size).to_dict()["rule"] for size in (20, 40, 90)}
+    assert "at most 20 records" in rules[20]
+    assert "reached" not in rules[20]
+    assert all("(not reached: there are 40)" in rules[size] for size in (40, 90))
+
+
+def test_first_selection_files_are_read(kept):
+    selection, path = kept
+    content = json.loads(path.read_text())
+    del content["held_elsewhere"]
+    path.write_text(json.dumps(content))
+    assert read_selection(path).fingerprint == selection.fingerprint
+
+
+def test_a_kept_selection_of_this_rule_and_store_is_not_made_again(tmp_path, monkeypatch):
+    fake, path = FakeStore(patient_id=people(40)), tmp_path / "selection.json"
+    data = load_config("configs/cpc.py").data.to_dict() | {"max_records": 20, "val_folds": 0}
+    made = select_as_configured(fake, data, WINDOW, path)
+    write_selection(path, made)
+    other = FakeStore(fingerprint="o", patient_id=people(40))
+    again = [
+        select_as_configured(fake, data | {"max_records": 8}, WINDOW, path),
+        select_as_configured(fake, data, WINDOW - 1, path),
+        select_as_configured(other, data, WINDOW, path),
+    ]
+    assert made.fingerprint not in {each.fingerprint for each in (again[0], again[2])}
+    assert again[1].rule != made.rule
+
+    def never(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(selection_module, "_masks", never)
+    assert select_as_configured(fake, data, WINDOW, path).fingerprint == made.fingerprint
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(UserError, match="is no selection"):
+        select_as_configured(fake, data, WINDOW, path)
 
 
 def test_selection_of_several_stores_comes_back(tmp_path):

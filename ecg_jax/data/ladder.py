@@ -11,26 +11,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ecg_jax.data.corpora import heedb, heedb_emory
+from ecg_jax.errors import UserError
+
 if TYPE_CHECKING:
+    from ecg_jax.data.mixture import StoreSet
     from ecg_jax.data.store import Store
 
 #: What `config.data.ladder` may be.
 LADDERS = ("nested", "paper")
 
-#: Rung -> how many recordings a nested selection of it holds at most; the paper's rungs have about as many. The last
-#: one takes everything on either ladder.
+#: Rung -> how many recordings a nested selection of it holds at most; the paper's rungs have about as many.
 SIZES = {"18k": 18_000, "45k": 45_000, "106k": 106_000, "753k": 753_000, "11m": 11_000_000}
 
-#: The rung that takes everything.
+#: The rung that takes everything: on the paper's ladder all its partitions, on the nested one all there is.
 EVERYTHING = "11m"
-
-_YEARS = {
-    "S0001": (1987, 1988, 1994, 2006, 2007, 2011, 2013, 2015, 2016, 2017, 2018, 2019, 2020, 2021),
-    "S0002": (1993, 1997, 1998, 2000, 2003, 2004, 2008, 2009, 2013, 2015, 2016, 2018, 2020, 2022),
-    "S0003": (1990, 1994, 2009, 2010, 2013),
-    "S0004": (2019,),
-    "emory": tuple(range(2010, 2019)),
-}
 
 #: Rung -> its partitions. The paper's table calls that of 45k S0001-1990, which none of its configs knows; S0003-1990
 #: is the partition of that year.
@@ -39,7 +34,7 @@ PARTITIONS = {
     "45k": ("S0003-1990",),
     "106k": ("S0001-2019",),
     "753k": ("S0001-2007",),
-    EVERYTHING: (*(f"{site}-{year}" for site, years in _YEARS.items() for year in years), "code15"),
+    EVERYTHING: (*heedb.PARTITIONS, *heedb_emory.PARTITIONS, "code15"),
 }
 
 
@@ -59,16 +54,41 @@ def partitions(store: Store) -> tuple[list[str | None], np.ndarray]:
     """
     import pyarrow.compute as pc
 
-    if store.corpus == "heedb":
-        from ecg_jax.data.corpora.heedb import partition_of
-    elif store.corpus == "heedb_emory":
-        from ecg_jax.data.corpora.heedb_emory import partition_of
-    else:
+    corpora = {"heedb": heedb, "heedb_emory": heedb_emory}
+    if store.corpus not in corpora:
         return ["code15" if store.corpus == "code15" else None], np.zeros(len(store), np.int32)
+    partition_of = corpora[store.corpus].partition_of
     # Millions of files lie in thousands of folders: asking for each folder once takes no time.
     folders = pc.replace_substring_regex(store.arrow_column("source_file"), r"[^/]*$", "")
     codes, names = dictionary_codes(folders)
     return [partition_of(f"{folder}record.hea") for folder in names], codes
+
+
+def in_rung(stores: StoreSet, rung: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Which records of stores are of a rung of the paper.
+
+    Returns:
+        (bool [n] by joint row; partitions of the rung that no store has).
+
+    Raises:
+        UserError: partitions are missing, of the rung that takes everything all of them.
+    """
+    wanted = PARTITIONS[rung]
+    parts, found = [], set()
+    for store in stores.stores:
+        names, codes = partitions(store)
+        there = np.bincount(codes, minlength=len(names)) > 0
+        found |= {name for name, some in zip(names, there, strict=True) if some}
+        parts.append(np.array([name in wanted for name in names], bool)[codes])
+    missing = tuple(name for name in wanted if name not in found)
+    if len(missing) == len(wanted) or (missing and rung != EVERYTHING):
+        raise UserError(
+            f"config.data.ladder=paper: rung {rung} is made of {', '.join(wanted[:3])}"
+            f"{' and more' if len(wanted) > 3 else ''}, and {stores} has "
+            f"{'none of it' if len(missing) == len(wanted) else 'no ' + ', '.join(missing)}; prepare those partitions "
+            "of HEEDB, or take config.data.ladder=nested"
+        )
+    return np.concatenate(parts), missing
 
 
 def dictionary_codes(column) -> tuple[np.ndarray, list[str]]:

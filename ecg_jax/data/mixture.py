@@ -22,6 +22,11 @@ def joint_fingerprint(fingerprints: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
 
 
+def store_paths(text: str) -> list[str]:
+    """The folders that `config.store` names, "A" or "A, B"."""
+    return [path.strip() for path in text.split(",")]
+
+
 def parse_weights(text: str) -> tuple[int, ...] | None:
     """Shares of the stores as the smallest whole numbers of the same ratio; None for "".
 
@@ -74,7 +79,8 @@ class StoreSet:
             if (other.leads, other.rate_hz) != (first.leads, first.rate_hz):
                 raise UserError(
                     f"the stores {first.path} and {other.path} have different leads or rates "
-                    f"({first.rate_hz:g} and {other.rate_hz:g} samples per second); prepare one of them again"
+                    f"({first.rate_hz:g} and {other.rate_hz:g} samples per second); stores that are mixed have to be "
+                    "prepared alike"
                 )
         prints = [store.fingerprint for store in self.stores]
         for i, text in enumerate(prints):

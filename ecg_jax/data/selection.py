@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ecg_jax.data import ladder as ladders
+from ecg_jax.data.between_stores import of_held_out_patients, repeated_signals
 from ecg_jax.data.folds import highest_folds
 from ecg_jax.data.mixture import StoreSet, as_set
 from ecg_jax.data.patient_order import first_patients
@@ -49,8 +50,13 @@ class Rule:
     window_samples: int
     whole_patients: bool
 
-    def sentence(self) -> str:
-        """The rule for people."""
+    @property
+    def cut_by_number(self) -> bool:
+        """Whether `max_records` was given as a number, and is not that of a rung."""
+        return self.max_records is not None and (self.rung == "" or self.ladder == "paper")
+
+    def sentence(self, available: int) -> str:
+        """The rule for people, `available` training recordings before a cut."""
         held = f"the {self.val_folds} highest folds of each store are held out"
         left = f"records shorter than {self.window_samples} samples and duplicate signals are left out"
         of = "everything" if self.ladder == "nested" else f"the partitions of rung {self.rung} of the paper"
@@ -58,6 +64,8 @@ class Rule:
         if self.max_records is not None:
             unit = "whole patients" if self.whole_patients else "patients, the last perhaps in part,"
             cut = f"; at most {self.max_records} records of {unit} in an order given by a hash of their ids"
+            if available <= self.max_records:
+                cut += f" (not reached: there are {available})"
         return f"{of}; {held}; {left}{cut}"
 
 
@@ -78,6 +86,7 @@ class Selection:
         train, val: int64 joint rows, ascending.
         too_short: records left out because they are shorter than a window.
         duplicates: records left out because an earlier one has the same signal.
+        held_elsewhere: records left out because their patient is held out in another store of the corpus.
         available: training records there were before `rule.max_records` cut them down.
         sources: the stores.
         rule: how the records were chosen.
@@ -88,6 +97,7 @@ class Selection:
     val: np.ndarray
     too_short: int
     duplicates: int
+    held_elsewhere: int
     available: int
     sources: tuple[Source, ...]
     rule: Rule
@@ -99,13 +109,14 @@ class Selection:
         if self.rule.ladder == "paper":
             line += f"; rung {self.rule.rung} of the paper"
         if len(self.train) < self.available:
-            by_number = self.rule.rung == "" or self.rule.ladder == "paper"
-            by = "data.max_records" if by_number else f"rung {self.rule.rung}"
+            by = "data.max_records" if self.rule.cut_by_number else f"rung {self.rule.rung}"
             line += f"; cut down from {self.available} by {by}"
         if self.too_short:
             line += f"; {self.too_short} shorter than a window left out"
         if self.duplicates:
             line += f"; {self.duplicates} duplicate signals left out"
+        if self.held_elsewhere:
+            line += f"; {self.held_elsewhere} of patients who are held out in another store left out"
         return line
 
     @functools.cached_property
@@ -151,13 +162,14 @@ class Selection:
         return {
             "version": _VERSION,
             "fingerprint": self.fingerprint,
-            "rule": self.rule.sentence(),
+            "rule": self.rule.sentence(self.available),
             **dataclasses.asdict(self.rule),
             "train": len(self.train),
             "val": len(self.val),
             "available": self.available,
             "too_short": self.too_short,
             "duplicates": self.duplicates,
+            "held_elsewhere": self.held_elsewhere,
             "missing_partitions": list(self.missing),
             "stores": stores,
         }
@@ -200,6 +212,8 @@ def read_selection(path: str | Path) -> Selection:
             val=_unpacked(content["stores"], "val_rows"),
             too_short=content["too_short"],
             duplicates=content["duplicates"],
+            # The first files did not look from one store into another.
+            held_elsewhere=content.get("held_elsewhere", 0),
             available=content["available"],
             sources=sources,
             rule=Rule(**{field.name: content[field.name] for field in dataclasses.fields(Rule)}),
@@ -251,47 +265,38 @@ def knows_selections(data: dict[str, Any]) -> bool:
     return "ladder" in data
 
 
-def select_as_configured(store: Store | StoreSet, data: dict[str, Any], window_samples: int) -> Selection:
+def select_as_configured(
+    store: Store | StoreSet, data: dict[str, Any], window_samples: int, kept: Path | None = None
+) -> Selection:
     """The selection that `config.data` of a run asks for, by the rule of its time.
 
     Args:
         store: of the run.
         data: `config.data` as a plain dict.
         window_samples: T of the run.
+        kept: the file of a run that goes on, if it has one. Where it is of these stores and this rule, it is the
+            selection: choosing among millions takes time.
 
     Raises:
-        UserError: see `use_selection` and `select_records`.
+        UserError: see `use_selection` and `select_records`; or the kept file is damaged.
     """
     known = knows_selections(data)
     if known and data["selection"]:
         return use_selection(data["selection"], store, window_samples)
-    return select_records(
-        store,
+    rule = _rule(
         window_samples=window_samples,
         val_folds=data["val_folds"],
         max_records=data["max_records"],
+        ladder=data["ladder"] if known else "nested",
+        rung=data["rung"] if known else ladders.EVERYTHING,
         whole_patients=known,
-        **({"ladder": data["ladder"], "rung": data["rung"]} if known else {}),
     )
-
-
-def difference(there: Selection, now: Selection) -> str | None:
-    """What tells two selections apart, for a sentence; None when they hold the same recordings."""
-    if there.fingerprint == now.fingerprint:
-        return None
-    if [s.fingerprint for s in there.sources] != [s.fingerprint for s in now.sources]:
-        return "the content of its stores"
-    rules = dataclasses.asdict(there.rule), dataclasses.asdict(now.rule)
-    parts = [
-        f"{name} ({rules[0][name]} there, {rules[1][name]} now)"
-        for name in rules[0]
-        if rules[0][name] != rules[1][name]
-    ]
-    for name in ("train", "val"):
-        counts = len(getattr(there, name)), len(getattr(now, name))
-        if counts[0] != counts[1]:
-            parts.append(f"{name} recordings ({counts[0]} there, {counts[1]} now)")
-    return ", ".join(parts) or "which recordings they are (folds, patients or duplicates of a store changed)"
+    stores = as_set(store)
+    if kept is not None and kept.exists():
+        before = read_selection(kept)
+        if (before.rule, before.sources) == (rule, _sources(stores)):
+            return before
+    return _select(stores, rule)
 
 
 def select_records(
@@ -307,11 +312,12 @@ def select_records(
     """Chooses the recordings of a run.
 
     The `val_folds` largest fold numbers of each store are held out. Records shorter than a window and records whose
-    signal an earlier record of the store has (they may lie in other folds) are left out of both. `ladder="paper"`
-    takes the partitions of the rung only. If there are more than `max_records`, or on the ladder "nested" more than the
-    rung has, whole patients of all stores together are taken in an order given by a hash of their ids, as many as fit:
-    a smaller selection is contained in a larger one, and short of its number by less than one patient. (If the very
-    first patient has too many records, as many of them as fit.) A record of an unknown patient is a patient of its own.
+    signal an earlier record has (they may lie in other folds), of any of the stores, are left out of both. Nobody is
+    trained on who is held out in another store of the same corpus. `ladder="paper"` takes the partitions of the rung
+    only. If there are more than `max_records`, or on the ladder "nested" more than the rung has, whole patients of all
+    stores together are taken in an order given by a hash of their ids, as many as fit: a smaller selection is contained
+    in a larger one, and short of its number by less than one patient. (If the very first patient has too many records,
+    as many of them as fit.) A record of an unknown patient is a patient of its own.
 
     Args:
         store: one or several.
@@ -324,41 +330,69 @@ def select_records(
     Raises:
         UserError: nothing is left to train on, or the stores lack partitions of the rung.
     """
-    stores = as_set(store)
-    cut = max_records or (ladders.nested_size(rung) if ladder == "nested" else None)
-    masks = [_masks(each, window_samples, val_folds) for each in stores.stores]
+    rule = _rule(
+        window_samples=window_samples,
+        val_folds=val_folds,
+        max_records=max_records,
+        ladder=ladder,
+        rung=rung,
+        whole_patients=whole_patients,
+    )
+    return _select(as_set(store), rule)
+
+
+def _rule(
+    *, window_samples: int, val_folds: int, max_records: int, ladder: str, rung: str, whole_patients: bool
+) -> Rule:
+    return Rule(
+        ladder=ladder,
+        # A number of records has no name on the nested ladder.
+        rung="" if max_records and ladder == "nested" else rung,
+        max_records=max_records or (ladders.nested_size(rung) if ladder == "nested" else None),
+        val_folds=val_folds,
+        window_samples=window_samples,
+        whole_patients=whole_patients,
+    )
+
+
+def _sources(stores: StoreSet) -> tuple[Source, ...]:
+    return tuple(Source(each.corpus, each.fingerprint, len(each)) for each in stores.stores)
+
+
+def _select(stores: StoreSet, rule: Rule) -> Selection:
+    masks = [_masks(each, rule.window_samples, rule.val_folds) for each in stores.stores]
     long_enough, first, held_out = (np.concatenate(parts) for parts in zip(*masks, strict=True))
     usable, missing = long_enough & first, ()
-    if ladder == "paper":
-        in_rung, missing = _in_rung(stores, rung)
+    duplicates, held_elsewhere = int((long_enough & ~first).sum()), 0
+    if rule.ladder == "paper":
+        in_rung, missing = ladders.in_rung(stores, rule.rung)
         usable &= in_rung
+    several = len(stores.stores) > 1
+    if several:
+        repeated = repeated_signals(stores, np.flatnonzero(usable))
+        usable[repeated] = False
+        elsewhere = usable & of_held_out_patients(stores, usable & held_out)
+        usable &= ~elsewhere
+        duplicates, held_elsewhere = duplicates + len(repeated), int(elsewhere.sum())
     train = np.flatnonzero(usable & ~held_out)
     if not len(train):
-        several = len(stores.stores) > 1
         raise UserError(
             f"The store{'s' if several else ''} {stores} leave{'' if several else 's'} no recording to train on: of "
-            f"{len(stores)} records {int(long_enough.sum())} are at least {window_samples} samples long, and none of "
-            "them is both outside the held-out folds and no duplicate."
+            f"{len(stores)} records {int(long_enough.sum())} are at least {rule.window_samples} samples long, and none "
+            "of them is both outside the held-out folds and no duplicate."
         )
     available = len(train)
-    if cut is not None and available > cut:
-        train = first_patients(stores, train, cut, whole_patients)
+    if rule.max_records is not None and available > rule.max_records:
+        train = first_patients(stores, train, rule.max_records, rule.whole_patients)
     return Selection(
         train=train,
         val=np.flatnonzero(usable & held_out),
         too_short=int((~long_enough).sum()),
-        duplicates=int((long_enough & ~first).sum()),
+        duplicates=duplicates,
+        held_elsewhere=held_elsewhere,
         available=available,
-        sources=tuple(Source(each.corpus, each.fingerprint, len(each)) for each in stores.stores),
-        rule=Rule(
-            ladder=ladder,
-            # A number of records has no name on the nested ladder.
-            rung="" if max_records and ladder == "nested" else rung,
-            max_records=cut,
-            val_folds=val_folds,
-            window_samples=window_samples,
-            whole_patients=whole_patients,
-        ),
+        sources=_sources(stores),
+        rule=rule,
         missing=missing,
     )
 
@@ -369,28 +403,3 @@ def _masks(store: Store, window_samples: int, val_folds: int) -> tuple[np.ndarra
     first = store.arrow_column("duplicate_of").is_null().to_numpy()
     held_out = np.isin(folds, highest_folds(folds, val_folds))
     return store.arrow_column("length").to_numpy() >= window_samples, first, held_out
-
-
-def _in_rung(stores: StoreSet, rung: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(bool [n], whether a record is of the rung; partitions of the rung that no store has).
-
-    Raises:
-        UserError: partitions are missing, of the rung that takes everything all of them.
-    """
-    wanted = ladders.PARTITIONS[rung]
-    parts, found = [], set()
-    for store in stores.stores:
-        names, codes = ladders.partitions(store)
-        there = np.bincount(codes, minlength=len(names)) > 0
-        found |= {name for name, some in zip(names, there, strict=True) if some}
-        parts.append(np.array([name in wanted for name in names], bool)[codes])
-    missing = tuple(name for name in wanted if name not in found)
-    everything = rung == ladders.EVERYTHING
-    if len(missing) == len(wanted) or (missing and not everything):
-        raise UserError(
-            f"config.data.ladder=paper: rung {rung} is made of {', '.join(wanted[:3])}"
-            f"{' and more' if len(wanted) > 3 else ''}, and {stores} has "
-            f"{'none of it' if len(missing) == len(wanted) else 'no ' + ', '.join(missing)}; prepare those partitions "
-            "of HEEDB, or take config.data.ladder=nested"
-        )
-    return np.ones(len(stores), bool) if everything else np.concatenate(parts), missing
