@@ -3,6 +3,9 @@
 import fcntl
 import json
 import os
+import socket
+import sys
+import time
 from pathlib import Path
 from typing import IO
 
@@ -43,18 +46,55 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def lock(file: IO, refusal: str) -> None:
+def lock(file: IO, refusal: str, *, wait_s: float = 0.0) -> None:
     """Locks an open file for this process until it is closed.
+
+    Args:
+        file: with `wait_s` opened as "a+", since it then holds the name of its holder.
+        refusal: what is said when another process holds it.
+        wait_s: seconds to wait for a holder on another host, which is named on stderr. File systems keep the locks of
+            a host that vanished for minutes; those of a process of this host end with it, and are not waited for.
 
     Raises:
         UserError: `refusal`; another process holds it. Or the file system has no locks.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(refusal) from error
-    except OSError as error:
-        raise UserError(f"cannot lock {file.name}: {error.strerror}; use another file system") from error
+    until = time.monotonic() + wait_s
+    told = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if not wait_s:
+                raise UserError(refusal) from error
+            holder, _, kernel = os.pread(file.fileno(), 4096, 0).decode(errors="replace").partition("\n")
+            holder = holder or "an unknown process"
+            if kernel.strip() == _kernel() or time.monotonic() > until:
+                raise UserError(f"{refusal} (held by {holder})") from error
+            if not told:
+                print(
+                    f"waiting up to {wait_s:g} s for {file.name}, held by {holder}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                told = True
+            time.sleep(1.0)
+        except OSError as error:
+            raise UserError(f"cannot lock {file.name}: {error.strerror}; use another file system") from error
+    if wait_s:
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n{_kernel()}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {file.name}: {error.strerror}") from error
+
+
+def _kernel() -> str:
+    """What tells hosts apart whose pods or containers have one name, and processes alike that have one kernel."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else socket.gethostname()
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -31,6 +31,10 @@ from ecg_jax.training.checkpoint import finished_steps
 if TYPE_CHECKING:
     from ecg_jax.run_data import RunData
 
+#: Seconds that a run waits for the lock of one on another host, which may have vanished: NFSv4 keeps it for 90 s after
+#: its last word, CephFS for 300 s.
+LOCK_WAIT_S = 600.0
+
 # What may differ when a run is continued; everything else makes it another run.
 _FREE_FIELDS = {
     "store",
@@ -100,11 +104,12 @@ def _claimed(workdir: Path, config: ConfigDict, data: RunData) -> Iterator[None]
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        held = (workdir / ".lock").open("w")
+        held = (workdir / ".lock").open("a+")
     except OSError as error:
         raise UserError(f"cannot write into --workdir={workdir}: {error.strerror}") from error
     with held:
-        lock(held, f"another `ecg-jax pretrain` is using {workdir}; choose another --workdir")
+        refusal = f"another `ecg-jax pretrain` is using {workdir}; choose another --workdir"
+        lock(held, refusal, wait_s=LOCK_WAIT_S)
         wanted = json.loads(json.dumps(config.to_dict())) | data.provenance()
         if finished_steps(workdir):
             _check_same_run(workdir, wanted, constant_schedule=_is_constant(config))

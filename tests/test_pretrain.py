@@ -399,6 +399,7 @@ def test_second_process_in_one_workdir_is_refused(tmp_path, synthetic_store, cap
     process.kill()
     process.communicate()
     assert "another `ecg-jax pretrain` is using" in err
+    assert f"(held by process {process.pid} on " in err
 
 
 def test_fewer_steps_than_done_are_refused(finished, synthetic_store, capsys):
