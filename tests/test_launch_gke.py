@@ -177,6 +177,7 @@ def test_render_hands_over_to_kubectl_and_never_replaces_a_run(cluster):
         ("exit 75", False, 75),
         ("trap 'exit 0' TERM; touch up; while true; do sleep 0.1; done", True, 75),
         ("trap 'exit 2' TERM; touch up; while true; do sleep 0.1; done", True, 2),
+        ("trap 'exit 0' TERM; kill -TERM $PPID; while true; do sleep 0.1; done", False, 75),
     ],
 )
 def test_a_pod_that_was_told_to_stop_is_not_a_finished_one(cluster, command, stop, code):
