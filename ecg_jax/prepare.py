@@ -26,8 +26,9 @@ from ecg_jax.data.attempt import (
 )
 from ecg_jax.data.conversion import Job, convert
 from ecg_jax.data.corpora import CORPORA
+from ecg_jax.data.corpora.listing import Listing
+from ecg_jax.data.kept_listing import list_records
 from ecg_jax.data.preprocessing import Preprocessing
-from ecg_jax.data.progress import count_text, duration_text
 from ecg_jax.data.readers.gains import check_assume_gain
 from ecg_jax.data.recording import KINDS, strict_error
 from ecg_jax.data.shard import WHOLE, Shard, shards_of
@@ -76,9 +77,10 @@ def prepare(
       duplicates: "keep" marks records with an identical signal in column `duplicate_of`, "drop" leaves them
         out.
       assume_gain: integers per mV for recordings whose header gain cannot be trusted; None refuses them.
-      shard: "i/n" converts the units i, i + n, i + 2n, ... only and leaves finishing the store to `merge`.
+      shard: "i/n" converts the units i, i + n, i + 2n, ... only and leaves finishing the store to `merge`; what another
+        shard has listed lately is not listed again (`data.kept_listing`).
       merge: finish a store whose units shards have converted.
-      dry_run: look what there is to do and write nothing.
+      dry_run: look what there is to do and write nothing; with `merge`, refuse as that would.
       progress: tell on stderr how far it is: a bar in a terminal, elsewhere a line a minute.
 
     Returns:
@@ -113,7 +115,8 @@ def prepare(
         raise UserError(
             f"There is nothing to merge in {store}: no shard has been started; begin with --shard=0/N."
         )
-    job = _job(source, store, strict, settings, progress)
+    listing, digest = list_records(source, store, settings, shard is not None, dry_run, progress)
+    job = _job(source, store, strict, settings, listing, digest)
     with disk_errors(store):
         refuse_another_job(store, job.settings, job.outline)
         complete = (store / "zarr.json").exists()
@@ -228,22 +231,11 @@ def _check_arguments(corpus, source, store, rate, workers, clip_mv, duplicates, 
     return rate
 
 
-def _job(source: Path, store: Path, strict: bool, settings: dict, progress: bool) -> Job:
-    started = time.monotonic()
-    if progress:
-        print(f"prepare {settings['corpus']}: listing {source}", file=sys.stderr, flush=True)
-    listing = CORPORA[settings["corpus"]].list_records(source, settings["source_rate"])
-    if progress:
-        listed = f"{count_text(len(listing.entries))} recordings listed"
-        print(
-            f"prepare {settings['corpus']}: {listed} in {duration_text(time.monotonic() - started)}",
-            file=sys.stderr,
-            flush=True,
-        )
+def _job(source: Path, store: Path, strict: bool, settings: dict, listing: Listing, digest: str) -> Job:
     # In the order in which stores have always had them: their bytes depend on it.
     settings = {
         **{key: settings[key] for key in ("corpus", "source", "source_rate")},
-        "source_digest": listing.digest(),
+        "source_digest": digest,
         **{key: settings[key] for key in ("clip_mv", "duplicates", "assume_gain")},
         "fold_source": listing.fold_source,
     }
@@ -301,7 +293,8 @@ command goes on where it stopped; on a complete store it does nothing.
 Many hosts that share a drive, here as a SLURM array of 64 tasks and a job that follows it:
   sbatch --array=0-63 --wrap 'ecg-jax prepare CORPUS SOURCE STORE --shard=$SLURM_ARRAY_TASK_ID/64'
   sbatch --dependency=afterok:JOBID --wrap 'ecg-jax prepare CORPUS SOURCE STORE --merge'
-Tasks that fail are submitted again as they are; --merge names those that are missing.
+Tasks that fail are submitted again as they are; --merge names those that are missing. The first task lists SOURCE and
+the others read its list; --merge looks at SOURCE again and refuses one that has changed.
 
 CORPUS and what it expects in SOURCE:
 {expects}
@@ -316,7 +309,7 @@ examples:
 
 A store opens in Python with ecg_jax.data.store.Store("stores/ptbxl"), and its signal in any Zarr v3 reader.
 
-problems, one line each in STORE/problems.jsonl:
+problems, one line each in STORE/problems.jsonl, also when all recordings have the same one:
 {kinds}
 """,
     )
@@ -344,7 +337,8 @@ problems, one line each in STORE/problems.jsonl:
     add(
         "--dry-run",
         action="store_true",
-        help="write nothing; tell recordings, units, what is done, and disk needed and free",
+        help="write nothing; tell recordings, units, what is done, and disk needed and free, and with --merge what is "
+        "missing",
     )
     add("--strict", action="store_true", help="stop at the first problem of any recording")
     add(

@@ -2,6 +2,7 @@
 
     STORE/.partial/plan.json         what the store is made from; whoever comes first writes it, all others compare
     STORE/.partial/lock              shared by the shards that run, alone for a call that finishes the store
+    STORE/.partial/listing.*         what a shard has listed for the others, see `data.kept_listing`
     STORE/.partial/shard-i-of-n/     what shard i of n is writing now, with a lock of its own
 
 The locks keep people from doing work twice. Nothing that ends up in a store depends on them, for there are
@@ -35,7 +36,7 @@ from ecg_jax.errors import UserError
 # A file nobody has written to for so long is a leftover, even of another host: a unit takes minutes.
 LEFTOVER_S = 3600
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK)
 
 
@@ -272,7 +273,7 @@ def _lock(file: IO, how: int, attempts: int = 10) -> bool | None:
         except BlockingIOError:
             continue
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             print(
                 f"{file.name} cannot be locked ({error.strerror}): start no shard twice, for nothing would notice "
@@ -321,7 +322,7 @@ def _running(store: Path) -> list[Shard]:
             except BlockingIOError:
                 running.append(shard)
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
+                if error.errno not in NO_LOCKS:
                     raise
     return running
 

@@ -137,19 +137,19 @@ def _convert_unit(task: Task, count: Callable[[], None]) -> None:
         count()
 
 
-# Their files were seen when they were listed. The tables of other corpora also name files that a partial download does
-# not have, which is no reason to stop.
-_FOUND_BY_NAME = ("challenge", "wfdb", "ptb", "heedb", "heedb_emory")
+# Their headers were seen when they were listed. The tables of other corpora also name files that a partial download
+# does not have, which is no reason to stop.
+_HEADERS_SEEN = ("challenge", "wfdb", "ptb", "heedb", "heedb_emory")
 
 
 def _check_source(task: Task, entry: Entry) -> None:
     """Tells a recording that is missing from a SOURCE of which a part has gone, e.g. a drive that is not mounted.
 
     Raises:
-      UserError: SOURCE, or a folder in it that held the recording, is not there any more or is empty.
+      UserError: SOURCE, a folder in it that held the recording, or its header is not there any more.
     """
     folders = [task.source / folder for folder in reversed(Path(entry.file).parents)]
-    if task.corpus not in _FOUND_BY_NAME:
+    if task.corpus not in _HEADERS_SEEN:
         folders = folders[:2]
     for folder in folders:
         try:
@@ -162,3 +162,8 @@ def _check_source(task: Task, entry: Entry) -> None:
                 f"The folder {folder} has vanished or is empty now; bring it back (a drive that was unmounted?) "
                 "and run the same command again: it goes on where it stopped."
             )
+    if task.corpus in _HEADERS_SEEN and not os.path.lexists(task.source / entry.file):
+        raise UserError(
+            f"{task.source / entry.file} was there when SOURCE was listed and has vanished; bring it back, or give "
+            "another STORE for what is left."
+        )
