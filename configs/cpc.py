@@ -2,6 +2,8 @@
 §5.3).
 
     ecg-jax pretrain --config=configs/cpc.py:data=18k --workdir=runs/cpc --config.store=stores/ptbxl
+    ecg-jax pretrain --config=configs/cpc.py:data=11m --workdir=runs/cpc_11m \
+        --config.store=stores/heedb,stores/heedb_emory,stores/code15
 
 Arguments: backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m, ladder=nested|paper,
 recipe=described|released.
