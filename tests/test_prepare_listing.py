@@ -1,5 +1,6 @@
 """The list of recordings that shards share: made once, believed for a while, looked at again by whatever finishes."""
 
+import hashlib
 import os
 import threading
 import time
@@ -88,6 +89,18 @@ def test_a_source_that_changed_is_noticed_when_it_is_listed_again(listed, tmp_pa
     for _ in range(2):
         with pytest.raises(UserError, match=r"list of recordings differs"):
             run(shard="1/2")
+    # What did not fit is not kept: with SOURCE as it was, the next one goes on.
+    for path in (tmp_path / "source").rglob(f"{studies[40].name}.*"):
+        path.unlink()
+    assert run(shard="1/2").recordings == 8
+    assert len(listed) == 7
+    assert run(shard="0/2").recordings == 32
+    assert len(listed) == 7
+
+
+def of_another_source(data):
+    changed = data[:-32].replace(b"/data/heedb", b"/data/other")
+    return changed + hashlib.sha256(changed).digest()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +110,7 @@ def test_a_source_that_changed_is_noticed_when_it_is_listed_again(listed, tmp_pa
         lambda data: data[:1000],
         lambda data: data.replace(b"19900713000003", b"19900713000009"),
         lambda data: data.replace(b'"digest"', b'"dagest"'),
-        lambda data: data.replace(b"/data/heedb", b"/data/other"),
+        of_another_source,
     ],
 )
 def test_a_damaged_list_or_one_of_another_source_is_made_again(source, listed, tmp_path, damage):

@@ -69,6 +69,16 @@ def refuse_another_job(store: Path, settings: dict, listed: dict | None = None) 
         _refuse_foreign_files(store)
 
 
+def planned_digest(store: Path) -> str | None:
+    """Digest of the recordings that the store was begun with; None where none has been begun.
+
+    Raises:
+      UserError: the plan is damaged.
+    """
+    plan = store / PARTIAL / "plan.json"
+    return _read_plan(store, plan)["source_digest"] if plan.exists() else None
+
+
 def check_same_job(store: Path, found: dict, settings: dict, listed: dict | None = None) -> None:
     """Refuses to touch a store that was made from something else.
 

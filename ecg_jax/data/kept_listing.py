@@ -4,9 +4,9 @@
     STORE/.partial/listing.lock      held by the shard that lists; the others wait for it
 
 Looking through eleven million files takes minutes to an hour on a network drive, and 64 hosts that do it at once keep
-its metadata server from everything else. Shards believe the list for `KEPT_S`; then the next one lists anew. Whether
-SOURCE still is what was listed is seen whenever it is listed: by that shard, by every call without --shard, and so by
-the one that finishes the store, which refuse a list whose digest is not the one of `plan.json`.
+its metadata server from everything else. Shards believe the list for `KEPT_S`; then the next one lists anew. A list
+whose digest is not the one of `plan.json` is not kept. Whether SOURCE still is what was listed is seen whenever it is
+listed: by that shard, by every call without --shard, and so by the one that finishes the store.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import sys
@@ -21,7 +22,8 @@ import time
 from pathlib import Path
 from typing import IO
 
-from ecg_jax.data.attempt import NO_LOCKS
+import ecg_jax
+from ecg_jax.data.attempt import NO_LOCKS, planned_digest
 from ecg_jax.data.corpora import CORPORA
 from ecg_jax.data.corpora.listing import EntryTable, Listing
 from ecg_jax.data.progress import count_text, duration_text
@@ -33,9 +35,9 @@ from ecg_jax.errors import UserError
 # Long enough for an array to start, and short enough for files that come later to be noticed before all is converted.
 KEPT_S = 6 * 3600
 
-# What a listing depends on, of the settings of a store.
-_SETTINGS = ("corpus", "source", "source_rate")
 _METADATA = b"ecg_jax"
+# SHA-256 of what is before it, at the end of the file.
+_DIGEST_BYTES = 32
 
 
 def list_records(
@@ -82,7 +84,7 @@ def list_records(
                 partial.rmdir()
                 store.rmdir()
             raise
-        if isinstance(listing.entries, EntryTable):
+        if isinstance(listing.entries, EntryTable) and planned_digest(store) in (None, digest):
             with disk_errors(store):
                 _write(store, settings, listing, digest)
     return listing, digest
@@ -103,32 +105,36 @@ def _read(store: Path, settings: dict, progress: bool) -> tuple[Listing, str] | 
     import pyarrow as pa
 
     path = store / PARTIAL / "listing.arrow"
-    try:
+    data = b""
+    with disk_errors(store), contextlib.suppress(FileNotFoundError):
         age = time.time() - path.stat().st_mtime
-        if age > KEPT_S:
-            return None
-        data = path.read_bytes()
-    except FileNotFoundError:
+        if age <= KEPT_S:
+            data = path.read_bytes()
+    if not data:
         return None
-    try:
-        table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
-        rest = json.loads(table.schema.metadata[_METADATA])
-        if rest["settings"] != [settings[key] for key in _SETTINGS]:
-            return None
-        entries = EntryTable(table.replace_schema_metadata(None), **rest["table"])
-        rest["listing"]["problems"] = [Problem(**problem) for problem in rest["listing"]["problems"]]
-        rest["listing"]["label_sets"] = tuple(rest["listing"]["label_sets"])
-        listing = Listing(entries, **rest["listing"])
-        if listing.digest() != rest["digest"]:
-            return None
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+    # Arrow does not check what it reads.
+    if hashlib.sha256(memoryview(data)[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]:
         return None
+    table = pa.ipc.open_stream(data).read_all()
+    rest = json.loads(table.schema.metadata[_METADATA])
+    if rest["settings"] != _made_from(settings):
+        return None
+    if planned_digest(store) not in (None, rest["digest"]):
+        return None
+    entries = EntryTable(table.replace_schema_metadata(None), **rest["table"])
+    rest["listing"]["problems"] = [Problem(**problem) for problem in rest["listing"]["problems"]]
+    rest["listing"]["label_sets"] = tuple(rest["listing"]["label_sets"])
     _tell(
         settings,
         f"{count_text(len(entries))} recordings, as another shard listed them {duration_text(max(age, 0))} ago",
         progress,
     )
-    return listing, rest["digest"]
+    return Listing(entries, **rest["listing"]), rest["digest"]
+
+
+def _made_from(settings: dict) -> list:
+    """What a listing depends on."""
+    return [ecg_jax.__version__, *(settings[key] for key in ("corpus", "source", "source_rate"))]
 
 
 def _write(store: Path, settings: dict, listing: Listing, digest: str) -> None:
@@ -136,7 +142,7 @@ def _write(store: Path, settings: dict, listing: Listing, digest: str) -> None:
 
     entries = listing.entries
     rest = {
-        "settings": [settings[key] for key in _SETTINGS],
+        "settings": _made_from(settings),
         "digest": digest,
         "table": {
             "suffix": entries.suffix,
@@ -152,11 +158,15 @@ def _write(store: Path, settings: dict, listing: Listing, digest: str) -> None:
             "problems": [vars(problem) for problem in listing.problems],
         },
     }
-    # One batch: dictionaries that change from chunk to chunk cannot be in a file.
+    # One batch: dictionaries that change from chunk to chunk would be written again and again.
     table = entries.table.combine_chunks().replace_schema_metadata({_METADATA: json.dumps(rest).encode()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as arrow:
+        arrow.write_table(table)
+    data = sink.getvalue()
     with new_file(temporary_path(store / PARTIAL, "listing.arrow")) as file:
-        with pa.ipc.new_file(file, table.schema) as arrow:
-            arrow.write_table(table)
+        file.write(data)
+        file.write(hashlib.sha256(data).digest())
         file.flush()
         os.fsync(file.fileno())
         os.replace(file.name, store / PARTIAL / "listing.arrow")
