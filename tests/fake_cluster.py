@@ -55,6 +55,10 @@ if word == "hangs":
     time.sleep(600)
 if word == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
+if word == "saves":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(open(f"saved-{os.getpid()}", "w").close()))
+    open(f"waits-{os.getpid()}", "w").close()
+    time.sleep(600)
 sys.exit(int(word))
 """
 
