@@ -27,13 +27,12 @@ DESCRIPTION = """\
 Reads the signal of every record of stores and compares it with the checksum it was written with, chunk file by chunk
 file in the order of the disk. Run it after a store was copied, or when a disk is suspected.
 
-Of the table of records it is checked that it can be read in full, that record ids and checksums are those the store was
-finished with, that labels occur as often as the store says, that no record leaves its chunk or lies on another; and
-of the Zarr array that its metadata describe what the chunk files are.
+The table of records is compared, by its SHA-256, with the one the store was finished with, and with itself: record ids,
+labels, and that no record leaves its chunk or lies on another. Of the Zarr array it is checked that its metadata
+describe what the chunk files are.
 
-Not covered are folds, patients, ages, sexes and values, and which record has which label: nothing else in a store says
-them. Whether a copy has the same table tells `sha256sum STORE/records.parquet` on both sides; every probe keeps that
-number of its store in results.json, as "table".
+Stores that were written earlier lack that SHA-256. Of their tables folds, patients, ages, sexes and values, and which
+record has which label, are not covered, and the last line says so.
 
   ecg-jax verify stores/ptbxl
   ecg-jax verify stores/* --workers=8
@@ -97,8 +96,8 @@ class Bytes:
 def verify(
     path: str | os.PathLike, workers: int | None = None, read: Bytes | None = None
 ) -> Iterator[Damage]:
-    """Finds signals, record ids and checksums that are not as they were written, records out of place, labels that
-    occur more or less often, and wrong array metadata; all else in the table is not covered (see `NOT_COVERED`).
+    """Finds signals and tables that are not as they were written, records out of place, labels that occur more or less
+    often, and wrong array metadata; of a store without `table_digest` some columns are not covered (`NOT_COVERED`).
 
     Args:
       path: its folder.
@@ -169,6 +168,11 @@ def _table_damage(store: Store) -> Iterator[Damage]:
         yield Damage(
             f"{path}, row {row}", "the record leaves its chunk, is empty or lies on the one before it."
         )
+    if keeps_table_digest(store) and store.table_digest() != store.attributes["table_digest"]:
+        yield Damage(
+            str(path),
+            "it is not the table that the store was finished with: damaged, or rewritten since.",
+        )
     if fingerprint.hexdigest() != store.fingerprint:
         yield Damage(str(path), "record ids or checksums are not those the store was finished with.")
     for name, counter in counts.items():
@@ -180,6 +184,11 @@ def _table_damage(store: Store) -> Iterator[Damage]:
                 f"{store.class_info[name][wrong[0]]['count']}"
                 + (f", and other numbers of {len(wrong) - 1} more classes." if len(wrong) > 1 else "."),
             )
+
+
+def keeps_table_digest(store: Store) -> bool:
+    """Whether a store says which table it was finished with; those written earlier do not."""
+    return "table_digest" in store.attributes
 
 
 def _pieces(store: Store) -> Iterator[Piece]:
@@ -302,7 +311,11 @@ def verify_all(paths: list[Path], workers: int | None = None, progress: bool = T
             + (f" ({hidden} of them not printed)" if hidden else "")
             + "; copy those files again, or prepare the store anew."
         )
-    return f"Signals and record ids are as they were written: {read}, in {seconds:.1f} s. Not covered: {NOT_COVERED}."
+    written = f"are as they were written: {read}, in {seconds:.1f} s."
+    old = [str(path) for path in sizes if not keeps_table_digest(Store(path, check_files=False))]
+    if old:
+        return f"Signals and record ids {written} Not covered in {', '.join(old)}: {NOT_COVERED}."
+    return f"Signals and tables {written}"
 
 
 def _many(n: int, what: str) -> str:

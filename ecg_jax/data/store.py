@@ -32,6 +32,12 @@ SYNTHETIC = "synthetic"  # the corpus of signals that were made up
 BYTES_PER_SAMPLE = 24  # 12 leads of int16
 
 
+def digest_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def checksum(signal: np.ndarray) -> str:
     """128-bit BLAKE2b of the little-endian bytes of an int16 signal [T, 12], as hexadecimal digits."""
     return hashlib.blake2b(np.ascontiguousarray(signal, "<i2").data, digest_size=16).hexdigest()
@@ -186,8 +192,7 @@ class Store:
         patients and values from those.
         """
         if self._table_digest is None:
-            with open(self.path / "records.parquet", "rb") as file:
-                self._table_digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._table_digest = digest_of(self.path / "records.parquet")
         return self._table_digest
 
     def value_matrix(self, name: str) -> np.ndarray:

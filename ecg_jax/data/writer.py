@@ -31,7 +31,7 @@ from ecg_jax.data.record_table import (
     write_parquet,
 )
 from ecg_jax.data.recording import Problem, Recording, strict_error
-from ecg_jax.data.store import BYTES_PER_SAMPLE, FORMAT_VERSION, PARTIAL, checksum
+from ecg_jax.data.store import BYTES_PER_SAMPLE, FORMAT_VERSION, PARTIAL, checksum, digest_of
 from ecg_jax.data.unit_files import (
     VerifiedUnit,
     chunk_path,
@@ -324,6 +324,7 @@ def _write_records(
     return {
         "n_records": n_records,
         "fingerprint": fingerprint.hexdigest(),
+        "table_digest": digest_of(store / "records.parquet"),
         "preprocessing": preprocessing.to_dict(),
         "classes": classes,
         "class_info": class_info,
