@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ecg_jax import cli
+from ecg_jax.data.ladder import SIZES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "launch" / "README.md").read_text()
@@ -91,7 +92,8 @@ def test_commands_and_their_options_exist():
 
 def test_options_that_the_text_names_exist():
     pretrain = options_of(help_of("pretrain"))
-    assert {"--init-timeout", "--coordinator", "--num-processes", "--process-id"} <= pretrain
+    named = {"--init-timeout", "--heartbeat-timeout", "--coordinator", "--num-processes", "--process-id"}
+    assert named <= pretrain
     render = subprocess.check_output([sys.executable, ROOT / "launch/gke/render.py", "--help"], text=True)
     shown = re.search(r"render\.py (--name=cpc-11m.*?)-- ecg-jax", README.replace("\\\n", " "), re.S)
     assert options_of(shown[1]) | {"--tpu", "--grace-s", "--max-restarts"} <= options_of(render)
@@ -106,14 +108,36 @@ def test_the_command_of_the_batch_script_has_a_config_that_loads():
 
 
 def test_defaults_that_the_page_states():
+    from ecg_jax import workdir
     from ecg_jax.config_flags import load_config
     from ecg_jax.training import distributed
 
     assert f"({distributed.INIT_TIMEOUT_S:g} s)" in README
     assert f"{distributed.HEARTBEAT_S:g} s of silence" in README
+    assert f"waits up to {workdir.LOCK_WAIT_S:g} s" in README
     assert f"`--config.stall_timeout_s` ({load_config('configs/cpc.py').stall_timeout_s:g} s" in README
     for code in ("0", "1", "2", "75", "130"):
         assert [row for row in table("code")[1] if row[0] == code], code
+
+
+def test_the_table_of_what_a_cluster_needs_is_what_the_command_prints(capsys):
+    (command,) = [words for words in commands() if words[1] == "capacity" and len(words) > 2]
+    assert cli.main(command[1:]) == 0
+    printed = [re.split(r"\s{2,}", line)[1:] for line in capsys.readouterr().out.splitlines()]
+    loads = [cells for cells in printed if len(cells) == 10 and cells[0] != "each"]
+    rungs = [cells for cells in printed if len(cells) == 7 and cells[2] in SIZES]
+    rows = table("windows/s of a device (not measured)")[1]
+    assert len(loads) == len(rows) == 6
+    for i, (row, load) in enumerate(zip(rows, loads, strict=True)):
+        assert [row[0], *row[1].split(", ")] == load[:3]
+        warm, _, cold, unit = row[2].split()
+        for said, exact in zip((warm, cold), load[4:6], strict=True):
+            megabytes = float(said) * {"MB/s": 1, "GB/s": 1000}[unit]
+            assert megabytes == pytest.approx(float(exact.replace(" ", "")), rel=0.005)
+        assert row[3] == load[6]
+        assert [cell.split()[0] for cell in row[4:7]] == load[7:]
+        for said, (*_, steps, time) in zip(row[7:], rungs[5 * i : 5 * i + 5], strict=True):
+            assert said in (time, f"{steps} steps")
 
 
 def test_three_places_to_change():
