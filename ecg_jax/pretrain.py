@@ -25,6 +25,7 @@ from ecg_jax.run_origin import begin_with
 from ecg_jax.run_reporting import announce, build_monitor, open_writer, summary, warn
 from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state
 from ecg_jax.training import distributed, parallel
+from ecg_jax.training.agreement import on_first
 from ecg_jax.training.checkpoint import Checkpoints, finished_steps
 from ecg_jax.training.metric_writers import (
     MultiWriter,
@@ -41,10 +42,11 @@ Pretrains an encoder on a prepared store. Run the same command again to continue
 
 Several stores, separated by commas, are mixed; --config.init.checkpoint=RUN begins with the parameters of another run.
 Writes into the workdir: config.json, preprocessing.json, selection.json, log.jsonl, tensorboard/, checkpoints/STEP/.
-SIGTERM or Ctrl-C saves and stops (exit code 0 or 130). A run that makes no progress, or one of whose processes
-is lost, ends with exit code 75: run it again to continue. A loss that is not finite stops the run and names the
-last good checkpoint. Features that collapse are warned of, on stderr and in the log; with
---config.stop_on_collapse=True they stop the run too.
+SIGTERM or Ctrl-C saves and stops (exit code 0 or 130); of several processes SIGTERM to one saves and stops all, and
+Ctrl-C ends them without saving. A run that makes no progress, or one of whose processes is lost, ends with exit
+code 75: run it again to continue. A loss that is not finite stops the run and names the last good checkpoint.
+Features that collapse are warned of, on stderr and in the log; with --config.stop_on_collapse=True they stop the
+run too.
 """
 
 
@@ -89,9 +91,11 @@ def _run(config: ConfigDict, workdir: Path, data: RunData, steps: int, watchdog:
     schedule, tx = build_optimiser(config, steps)
     teacher = build_teacher(config, steps)
     state = initial_state(config, tx, preprocessing, teacher)
+    watchdog.beat("the first parameters", slow=True)
     if data.origin and not finished_steps(workdir):
         state = begin_with(state, data.origin, config, preprocessing, teacher)
     state = parallel.replicate(state, mesh)
+    watchdog.beat("reading the newest checkpoint", slow=True)
     checkpoints = Checkpoints(
         workdir,
         keep_latest=config.keep_latest,
@@ -107,6 +111,7 @@ def _run(config: ConfigDict, workdir: Path, data: RunData, steps: int, watchdog:
         state = with_bases(restored, tokens=tokens, l_max=config.model.l_max)
         bases = parallel.replicate({"basis": state.basis, "teacher_basis": state.teacher_basis}, mesh)
         state = state.replace(**bases)
+    watchdog.beat("what comes before the first step", slow=True)
     start = int(state.step)
     if start > steps:
         raise UserError(
@@ -201,10 +206,11 @@ def _run(config: ConfigDict, workdir: Path, data: RunData, steps: int, watchdog:
                     writer.write_scalars(done, scalars)
                     progress.set_postfix_str(summary(scalars))
                     collapsed = warn(monitor, scalars, done, writer)
-                    if config.stop_on_collapse and distributed.first_says(bool(collapsed)):
-                        raise UserError(
-                            f"collapse at step {done}: {'; '.join(collapsed[:1])}; {_last_good(workdir, saved)}"
-                        )
+                    # Each process judges by its own floating point, and they must not part.
+                    if config.stop_on_collapse and (
+                        reason := on_first("collapse", lambda seen=collapsed: "; ".join(seen[:1]))
+                    ):
+                        raise UserError(f"collapse at step {done}: {reason}; {_last_good(workdir, saved)}")
                     watchdog.beat(f"step {step}")
                 if save_now:
                     watchdog.beat(f"the checkpoint of step {step}", slow=True)

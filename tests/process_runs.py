@@ -88,7 +88,7 @@ def logged(workdir, steps):
     return (workdir / "log.jsonl").exists() and len(read_log(workdir)) >= steps
 
 
-#: Before the command: writes down the batches, and the files a process opens for writing.
+#: Before the command: writes down the batches, and the files and folders that a process makes through Python.
 RECORD = """
 import json, os, sys, zlib
 from ecg_jax import pretrain
@@ -99,6 +99,8 @@ trail = open(f"{os.environ['TRAIL']}-{PROCESS}.jsonl", "a", buffering=1)
 def audit(event, arguments):
     if event == "open" and isinstance(arguments[0], str) and set(str(arguments[1])) & set("wax+"):
         print(json.dumps({"written": arguments[0]}), file=trail)
+    elif event in ("os.mkdir", "os.rename"):
+        print(json.dumps({"written": str(arguments[event == "os.rename"])}), file=trail)
 
 class Recorded:
     def __init__(self, batches):

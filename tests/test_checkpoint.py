@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ from ecg_jax.config_flags import load_config, override
 from ecg_jax.errors import UserError
 from ecg_jax.pretrain import pretrain
 from ecg_jax.run_setup import build_objective
+from ecg_jax.training import agreement, parallel
 from ecg_jax.training import checkpoint as checkpoint_module
-from ecg_jax.training import parallel
 from ecg_jax.training.checkpoint import Checkpoints, finished_steps, resolve_checkpoint
 from ecg_jax.training.checkpoint_tree import describe_mismatch, flat_shapes
 from ecg_jax.training.pretrained import encode_fn, random_twin, restore_encoder
@@ -309,13 +310,83 @@ def test_what_one_process_alone_cannot_read_is_not_damaged(tmp_path, written, mo
     """A host that does not see the folder must not have a sound checkpoint set aside."""
     workdir = tmp_path / "run"
     shutil.copytree(written, workdir)
-    answers = lambda topic, answer: [answer, ("read", ""), ("damaged", "no such file")]  # noqa: E731
-    monkeypatch.setattr(checkpoint_module, "answers", answers)
-    with pytest.raises(
-        UserError, match=r"process 2 cannot read checkpoint .*/3 \(no such file\), and process 0 can"
-    ):
+    sentence = refused(workdir, monkeypatch, [("read", ""), ("damaged", "no such file")])
+    assert (
+        f"process 2 cannot read checkpoint {workdir}/checkpoints/3 (no such file), and process 0 can"
+        in sentence
+    )
+
+
+def refused(workdir, monkeypatch, outcomes=(), wait_s=0.0):
+    """The sentence that a checkpoint is refused with, when other processes tell `outcomes`; nothing is moved."""
+    monkeypatch.setattr(checkpoint_module, "RETRY_S", wait_s)
+    monkeypatch.setattr(checkpoint_module, "answers", lambda topic, answer: [answer, *outcomes])
+    with pytest.raises(UserError) as refusal:
         restored(workdir)
     assert finished_steps(workdir) == [2, 3]
+    assert not (workdir / "damaged_checkpoints").exists()
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError(5, "Input/output error"), "Input/output error"), (MemoryError(), "MemoryError")],
+    ids=["disk", "memory"],
+)
+def test_what_cannot_be_read_now_is_not_damaged(written, monkeypatch, error, reason):
+    """On one process alone, and on process 0 of several that can."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint_module, "read_arrays", fail)
+    sentence = f"process 0 cannot read checkpoint {written}/checkpoints/3 ({reason})"
+    assert refused(written, monkeypatch).startswith(f"{sentence}; nothing was moved")
+    assert f"{sentence}, and process 1 can" in refused(written, monkeypatch, [("read", "")])
+
+
+def test_a_disk_that_does_not_answer_is_no_damage_whatever_the_format_says(written, monkeypatch):
+    def fail(*_):
+        raise ValueError("some status of a storage format")
+
+    def open_or_fail(path, *mode, **more):
+        if "state" in path.parts:
+            raise OSError(116, "Stale file handle")
+        return real(path, *mode, **more)
+
+    real = Path.open
+    monkeypatch.setattr(checkpoint_module, "read_arrays", fail)
+    monkeypatch.setattr(Path, "open", open_or_fail)
+    assert "(Stale file handle); nothing was moved" in refused(written, monkeypatch)
+
+
+def test_metrics_that_cannot_be_read_now_are_not_damaged(written, monkeypatch):
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    assert "metrics cannot be read: Input/output error" in refused(written, monkeypatch)
+
+
+def test_what_is_seen_late_is_read_again(written, monkeypatch):
+    """By this process, whose first reading fails, and by another, which sees the files a moment later."""
+    real, failures = checkpoint_module.read_arrays, [OSError("some files are missing")]
+
+    def read(*args):
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    others = [("read", ""), ("damaged", "no such file")]
+    monkeypatch.setattr(checkpoint_module, "read_arrays", read)
+    monkeypatch.setattr(checkpoint_module, "answers", lambda topic, answer: [answer, others.pop()])
+    assert_same_state(restored(written), state_at(3))
+    assert not failures
+    assert not others
+
+
+def test_processes_wait_longer_for_a_write_than_it_may_take():
+    assert agreement.WAIT_S > checkpoint_module.WRITE_TIMEOUT_S
 
 
 def test_what_one_process_refuses_all_refuse(written, monkeypatch):

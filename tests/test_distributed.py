@@ -1,15 +1,21 @@
 """Joining processes, what the environment says about them, losing one, and the watchdog, without training anything."""
 
+import contextlib
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
+import jax
 import pytest
 
 from ecg_jax import cli
 from ecg_jax.errors import UserError
-from ecg_jax.training import launchers
+from ecg_jax.training import distributed, launchers, peers
+from ecg_jax.training.agreement import FirstFailed
 from process_runs import PATIENCE, Processes, local
 
 SRUN = {
@@ -116,6 +122,7 @@ def test_every_other_command_asks_before_it_starts(monkeypatch, capsys):
 
 
 JOIN = """
+HEARTBEAT_S = 60
 import os, sys, time
 from ecg_jax import cli, pretrain
 from ecg_jax.errors import UserError
@@ -126,7 +133,7 @@ def main(argv):
     numbers = [word.partition("=")[2] for word in argv[-3:]] if len(argv) > 2 else None
     together = distributed.initialise(
         *((numbers[0], int(numbers[1]), int(numbers[2])) if numbers else (None, None, None)),
-        init_timeout_s=120, heartbeat_s=3, run="test")
+        init_timeout_s=120, heartbeat_s=HEARTBEAT_S, run="test")
     with together:
         import jax
         print("joined", jax.process_index(), jax.process_count(), sorted(n for n in os.environ if "_proxy" in n))
@@ -155,9 +162,113 @@ def test_a_mistake_on_one_process_ends_all_with_its_sentence(tmp_path):
         assert "failed: the folder is taken" in err[process]
 
 
+def test_a_process_without_its_devices_ends_all_at_once(tmp_path):
+    """As when a driver fails on one host: the others do not wait for what JAX tells each other of devices."""
+    platform = "import os; os.environ['JAX_PLATFORMS'] = ('cpu', 'nonsense')[PROCESS]"
+    code = f"{platform}{JOIN}def work(): pass{END}"
+    with Processes(tmp_path, 2, code=code) as running:
+        codes, _, err = running.finish()
+    assert codes == {0: 2, 1: 2}, err
+    assert re.search(
+        r"ecg-jax pretrain: error: process 1 of 2 on \S+ cannot use its devices: .*JAX_PLATFORMS", err[1]
+    )
+    assert re.search(
+        r"process 0 of 2 on \S+ ends: process 1 of 2 on \S+ failed: process 1 of 2 on \S+ cannot use", err[0]
+    )
+    assert not any("Traceback" in text for text in err.values()), err
+
+
+class NoPeers:
+    """Stands for the other processes."""
+
+    name, process = "process 0 of 2 on here", 0
+
+    def __init__(self):
+        self.told = []
+
+    def tell(self, *message, **more):
+        self.told.append(message)
+
+    def wait_for_loss(self, seconds):
+        pass
+
+
+def test_a_port_that_is_taken_after_all_have_met_is_named(monkeypatch):
+    peers = NoPeers()
+    monkeypatch.setattr(distributed, "meet", lambda *args, **more: peers)
+    monkeypatch.setattr(distributed.atexit, "register", lambda *args: None)
+    monkeypatch.setattr(distributed, "_peers", None)  # set by the test
+
+    def fail(*args, **more):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(UserError, match="cannot listen on port 1234 of the coordinator node1:1234: UNKNOWN"):
+        distributed.initialise("node1:1234", 2, 0)
+    assert [code for _, code in peers.told] == [2]
+
+
+@pytest.mark.parametrize("name", ["init", "heartbeat"])
+@pytest.mark.parametrize("seconds", [0.4, -1.0, float("nan")])
+def test_timeouts_below_a_second_are_refused(name, seconds):
+    with pytest.raises(UserError, match=f"--{name}-timeout={seconds:g} is too short"):
+        distributed.initialise("node1:1234", 2, 0, **{f"{name}{'_timeout' * (name == 'init')}_s": seconds})
+
+
+def test_strangers_do_not_keep_process_0_from_meeting_the_others():
+    """Some connect and say nothing, one says something now and then and never an end."""
+    with local.reserved_port() as port, contextlib.ExitStack() as stack:
+        address, met = f"127.0.0.1:{port}", []
+        deadline = time.monotonic() + 25
+        first = threading.Thread(
+            target=lambda: met.extend(peers._receive_all(address, port, 2, "the run", deadline, 25.0))
+        )
+        first.start()
+        while True:
+            try:
+                strangers = [socket.create_connection(("127.0.0.1", port))]
+                break
+            except OSError:
+                time.sleep(0.05)
+        strangers += [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        for stranger in strangers:
+            stack.enter_context(stranger)
+
+        def drip():
+            with contextlib.suppress(OSError):
+                while True:
+                    strangers[0].send(b"x")
+                    time.sleep(0.2)
+
+        threading.Thread(target=drip, daemon=True).start()
+        second = peers._join("127.0.0.1", port, 2, 1, "the run", deadline, 25.0)
+        first.join()
+        stack.enter_context(second.connection)
+        stack.enter_context(met[0].connection)
+    assert [peer.process for peer in met] == [1]
+
+
+def test_an_ending_process_says_what_fails_in_it(capfd):
+    def said(error):
+        try:
+            raise error
+        except type(error):
+            thread = threading.Thread(target=peers._say_what_fails_here)
+            thread.start()
+            thread.join()
+        return capfd.readouterr().err
+
+    text = said(ZeroDivisionError("a bug"))
+    assert "Traceback" in text
+    assert "ZeroDivisionError: a bug" in text
+    for error in (UserError("a sentence"), FirstFailed("of process 0"), jax.errors.JaxRuntimeError("lost")):
+        assert said(error) == ""
+
+
 def test_a_process_that_falls_silent_is_lost(tmp_path):
     """As when its host is gone: nothing closes the connection."""
-    with Processes(tmp_path, 3, code=f"{JOIN}def work(): time.sleep(10_000){END}") as running:
+    code = f"{JOIN}HEARTBEAT_S = 3\ndef work(): time.sleep(10_000){END}"
+    with Processes(tmp_path, 3, code=code) as running:
         running.wait(lambda: joined(running))
         running.kill(1, signal.SIGSTOP)
         codes = {process: running.children[process].wait(timeout=PATIENCE) for process in (0, 2)}

@@ -2,24 +2,21 @@
 half-deleted checkpoint, another store. Each process is started on its own, so that the end of each is seen.
 """
 
-import dataclasses
 import json
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
+from pathlib import Path
 
 import pytest
 
 from ecg_jax.data.synthetic import write_synthetic_store
+from ecg_jax.errors import UserError
 from ecg_jax.training.checkpoint import finished_steps
-from test_pretrain import arguments, checksums, environment, trajectory
+from ecg_jax.training.metric_writers import JsonlWriter, MultiWriter
+from process_runs import COMMAND, Processes
+from test_pretrain import arguments, checksums, trajectory
 
-#: Seconds in which every process of a run must end after one was lost. They end at once; the rest is for slow machines.
-ENDS_WITHIN_S = 120
 SETTINGS = {"steps": 12, "checkpoint_every": 5, "model__layers": 1, "tensorboard": False}
 
 # Runs in a process before the command: calls `at_commit(step)` when a checkpoint is written and about to get its name,
@@ -39,57 +36,15 @@ os.rename = renaming
 """
 
 
-@dataclasses.dataclass
-class Ended:
-    """How a process ended."""
-
-    code: int
-    out: str
-    err: str
+def finish_all(folder, args, processes=2, before=""):
+    """Exit codes, stdouts and stderrs of the command as processes of one device each."""
+    with Processes(folder, processes, code=f"{before}\n{COMMAND}", args=args) as running:
+        return running.finish()
 
 
-def start_all(args, processes=2, before=""):
-    """Starts the command as processes of one device each, of one run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = f"{before}\nfrom ecg_jax.cli import entry_point; entry_point()"
-    return [
-        subprocess.Popen(
-            [
-                sys.executable, "-c", code, *args,
-                f"--coordinator=127.0.0.1:{port}", f"--num-processes={processes}", f"--process-id={process}",
-            ],
-            env=environment(devices=1),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(processes)
-    ]  # fmt: skip
-
-
-def end_all(running, timeout=300):
-    """Waits for every process; one that does not end in time fails the test."""
-    deadline = time.monotonic() + timeout
-    try:
-        ended = []
-        for process in running:
-            out, err = process.communicate(timeout=max(deadline - time.monotonic(), 0.1))
-            ended.append(Ended(process.returncode, out, err))
-        return ended
-    finally:
-        for process in running:
-            process.kill()
-
-
-def finish_all(args, processes=2, before=""):
-    return end_all(start_all(args, processes, before))
-
-
-def assert_finished(ended, resumed_at):
-    assert [process.code for process in ended] == [0] * len(ended), [process.err for process in ended]
-    assert f"continuing at step {resumed_at} of 12" in ended[0].out
+def assert_finished(codes, out, err, resumed_at):
+    assert set(codes.values()) == {0}, err
+    assert f"continuing at step {resumed_at} of 12" in out[0]
 
 
 def assert_same_run(workdir, whole):
@@ -103,14 +58,46 @@ def half_written(workdir):
     return [path.name for path in (workdir / "checkpoints").iterdir() if not path.name.isdigit()]
 
 
+# Holds the name of the last checkpoint back until process 1 waits for it, or has gone on without it; process 1 writes
+# down what there is once it has gone on.
+HOLD_LAST = """
+from ecg_jax import pretrain
+from ecg_jax.training import checkpoint
+folder = pathlib.Path(os.environ["MARKS"])
+waits, gone = folder / "waits", folder / "gone"
+def at_commit(step):
+    while step == 12 and not (waits.exists() or gone.exists()): time.sleep(0.05)
+    if step == 12: time.sleep(1)
+if PROCESS == 1:
+    real_finish, real_pretrain = checkpoint.Checkpoints.finish, pretrain.pretrain
+    def finish(self):
+        waits.touch()
+        real_finish(self)
+    def whole(config, workdir):
+        real_pretrain(config, workdir)
+        gone.write_text(str(checkpoint.finished_steps(pathlib.Path(workdir))))
+    checkpoint.Checkpoints.finish, pretrain.pretrain = finish, whole
+"""
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, synthetic_store):
-    """A run of two processes that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    ended = finish_all(arguments(workdir, synthetic_store, **SETTINGS))
-    assert [process.code for process in ended] == [0, 0], [process.err for process in ended]
+    """A run of two processes whose last write takes its time."""
+    folder = tmp_path_factory.mktemp("runs")
+    workdir = folder / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MARKS", str(folder))
+        codes, _, err = finish_all(
+            folder, arguments(workdir, synthetic_store, **SETTINGS), before=HOOKS + HOLD_LAST
+        )
+    assert codes == {0: 0, 1: 0}, err
     assert finished_steps(workdir)[-1] == 12
     return workdir
+
+
+def test_no_process_leaves_before_the_last_write_has_ended(whole):
+    """One that left would wait in JAX's shutdown, which ends all after five minutes."""
+    assert (whole.parent / "gone").read_text() == str(finished_steps(whole))
 
 
 def test_sigkill_of_one_process_during_a_save(tmp_path, whole, synthetic_store):
@@ -120,25 +107,18 @@ def test_sigkill_of_one_process_during_a_save(tmp_path, whole, synthetic_store):
     for killed in (1, 0):
         marker = tmp_path / f"saving_{killed}"
         hold = f"def at_commit(step):\n    if step == 10: pathlib.Path({str(marker)!r}).touch(); time.sleep(3600)\n"
-        running = start_all(args, before=HOOKS + hold)
-        deadline = time.monotonic() + 300
-        while not marker.exists():
-            assert all(process.poll() is None for process in running), end_all(running)
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        running[killed].kill()
-        ended = end_all(running, ENDS_WITHIN_S)
-        assert ended[killed].code == -signal.SIGKILL
-        survivor = ended[1 - killed]
-        assert survivor.code == 75, survivor.err
-        assert re.search(rf"process {killed} on \S+ is lost", survivor.err)
+        with Processes(tmp_path / str(killed), 2, code=HOOKS + hold + COMMAND, args=args) as running:
+            running.wait(marker.exists)
+            running.kill(killed, signal.SIGKILL)
+            codes, _, err = running.finish()
+        assert codes == {killed: -signal.SIGKILL, 1 - killed: 75}, err
+        assert re.search(rf"process {killed} on \S+ is lost", err[1 - killed])
         assert finished_steps(workdir) == [5]
         assert len(half_written(workdir)) == 1, (
             "of both kills together: the second run removed what the first left"
         )
 
-    ended = finish_all(args)
-    assert_finished(ended, resumed_at=5)
+    assert_finished(*finish_all(tmp_path / "again", args), resumed_at=5)
     assert half_written(workdir) == []
     assert_same_run(workdir, whole)
 
@@ -148,20 +128,33 @@ def test_a_full_disk_during_a_save(tmp_path, whole, synthetic_store):
     workdir = tmp_path / "run"
     args = arguments(workdir, synthetic_store, **SETTINGS)
     full = "def after_commit(step): resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))\n"
-    for ended in finish_all(args, before=HOOKS + full):
-        assert ended.code == 2, ended.err
-        assert "Traceback" not in ended.err
-        sentences = [
-            line for line in ended.err.splitlines() if "a checkpoint could not be written to" in line
-        ]
-        assert sentences, ended.err
+    codes, _, err = finish_all(tmp_path / "full", args, before=HOOKS + full)
+    assert codes == {0: 2, 1: 2}, err
+    for text in err.values():
+        assert "Traceback" not in text
+        sentences = [line for line in text.splitlines() if "a checkpoint could not be written to" in line]
+        assert sentences, text
         assert all("the last complete one is step 5. Free some space" in sentence for sentence in sentences)
         assert sum("ecg-jax pretrain: error" in sentence for sentence in sentences) <= 1
     assert finished_steps(workdir) == [5]
 
-    assert_finished(finish_all(args), resumed_at=5)
+    assert_finished(*finish_all(tmp_path / "again", args), resumed_at=5)
     assert half_written(workdir) == []
     assert_same_run(workdir, whole)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_full_disk_at_a_line_of_the_log(tmp_path):
+    """The first thing that a full disk refuses."""
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    writer = MultiWriter(JsonlWriter(tmp_path))
+    with pytest.raises(
+        UserError, match=r"cannot write .*/log.jsonl: No space left on device; free some space"
+    ):
+        writer.write_scalars(1, {"loss": 1.0})
+    writer.close()
+    with pytest.raises(UserError, match=r"cannot write .*/nothing/log.jsonl: No such file"):
+        JsonlWriter(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -172,9 +165,9 @@ def test_a_half_deleted_checkpoint(tmp_path, whole, synthetic_store, processes):
     newest = workdir / "checkpoints" / "12"
     shutil.rmtree(next((newest / "state").glob("ocdbt.process_*")))
     (newest / "meta" / "metadata").unlink()
-    ended = finish_all(arguments(workdir, synthetic_store, **SETTINGS), processes)
-    assert_finished(ended, resumed_at=10)
-    said = [process.err.count("checkpoint 12 is damaged") for process in ended]
+    codes, out, err = finish_all(tmp_path, arguments(workdir, synthetic_store, **SETTINGS), processes)
+    assert_finished(codes, out, err, resumed_at=10)
+    said = [err[process].count("checkpoint 12 is damaged") for process in sorted(err)]
     assert said == [1] + [0] * (processes - 1)
     assert (workdir / "damaged_checkpoints" / "12" / "state").is_dir()
     if processes == 2:
@@ -198,8 +191,9 @@ def test_a_store_that_changed(tmp_path, whole, synthetic_store):
     shutil.copytree(whole, workdir)
     write_synthetic_store(store, n_records=96, seconds=6.0, seed=1)
     args = arguments(workdir, store, **SETTINGS)
-    for ended in finish_all(args):
-        assert ended.code == 2, ended.err
-        assert "Traceback" not in ended.err
-        assert "differs in store_fingerprint" in ended.err
+    codes, _, err = finish_all(tmp_path, args)
+    assert codes == {0: 2, 1: 2}, err
+    for text in err.values():
+        assert "Traceback" not in text
+        assert "differs in store_fingerprint" in text
     assert finished_steps(workdir)[-1] == 12, "nothing was set aside"

@@ -23,6 +23,10 @@ class NoAnswer(RuntimeError):
     """A process did not answer in time, or is gone: nothing the user did wrong, and running again continues."""
 
 
+class FirstFailed(RuntimeError):
+    """Process 0 said that it failed; it ends the run itself, with its own traceback and exit code."""
+
+
 def answers(topic: str, answer: Any, *, wait_s: float = WAIT_S) -> list[Any]:
     """What every process says to a question that all of them come to.
 
@@ -54,7 +58,8 @@ def on_first(topic: str, action: Callable[[], Any], *, wait_s: float = WAIT_S) -
 
     Raises:
         UserError: process 0 raised it; every process does, with the same sentence.
-        NoAnswer: process 0 did not answer in time, or failed in another way (which it raises itself).
+        FirstFailed: process 0 failed in another way, which it raises itself.
+        NoAnswer: process 0 did not answer in time.
     """
     if jax.process_count() == 1:
         return action()
@@ -74,7 +79,7 @@ def on_first(topic: str, action: Callable[[], Any], *, wait_s: float = WAIT_S) -
     if "refused" in heard:
         raise UserError(heard["refused"])
     if "failed" in heard:
-        raise NoAnswer(f"process 0 failed at {topic}: {heard['failed']}")
+        raise FirstFailed(f"process 0 failed at {topic}: {heard['failed']}")
     return heard["result"]
 
 

@@ -37,10 +37,13 @@ from ecg_jax.training.checkpoint_tree import (
     to_host,
     words_of,
 )
+from ecg_jax.training.read_faults import first_line, first_not_readable, not_readable
 
 CHECKPOINTS = "checkpoints"
 #: Seconds after which a write that has not ended counts as failed.
 WRITE_TIMEOUT_S = 1200
+#: Seconds in which a checkpoint that not all processes find damaged is read again.
+RETRY_S = 60.0
 #: The last file of a checkpoint to be written.
 _FINISHED = "_CHECKPOINT_METADATA"
 _SAVED_FIELDS = ("step", "params", "opt_state", "batch_stats", "ssm", "objective_state", "teacher", "rng")
@@ -48,15 +51,6 @@ _SAVED_FIELDS = ("step", "params", "opt_state", "batch_stats", "ssm", "objective
 
 def _saved(state) -> dict[str, Any]:
     return {name: getattr(state, name) for name in _SAVED_FIELDS}
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says in one line, or its type when it says nothing."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # Some of Orbax's carry the traceback of another as their text.
-    line = lines[-1 if lines[0].startswith("Traceback") else 0]
-    # Those of tensorstore begin with what was done and end with the system's reason, many paths apart.
-    return line if len(line) <= 240 else f"{line[:100]} ... {line[-120:]}"
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -95,7 +89,7 @@ class Checkpoints:
             meta: JSON-able: `config`, `preprocessing`, `store_fingerprint`; stored with every checkpoint.
 
         Raises:
-            UserError: the folder cannot be made.
+            UserError: the folder cannot be made, or a file in it cannot be read.
         """
         self._workdir = workdir
         self._meta = meta | {
@@ -147,7 +141,11 @@ class Checkpoints:
             try:
                 if path.exists():
                     float(json.loads(path.read_bytes())["val_loss"])
-            except (OSError, ValueError, TypeError, KeyError) as error:
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot be read: {error.strerror}; mend the disk and run the same command again"
+                ) from error
+            except (ValueError, TypeError, KeyError) as error:
                 self._set_aside(step, f"its metrics cannot be read: {first_line(error)}")
 
     @property
@@ -214,7 +212,8 @@ class Checkpoints:
         """The newest readable state, or None when the run has no checkpoint yet.
 
         A damaged checkpoint is moved to `workdir/damaged_checkpoints`, said on stderr, and the one before is
-        used. It is damaged where process 0 cannot read it; all processes return the same step.
+        used. It is damaged where every process finds it so: files are missing, cannot be parsed, or do not match their
+        checksums. What the system cannot read is left where it is. All processes return the same step.
 
         Args:
             state: a freshly made state; gives tree, shapes and `basis`.
@@ -222,28 +221,17 @@ class Checkpoints:
 
         Raises:
             UserError: a checkpoint has other parameters than the config makes, or belongs to another store; all are
-                damaged; or another process cannot read what process 0 can. On every process.
+                damaged; or some process cannot read one, for about a minute, that is not damaged. On every process.
             NoAnswer: a process did not say whether it could read a checkpoint.
         """
         fresh = _saved(state)
         steps = on_first("the list of checkpoints", lambda: sorted(self._manager.all_steps(), reverse=True))
         for step in steps:
-            tree, outcome = self._try_to_read(step, words_of(fresh))
-            outcomes = answers(f"reading checkpoint {step}", outcome)
-            for kind, reason in outcomes:
-                if kind == "refused":
-                    raise UserError(reason)
-            damaged = [process for process, (kind, _) in enumerate(outcomes) if kind == "damaged"]
-            if not damaged:
+            tree, damage = self._read_together(step, words_of(fresh))
+            if tree is not None:
                 return state.replace(**place(tree, fresh, sharding))
-            kind, reason = outcomes[damaged[0]]
-            if damaged[0] != 0:  # a host that does not see the folder must not have the whole run set aside
-                raise UserError(
-                    f"process {damaged[0]} cannot read checkpoint {self._path(step)} ({reason}), and process 0 can; "
-                    "put the run's folder where every host sees it"
-                )
             on_first(
-                f"setting checkpoint {step} aside", lambda step=step, why=reason: self._set_aside(step, why)
+                f"setting checkpoint {step} aside", lambda step=step, why=damage: self._set_aside(step, why)
             )
         if steps:
             raise UserError(
@@ -268,17 +256,50 @@ class Checkpoints:
             file=sys.stderr,
         )
 
+    def _read_together(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+        """The arrays of a checkpoint, or None and why it is damaged; the same on every process.
+
+        Raises:
+            UserError: a process refuses it, or cannot read what is not damaged.
+        """
+        deadline = time.monotonic() + RETRY_S
+        while True:
+            tree, outcome = self._try_to_read(step, wanted)
+            outcomes = answers(f"reading checkpoint {step}", outcome)
+            kinds = [kind for kind, _ in outcomes]
+            if "refused" in kinds:
+                raise UserError(outcomes[kinds.index("refused")][1])
+            if set(kinds) == {"read"} or set(kinds) == {"damaged"}:
+                return tree, outcomes[0][1]
+            # Over a network a file may be seen late on another host, and a server may not answer for a while.
+            if not on_first("reading it again", lambda: time.monotonic() < deadline):
+                break
+            time.sleep(1.0)
+        unread = next(process for process, kind in enumerate(kinds) if kind != "read")
+        sentence = f"process {unread} cannot read checkpoint {self._path(step)} ({outcomes[unread][1]})"
+        if "read" in kinds:
+            sentence += (
+                f", and process {kinds.index('read')} can; put the run's folder where every host sees it"
+            )
+        raise UserError(f"{sentence}; nothing was moved; run the same command again when it can be read")
+
     def _try_to_read(
         self, step: int, wanted: dict[str, Any]
     ) -> tuple[dict[str, Any] | None, tuple[str, str]]:
-        """The arrays of a checkpoint, or None, and how it went: ("read" | "refused" | "damaged", why)."""
-        try:
-            return self._read(step, wanted), ("read", "")
-        except UserError as error:
-            return None, ("refused", str(error))
-        # Damage surfaces as many types: tensorstore's, JSON's, the system's, our own checksum's.
-        except Exception as error:
-            return None, ("damaged", first_line(error))
+        """The arrays of a checkpoint, or None, and how it went: ("read", "refused", "damaged" or "unreadable", why)."""
+        for _ in range(2):  # what fails once may be no damage
+            try:
+                return self._read(step, wanted), ("read", "")
+            except UserError as error:
+                return None, ("refused", str(error))
+            except MemoryError as error:
+                return None, ("unreadable", first_line(error))
+            # Damage surfaces as many types: tensorstore's, JSON's, the system's, our own checksum's.
+            except Exception as error:
+                why = first_line(error)
+                if reason := not_readable(error) or first_not_readable(self._path(step)):
+                    return None, ("unreadable", reason)
+        return None, ("damaged", why)
 
     def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         path = self._path(step)

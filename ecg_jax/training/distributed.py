@@ -11,14 +11,13 @@ from importlib.metadata import version
 from types import TracebackType
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from ecg_jax import cpu
 from ecg_jax.errors import Stopped, UserError
 from ecg_jax.training import launchers
-from ecg_jax.training.agreement import NoAnswer
-from ecg_jax.training.peers import EXIT_LOST, Absent, Peers, leave, meet, say
+from ecg_jax.training.agreement import WAIT_S, FirstFailed, NoAnswer
+from ecg_jax.training.peers import EXIT_LOST, Absent, Peers, cannot_listen, leave, meet, say
 
 #: Seconds to wait until all processes of a run have started: cold starts of images and file systems take minutes.
 INIT_TIMEOUT_S = 900.0
@@ -59,7 +58,8 @@ def initialise(
 
     Raises:
         UserError: only some of the arguments are given; the environment speaks of several processes but does not say
-            enough; the coordinator cannot be reached from other hosts; its port is in use.
+            enough; the coordinator cannot be reached from other hosts; its port is in use; a timeout is below 1 s;
+            this process cannot use its devices.
         SystemExit: not all processes came in time (code 75); the sentence on stderr names the missing.
     """
     global _peers
@@ -77,6 +77,9 @@ def initialise(
         raise UserError(f"--process-id={process_id} is not below --num-processes={num_processes}")
     if num_processes == 1:
         return contextlib.nullcontext()
+    for name, seconds in (("init", init_timeout_s), ("heartbeat", heartbeat_s)):
+        if not seconds >= 1:
+            raise UserError(f"--{name}-timeout={seconds:g} is too short; give 1 second or more")
     launchers.check_hosts(coordinator, os.environ)
     _forget_proxies()
     print(
@@ -96,21 +99,38 @@ def initialise(
     except Absent as absent:
         say(f"ecg-jax: process {process_id} of {num_processes} on {socket.gethostname()} ends: {absent}")
         raise SystemExit(EXIT_LOST) from absent
-    jax.distributed.initialize(
-        coordinator,
-        num_processes=num_processes,
-        process_id=process_id,
-        local_device_ids=devices,
-        cluster_detection_method="deactivate",  # done above; under SLURM it would choose a GPU by itself
-        initialization_timeout=round(init_timeout_s),
-        # JAX ends processes without a sentence: only where ours has not.
-        heartbeat_timeout_seconds=max(round(2 * heartbeat_s), 10),
-    )
-    _forget_own_cache()
-    # JAX's collectives on CPUs give up when processes come to their first one more than 30 s apart, as after they
-    # compiled a model. Here they come together; later ones wait.
-    multihost_utils.sync_global_devices("ecg_jax")
-    return _Together(_peers)
+    with contextlib.ExitStack() as stack:
+        stack.push(_Together(_peers))
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes=num_processes,
+                process_id=process_id,
+                local_device_ids=devices,
+                cluster_detection_method="deactivate",  # done above; under SLURM it would choose a GPU by itself
+                initialization_timeout=round(init_timeout_s),
+                # JAX ends processes without a sentence: only where ours has not.
+                heartbeat_timeout_seconds=max(round(2 * heartbeat_s), 10),
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if process_id == 0 and "start RPC server" in str(
+                error
+            ):  # somebody took it since all have met on it
+                raise UserError(cannot_listen(coordinator, str(error))) from error
+            raise
+        try:
+            jax.local_devices()
+        except Exception as error:  # JAX has no type for it: even its own assertions fail
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(
+                f"{_peers.name} cannot use its devices: {reason}; look at the driver there, or choose others with "
+                "JAX_PLATFORMS"
+            ) from error
+        _forget_own_cache()
+        # JAX's collectives on CPUs give up when processes come to their first one more than 30 s apart, as after they
+        # compiled a model. Here they come together; later ones wait.
+        multihost_utils.sync_global_devices("ecg_jax")
+        return stack.pop_all()
 
 
 def _detect(timeout_s: float) -> tuple[str | None, int, int, list[int] | None]:
@@ -181,19 +201,24 @@ class _Together:
             self._peers.done()
             return
         # Collectives and writes fail when a process is lost; then the loss ends this process, with a better sentence.
-        self._peers.wait_for_loss(1.0 if isinstance(error, UserError | KeyboardInterrupt) else 5.0)
+        wait_s = 1.0 if isinstance(error, UserError | KeyboardInterrupt) else 5.0
+        if isinstance(error, FirstFailed):
+            # Before it ends all, process 0 waits for its write in progress and prints its traceback.
+            say(f"ecg-jax: {self._peers.name}: {error}; waiting for its end")
+            wait_s = WAIT_S
+        self._peers.wait_for_loss(wait_s)
         if isinstance(error, UserError):
             sentence, code = str(error), 2
         elif isinstance(error, KeyboardInterrupt):
             sentence, code = "interrupted", 130
-        elif isinstance(error, NoAnswer):
+        elif isinstance(error, NoAnswer | FirstFailed):
             sentence, code = str(error), EXIT_LOST
         else:
             sentence, code = f"{kind.__name__}: {next(iter(str(error).splitlines()), '')}", 1
         self._peers.tell(f"{self._peers.name} failed: {sentence}", code)
         # An orderly exit waits in JAX for processes that are gone by now.
         atexit.register(leave, code)
-        if isinstance(error, NoAnswer):
+        if isinstance(error, NoAnswer | FirstFailed):
             say(f"ecg-jax: {self._peers.name} ends: {sentence}")
             raise SystemExit(EXIT_LOST) from error
 
@@ -256,10 +281,3 @@ class StopSignal:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def first_says(answer: bool) -> bool:
-    """The answer of process 0, on every process: each judges by its own floating point, and they must not part."""
-    if jax.process_count() == 1:
-        return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))

@@ -6,8 +6,9 @@ from typing import Any
 
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.errors import UserError
-from ecg_jax.training.checkpoint import CHECKPOINTS, first_line, read_arrays, read_meta, stored_shapes
+from ecg_jax.training.checkpoint import CHECKPOINTS, read_arrays, read_meta, stored_shapes
 from ecg_jax.training.checkpoint_tree import checksums, describe_mismatch, flat_shapes
+from ecg_jax.training.read_faults import first_line
 
 
 @dataclasses.dataclass(frozen=True)

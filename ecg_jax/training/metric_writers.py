@@ -23,8 +23,11 @@ class JsonlWriter:
     """One JSON object for each written step and each text, appended and flushed line by line."""
 
     def __init__(self, workdir: Path):
-        self._path = workdir / LOG_NAME
-        self._file = self._path.open("a", encoding="utf-8")
+        self.path = workdir / LOG_NAME
+        try:
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Appends {"step": step, **scalars} as one line."""
@@ -35,8 +38,9 @@ class JsonlWriter:
         self._append({"step": step, **texts})
 
     def _append(self, entry: dict) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        line = (json.dumps(entry) + "\n").encode()
+        while line:
+            line = line[self._file.write(line) :]
 
     def flush(self) -> None:
         """Writes through to the disk."""
@@ -56,7 +60,8 @@ class TensorBoardWriter:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = EventFileWriter(str(workdir / "tensorboard"))
+        self.path = workdir / "tensorboard"
+        self._writer = EventFileWriter(str(self.path))
         restart = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(step=start + 1, wall_time=time.time(), session_log=restart))
 
@@ -86,31 +91,44 @@ class TensorBoardWriter:
         self._writer.close()
 
 
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror}; free some space or mend the folder, and run the same command again to "
+        "continue from the newest checkpoint"
+    )
+
+
 class MultiWriter:
-    """Hands every call to each of its writers."""
+    """Hands every call to each of its writers.
+
+    What the disk refuses becomes a UserError.
+    """
 
     def __init__(self, *writers):
         self._writers = writers
 
+    def _each(self, method: str, *args) -> None:
+        for writer in self._writers:
+            try:
+                getattr(writer, method)(*args)
+            except OSError as error:
+                raise _unwritable(writer.path, error) from error
+
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars to all writers."""
-        for writer in self._writers:
-            writer.write_scalars(step, scalars)
+        self._each("write_scalars", step, scalars)
 
     def write_texts(self, step: int, texts: dict[str, str]) -> None:
         """Writes the texts to all writers."""
-        for writer in self._writers:
-            writer.write_texts(step, texts)
+        self._each("write_texts", step, texts)
 
     def flush(self) -> None:
         """Flushes all writers."""
-        for writer in self._writers:
-            writer.flush()
+        self._each("flush")
 
     def close(self) -> None:
         """Closes all writers."""
-        for writer in self._writers:
-            writer.close()
+        self._each("close")
 
 
 def read_log(workdir: Path) -> list[dict]:

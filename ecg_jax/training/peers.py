@@ -21,9 +21,13 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
-from ecg_jax.errors import UserError
+from jax.errors import JaxRuntimeError
+
+from ecg_jax.errors import Stopped, UserError
+from ecg_jax.training.agreement import FirstFailed, NoAnswer
 from ecg_jax.training.launchers import is_loopback
 
 #: Exit code of a process that ends because another is gone or stuck: run the same command again to continue.
@@ -31,9 +35,11 @@ EXIT_LOST = os.EX_TEMPFAIL  # 75
 
 _MAGIC = "ecg_jax"
 _BEATS = 4  # in the time after which a silent process counts as lost
+_HELLO_S = 1.0  # that who has connected is given to say who it is; one of ours that is slower comes again
 _FAREWELL_S = 5.0  # that an ending process waits for the others to have heard why
 _ABORT_DELAY_S = 6  # see `_delay_abort`
 _MAX_LINE = 65536  # bytes
+_WITHOUT_TRACEBACK = (UserError, Stopped, NoAnswer, FirstFailed, JaxRuntimeError)
 
 
 class Absent(Exception):
@@ -108,11 +114,16 @@ def _listen(coordinator: str, port: int) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         listener.close()
-        raise UserError(
-            f"process 0 cannot listen on port {port} of the coordinator {coordinator}: {error.strerror}; another run "
-            "or program has it: choose another port with --coordinator (JAX_COORDINATOR_PORT under SLURM)"
-        ) from error
+        raise UserError(cannot_listen(coordinator, error.strerror)) from error
     return listener
+
+
+def cannot_listen(coordinator: str, why: str) -> str:
+    """The sentence about a coordinator's port that process 0 does not get."""
+    return (
+        f"process 0 cannot listen on port {coordinator.rpartition(':')[2]} of the coordinator {coordinator}: {why}; "
+        "another run or program has it: choose another port with --coordinator (JAX_COORDINATOR_PORT under SLURM)"
+    )
 
 
 def _receive_all(
@@ -150,9 +161,8 @@ def _receive_all(
 
 def _admit(connection: socket.socket, here: dict[int, _Peer], processes: int, run: str) -> _Peer | None:
     """Reads who has come; None when it is none of ours, which is told so."""
-    connection.settimeout(10.0)
     try:
-        hello = json.loads(_read_line(connection))
+        hello = json.loads(_read_line(connection, time.monotonic() + _HELLO_S))
         process, host = int(hello["process"]), str(hello["host"])
         theirs = (hello["magic"], int(hello["processes"]), hello["run"])
     except (OSError, ValueError, KeyError, TypeError):  # a port scanner, or who knows
@@ -201,8 +211,7 @@ def _join(
             if connection.getsockname() == connection.getpeername():  # TCP may connect a port to itself
                 raise OSError("nobody listens")
             connection.sendall(json.dumps(hello).encode() + b"\n")
-            connection.settimeout(max(deadline + _FAREWELL_S - time.monotonic(), 1.0))
-            answer = json.loads(_read_line(connection))
+            answer = json.loads(_read_line(connection, deadline + _FAREWELL_S))
             if "refused" in answer:
                 raise UserError(answer["refused"])
             if "absent" in answer:
@@ -219,9 +228,10 @@ def _join(
     )
 
 
-def _read_line(connection: socket.socket) -> bytes:
+def _read_line(connection: socket.socket, deadline: float) -> bytes:
     line = b""
     while not line.endswith(b"\n"):
+        connection.settimeout(max(deadline - time.monotonic(), 0.01))
         data = connection.recv(1)
         if not data:
             raise EOFError
@@ -349,6 +359,7 @@ class Peers:
         """
         with self._ending:
             say(f"ecg-jax: {self._name} ends: {sentence}")
+            _say_what_fails_here()
             if stuck or 0 not in self._peers:
                 self.tell(sentence, code, stuck=stuck)
             leave(code)
@@ -362,6 +373,16 @@ class Peers:
 def say(sentence: str) -> None:
     """Writes a line to stderr without waiting for whoever else writes there."""
     os.write(2, f"{sentence}\n".encode())
+
+
+def _say_what_fails_here() -> None:
+    """Writes down the error that the main thread is on its way out with: nothing else will, once this process ends."""
+    error = sys._current_exceptions().get(threading.main_thread().ident)
+    if isinstance(error, tuple):  # before Python 3.12: type, error, traceback
+        error = error[1]
+    # A UserError comes again at the next start; those of JAX and of agreements are the consequence of a loss.
+    if isinstance(error, Exception) and not isinstance(error, _WITHOUT_TRACEBACK):
+        say("".join(traceback.format_exception(error)).rstrip())
 
 
 def leave(code: int) -> None:
