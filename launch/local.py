@@ -56,7 +56,7 @@ def launch(command: list[str], processes: int, log_dir: Path | None = None) -> i
     """
     told: list[float] = []  # when signals came
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
             signal.signal(number, lambda *_: told.append(time.monotonic()))
     with contextlib.ExitStack() as stack:
         coordinator = f"127.0.0.1:{stack.enter_context(reserved_port())}"

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -22,10 +23,13 @@ def launched(n, script, *before):
     words = [*before, sys.executable, local.__file__, "-n", str(n), "--", "bash", "-c", script, "bash"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     with subprocess.Popen(words, text=True, start_new_session=True, **pipes) as launcher:
+        # Whatever fails, nobody is left to hold the pipes open, on which a test may be waiting.
+        patience = threading.Timer(PATIENCE, launcher.kill)
+        patience.start()
         try:
             yield launcher
         finally:
-            # Whatever fails above, nobody is left to hold the pipes open.
+            patience.cancel()
             launcher.kill()
 
 
