@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from ecg_jax.config_checks import check_config
 from ecg_jax.config_flags import parse_command
-from ecg_jax.data.mixture import store_paths
 from ecg_jax.data.pipeline import train_batches, val_batches
 from ecg_jax.errors import Stopped, UserError
 from ecg_jax.models.encoder import tokens_of
@@ -314,7 +313,8 @@ def main(argv: list[str]) -> int:
         pretrain(config, args.workdir)
     if jax.process_index() == 0:
         print(
-            "done; next: ecg-jax probe --config=configs/probe.py:mode=linear,task=ptbxl_super "
-            f"--checkpoint={args.workdir} --store={store_paths(config.store)[0]} --workdir={args.workdir}-probe"
+            "done; next, with a labelled STORE and a TASK that `ecg-jax tasks STORE` lists: ecg-jax probe "
+            f"--config=configs/probe.py:mode=linear,task=TASK --checkpoint={args.workdir} --store=STORE "
+            f"--workdir={args.workdir}-probe"
         )
     return 0

@@ -34,6 +34,7 @@ GENERATOR = 1
 SECONDS = (2.5, 600.0)
 MAX_DISTINCT = 4096
 
+MOST_RECORDS = 10**9  # 58 TB of ten seconds each
 _SETS = "\n".join(f"  {label_set:<12}{', '.join(classes)}" for label_set, classes in cases.CLASSES.items())
 DESCRIPTION = f"""\
 Writes a store of synthetic 12-lead ECG: for load studies at any size, for controls (with --shuffle-labels AUROC of a
@@ -152,7 +153,10 @@ def synthesize(
 def _check(job: Job, workers: int) -> None:
     low, high = SECONDS
     for wrong, message in (
-        (job.records < 1, f"--records must be at least 1, not {job.records}"),
+        (
+            not 1 <= job.records <= MOST_RECORDS,
+            f"--records is from 1 to {MOST_RECORDS}, not {job.records}",
+        ),
         (
             not 1 <= job.patients <= job.records,
             f"--patients is from 1 to the number of records ({job.records}), not {job.patients}",

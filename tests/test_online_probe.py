@@ -91,7 +91,7 @@ def test_at_most_so_many_records_and_always_the_same(labelled_store):
 def test_store_without_labels_says_why_there_is_no_probe(synthetic_store, labelled_store):
     assert choose(Store(synthetic_store)) == (
         None,
-        "no online probe: the store, of corpus 'synthetic', has labels of no known task",
+        "no online probe: the store, of corpus 'synthetic', has labels of no task to watch",
     )
     store = Store(labelled_store)
     for off in ({"task": ""}, {"every": 0}):

@@ -105,7 +105,7 @@ def test_run_writes_what_it_promises(finished):
         assert ("val_loss" in entry) == (entry["step"] in (5, 10, 15, 20, 24))
     assert log[-1]["loss"] < log[0]["loss"]
     assert read_warnings(workdir) == []
-    assert "no online probe: the store, of corpus 'synthetic', has labels of no known task" in out
+    assert "no online probe: the store, of corpus 'synthetic', has labels of no task to watch" in out
     assert "continu" not in out
     kept = {int(p.name) for p in (workdir / "checkpoints").iterdir()}
     best = min((entry for entry in log if "val_loss" in entry), key=lambda entry: entry["val_loss"])["step"]

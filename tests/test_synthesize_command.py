@@ -134,7 +134,8 @@ def test_repeated_signals_differ_by_microvolts_and_keep_the_identities(tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--records=0"], "--records must be at least 1"),
+        (["--records=0"], "--records is from 1 to 1000000000, not 0"),
+        (["--records=10000000000000"], "--records is from 1 to"),
         (["--records=10", "--patients=11"], "--patients is from 1 to the number of records (10)"),
         (["--records=10", "--patients=0"], "--patients"),
         (["--records=10", "--seconds=1"], "--seconds is from 2.5 to 600"),

@@ -84,7 +84,7 @@ def choose_slice(
         if not fitting:
             return (
                 None,
-                f"no online probe: the store, of corpus {store.corpus!r}, has labels of no known task",
+                f"no online probe: the store, of corpus {store.corpus!r}, has labels of no task to watch",
             )
         chosen = fitting[0]
     else:
