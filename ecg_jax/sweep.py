@@ -5,7 +5,7 @@ import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ecg_jax.errors import Stopped, UserError
 from ecg_jax.studies import comparison_tables
 from ecg_jax.sweep_file import Run, Sweep, load_sweep, select
 from ecg_jax.sweep_folder import (
+    FAILED,
     FINISHED,
     RUNNING,
     Busy,
@@ -33,6 +34,7 @@ from ecg_jax.sweep_launch import (
     check_slurm_options,
     collect_script,
     run_jobs,
+    still_queued,
     submit,
 )
 from ecg_jax.sweep_results import write_tables
@@ -44,7 +46,8 @@ Pretrains and probes every run of a sweep file and writes tables of them: macro 
 interval over test patients and seeds, beside random initialisation and the majority guess; and one row for each run
 with its settings and results. Run the same command again after an interruption: finished runs are skipped, the
 interrupted ones go on. A run that fails is reported, and the others go on. Several processes may work in one DIR, on
-one host or many: each takes runs that no other works on.
+one host or many: each takes runs that no other works on. Runs take turns in this process, unless --jobs is given; one
+that hangs ends it with 75.
 
   ecg-jax sweep configs/sweeps/objectives_quick.py --output=runs/objectives_quick
   ecg-jax sweep configs/sweeps/learning_rate.py:quick --output=runs/lr --launcher=slurm --jobs=4 \\
@@ -52,7 +55,8 @@ one host or many: each takes runs that no other works on.
 
 Writes into DIR: NAME/run, NAME/probe and NAME/status.json of each run; results.json, results.csv, results.md and
 results.png; results_table.parquet and results_table.csv. Exit code 0: every run asked for is finished, or submitted;
-2: some failed; 75: some ended themselves and go on when the command is run again.
+or SIGTERM stopped it, and the same command goes on; 2: some failed, or files are damaged; 75: none failed, but some
+ended themselves or other processes still work on them: run the same command again; 130: Ctrl-C, the same.
 """
 
 
@@ -80,10 +84,11 @@ def run_sweep(
 
     Returns:
         What results.json holds, see `studies.comparison.compare` ({} while no probe is finished); "failed", run ->
-        reason; "busy", names of runs that other processes work on; "again", names of runs that ended with exit code 75.
+        reason; "damaged", run -> what cannot be read; "busy", names of runs that other processes work on; "again",
+        names of other runs that are not finished: their processes ended themselves, or were asked to.
 
     Raises:
-        UserError: the folder or a store does not fit. A run that fails does not raise.
+        UserError: the folder or a store does not fit. A run that fails, or is damaged, does not raise.
         Stopped, KeyboardInterrupt: asked to stop; the same call goes on from there.
     """
     output, choice = Path(output), StoreChoice(store and str(store), probe_store and str(probe_store))
@@ -97,34 +102,75 @@ def run_sweep(
     if len(waiting) < len(chosen):
         print(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished already")
 
-    def write() -> dict[str, Any]:
-        return write_tables(sweep, output) if tables else {}
-
-    results = write()
-    if jobs > 1:
-        arguments = _arguments(sweep, output, choice)
-        failed, again = run_jobs(waiting, output, [*arguments, "--no-tables"], jobs, write)
-        busy = [run.name for run in waiting if state_of(output, run).kind == RUNNING]
-        failed = {name: why for name, why in failed.items() if name not in busy}
-        return write() | {"failed": failed, "busy": busy, "again": again}
-    failed, busy = {}, []
-    for number, run in enumerate(waiting, start=1):
-        print(f"\n[{number}/{len(waiting)}] {run.name}: {run.declared}", flush=True)
+    def write_meanwhile() -> None:
+        """Tables of what there is; whatever goes wrong, the runs go on."""
+        if not tables:
+            return
         try:
-            pretrain_and_probe(run, choice, output)
-        except Stopped:
-            raise
-        except Busy as error:
-            busy.append(run.name)
-            print(error, file=sys.stderr, flush=True)
-            continue
-        except Exception as error:  # whatever it is, the other runs go on
-            failed[run.name] = reason(error, output / run.name)
-            print(f"{run.name} failed: {failed[run.name]}", file=sys.stderr, flush=True)
-        jax.clear_caches()  # programs of a run that is over
-        results = write()
-    busy = [run.name for run in waiting if run.name in busy and not is_finished(output, run)]
-    return results | {"failed": failed, "busy": busy, "again": []}
+            write_tables(sweep, output, wait=False)
+        except Busy:  # its holder, or whoever ends last, writes what this one would have
+            pass
+        except Exception as error:
+            print(f"no tables now: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+    if jobs > 1:
+        write_meanwhile()
+        failed = run_jobs(
+            waiting, output, [*_arguments(sweep, output, choice), "--no-tables"], jobs, write_meanwhile
+        )
+    else:
+        failed = _in_turn(waiting, output, choice, write_meanwhile)
+    # Another process may have finished meanwhile what failed here, or be at it.
+    left = [run for run in waiting if not is_finished(output, run)]
+    busy = [run.name for run in left if state_of(output, run).kind == RUNNING]
+    left = [run.name for run in left if run.name not in busy]
+    results, damaged = write_tables(sweep, output) if tables else ({}, {})
+    return results | {
+        "failed": {name: failed[name] for name in left if name in failed},
+        "damaged": {run.name: damaged[run.name] for run in chosen if run.name in damaged},
+        "busy": busy,
+        "again": [name for name in left if name not in failed],
+    }
+
+
+def _in_turn(
+    runs: Sequence[Run], output: Path, choice: StoreChoice, before: Callable[[], None]
+) -> dict[str, str]:
+    """Works on runs in this process, one after another; on those that another process held, again when it has died.
+
+    Args:
+        before: called before each run.
+
+    Returns:
+        Run -> why it failed, here or in the process that held it.
+    """
+    failed: dict[str, str] = {}
+    waiting = list(runs)
+    while waiting:
+        busy = []
+        for number, run in enumerate(waiting, start=1):
+            before()
+            print(f"\n[{number}/{len(waiting)}] {run.name}: {run.declared}", flush=True)
+            try:
+                pretrain_and_probe(run, choice, output)
+            except Stopped:
+                raise
+            except Busy as error:
+                busy.append(run)
+                print(error, file=sys.stderr, flush=True)
+                continue
+            except Exception as error:  # whatever it is, the other runs go on
+                failed[run.name] = reason(error, output / run.name)
+                print(f"{run.name} failed: {failed[run.name]}", file=sys.stderr, flush=True)
+            jax.clear_caches()  # programs of a run that is over
+        waiting = []
+        for run in busy:
+            state = state_of(output, run)
+            if state.kind == FAILED:
+                failed[run.name] = state.error
+            elif state.kind not in (FINISHED, RUNNING):
+                waiting.append(run)
+    return failed
 
 
 def _arguments(sweep: Sweep, output: Path, choice: StoreChoice) -> list[str]:
@@ -150,19 +196,27 @@ def describe(runs: Sequence[Run], output: Path | None) -> str:
 def _launch(
     sweep: Sweep, output: Path, choice: StoreChoice, chosen: Sequence[Run], options: argparse.Namespace
 ) -> None:
-    """Submits the runs that are neither finished nor being worked on, or says how."""
+    """Submits the runs that are neither finished, nor being worked on, nor waiting in SLURM's queue; or says how."""
     slurm = check_slurm_options(options.slurm or "")
     check_folder(sweep, output)
     check_stores(choice, chosen, output)
     states = {run.name: state_of(output, run) for run in chosen}
     runs = [run for run in chosen if states[run.name].kind not in (FINISHED, RUNNING)]
+    queued = still_queued(output) if options.launcher == "slurm" else {}
+    names = {name for of_array in queued.values() for name in of_array.values()}
+    waiting, runs = [run for run in runs if run.name in names], [run for run in runs if run.name not in names]
+    if waiting:
+        print(
+            f"{_runs(waiting)} already in the queue, of the array {' and '.join(queued)}: "
+            + ", ".join(run.name for run in waiting)
+        )
     arguments = _arguments(sweep, output, choice)
     if options.dry_run:
         print(describe(chosen, output))
     if not runs:
         print(
             f"nothing to run: of {len(chosen)} runs {_count(states, FINISHED)} are finished and "
-            f"{_count(states, RUNNING)} being worked on"
+            f"{_count(states, RUNNING)} being worked on, and {len(waiting)} wait in the queue"
         )
     elif options.launcher == "local":
         print("\n" + "\n".join(shlex.join(["ecg-jax", *arguments, f"--only={run.name}"]) for run in runs))
@@ -173,35 +227,42 @@ def _launch(
         print(collect_script(output, arguments, slurm), end="")
     else:
         declare(sweep, output)
-        array, last = submit(runs, output, arguments, slurm, options.jobs)
-        print(f"submitted {len(runs)} runs as the array {array}, and job {last}, which then makes the tables")
+        array, last = submit(runs, output, arguments, slurm, options.jobs, queued)
+        print(f"submitted {_runs(runs)} as the array {array}, and job {last}, which then makes the tables")
 
 
 def _count(states: dict[str, State], kind: str) -> int:
     return sum(state.kind == kind for state in states.values())
 
 
-def _conclude(sweep: Sweep, output: Path, chosen: Sequence[Run], results: dict[str, Any]) -> int:
+def _conclude(sweep: Sweep, output: Path, results: dict[str, Any]) -> int:
     """Prints the tables and what is not finished; the exit code.
 
     Raises:
-        UserError: runs failed, or other processes work on them.
+        UserError: runs failed or are damaged.
     """
-    failed, busy, again = (results.pop(name) for name in ("failed", "busy", "again"))
+    failed, damaged, busy, again = (results.pop(name) for name in ("failed", "damaged", "busy", "again"))
     _print_tables(sweep, output, results)
-    if failed:
-        many = f"{len(failed)} runs" if len(failed) > 1 else "1 run"
-        raise UserError(f"{many} failed, see above: {', '.join(failed)}")
     if busy:
-        raise UserError(f"other processes are working on {', '.join(busy)}; wait for them")
+        print(f"other processes are working on {', '.join(busy)}", file=sys.stderr)
     if again:
-        print(
-            f"ended themselves, and go on when this command is run again: {', '.join(again)}", file=sys.stderr
-        )
+        print(f"not finished: {', '.join(again)}", file=sys.stderr)
+    if damaged := {name: what for name, what in damaged.items() if name not in failed}:
+        print("\n".join(f"{name}: {what}" for name, what in damaged.items()), file=sys.stderr)
+    if wrong := [
+        f"{_runs(names)} {what}, see above: {', '.join(names)}"
+        for what, names in (("failed", failed), ("damaged", damaged))
+        if names
+    ]:
+        raise UserError("; ".join(wrong))
+    if busy or again:
+        print("run the same command again to finish them, or to see that they are", file=sys.stderr)
         return TRY_AGAIN
-    if left := [run.name for run in chosen if not is_finished(output, run)]:
-        raise UserError(f"not finished: {', '.join(left)}; run the same command again")
     return 0
+
+
+def _runs(names: Sized) -> str:
+    return f"{len(names)} runs" if len(names) > 1 else "1 run"
 
 
 def _print_tables(sweep: Sweep, output: Path, results: dict[str, Any]) -> None:
@@ -269,7 +330,9 @@ def _parser() -> argparse.ArgumentParser:
         "its own, with its share of the GPUs",
     )
     parser.add_argument(
-        "--slurm", metavar="OPTIONS", help="of sbatch, e.g. --slurm='--partition=gpu --gpus=1'"
+        "--slurm",
+        metavar="OPTIONS",
+        help="of sbatch, for each run, which is one process on one node: --slurm='--partition=gpu --gpus=1'",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -309,7 +372,10 @@ def main(argv: list[str]) -> int:
             raise UserError(f"there is no folder {options.output}; --collect reads what a sweep wrote")
         check_folder(sweep, options.output)
         print(describe(chosen, options.output))
-        _print_tables(sweep, options.output, write_tables(sweep, options.output))
+        results, damaged = write_tables(sweep, options.output)
+        _print_tables(sweep, options.output, results)
+        if damaged:
+            print("\n".join(["", "damaged:", *(f"{name}: {what}" for name, what in damaged.items())]))
         return 0
     if options.dry_run or options.launcher == "slurm":
         _launch(sweep, options.output, choice, chosen, options)
@@ -324,4 +390,4 @@ def main(argv: list[str]) -> int:
             jobs=options.jobs or 1,
             tables=not options.no_tables,
         )
-        return _conclude(sweep, options.output, chosen, results)
+        return _conclude(sweep, options.output, results)

@@ -1,24 +1,26 @@
 """The folder of a sweep: which sweep it belongs to, who works on which run, and how far each run is.
 
 Several processes may work in one folder at a time, on one host or on many, each on a run of its own. A run is held by
-a lock on its folder's `.lock`; the declaration and the tables by a short one on the sweep's. The file system must keep
-its locks between the hosts.
+a lock on its folder's `.lock`, the declaration and the sample by a short one on the sweep's, the tables by one of their
+own. The file system must keep its locks between the hosts.
 """
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
 import socket
+import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from ecg_jax.errors import Stopped, UserError
-from ecg_jax.files import lock, read_jsonl, write_atomic
+from ecg_jax.files import read_jsonl, write_atomic
 from ecg_jax.probe_provenance import made_with
 from ecg_jax.sweep_file import SLURM, STORE, Run, Sweep, differences, plain
 from ecg_jax.training.checkpoint import finished_steps
@@ -30,16 +32,17 @@ ERROR = "error.txt"  # the traceback of a run that failed
 TIMES = "times.jsonl"  # seconds of each attempt at pretraining and probing
 
 _DECLARATION = "sweep.json"
+_TABLES_LOCK = ".tables.lock"
 _BUSY_S = 2.0  # in which whoever only asks for the state of a run has let go of its lock
-_SHORT_S = 600.0  # for which the lock on declaration and tables may be held
+_SHORT_S = 600.0  # for which the lock on declaration and sample may be held
 _TAIL = 65_536  # bytes at the end of a log that are looked at for its last step
 _STATUS_FIELDS = (
     "state", "error", "attempts", "host", "process", "began", "ended", "parameters", "recordings", "device", "versions",
 )  # fmt: skip
 VERSIONS = ("ecg-jax", "jax", "flax", "optax", "numpy")
 
-FINISHED, RUNNING, FAILED, STOPPED, DIED, BEGUN, NOT_BEGUN = (
-    "finished", "running", "failed", "stopped", "died", "begun", "not begun"
+FINISHED, RUNNING, FAILED, STOPPED, DIED, BEGUN, NOT_BEGUN, DAMAGED = (
+    "finished", "running", "failed", "stopped", "died", "begun", "not begun", "damaged"
 )  # fmt: skip
 
 
@@ -47,12 +50,16 @@ class Busy(UserError):
     """Another process works on the run."""
 
 
+class Damaged(UserError):
+    """Files of a run cannot be read; the other runs can."""
+
+
 class State(NamedTuple):
     """How far a run is.
 
     `kind` is one of finished, running (a process holds it), failed (with `error`), stopped (asked to), died (its
-    process ended without a word, which `error` says), begun and not begun. `step` is the last one known, None before
-    the first.
+    process ended without a word, which `error` says), begun, not begun and damaged (which `error` says too). `step` is
+    the last one known, None before the first.
     """
 
     kind: str
@@ -88,14 +95,15 @@ def declare(sweep: Sweep, output: Path) -> None:
 def check_folder(sweep: Sweep, output: Path) -> None:
     """Refuses a folder that is not this sweep's, see `declare`; writes nothing."""
     path = output / _DECLARATION
+    # Listed before it is looked for: whatever else a sweep writes comes after its declaration.
+    entries = [entry.name for entry in output.iterdir()] if output.is_dir() else []
     if not path.exists():
-        ours = (STORE, LOCK, SLURM)
-        if output.is_dir() and any(entry.name not in ours for entry in output.iterdir()):
+        if any(n not in (STORE, LOCK, SLURM) and not n.startswith(f".{_DECLARATION}.") for n in entries):
             raise UserError(f"{output} holds something else than a sweep; choose another --output")
         return
     runs = _declared(sweep)
     try:
-        before = json.loads(path.read_text())["runs"]
+        before = json.loads(_read(path))["runs"]
         gone = [name for name in before if name not in runs]
         changed = {name: differences(before[name], runs[name]) for name in before if name in runs}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -128,23 +136,38 @@ def _declared(sweep: Sweep) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def held_shortly(output: Path) -> Iterator[None]:
-    """Holds the lock on what all processes of a sweep write: declaration, sample store and tables."""
+    """Holds the lock on what all processes of a sweep begin with: declaration and sample store."""
     refusal = (
         f"another process has held {output / LOCK} for {_SHORT_S:g} s; end it, or choose another --output"
     )
-    with _held(output / LOCK, refusal, _SHORT_S):
+    with _held(output / LOCK, lambda: refusal, _SHORT_S):
+        yield
+
+
+@contextlib.contextmanager
+def held_for_tables(output: Path, wait: bool) -> Iterator[None]:
+    """Holds the lock on the tables.
+
+    Raises:
+        Busy: another process writes them, and `wait` is False.
+    """
+    with _held(
+        output / _TABLES_LOCK,
+        lambda: f"another process writes the tables of {output}",
+        float("inf") if wait else 0.0,
+    ):
         yield
 
 
 @contextlib.contextmanager
 def held_long(path: Path) -> Iterator[None]:
-    """Holds a lock for as long as the work takes that only one process does for all."""
-    with _held(path, f"another process holds {path}", float("inf")):
+    """Holds a lock for as long as the work takes that only one process does for all; says so when it has to wait."""
+    with _held(path, lambda: f"another process holds {path}", float("inf")):
         yield
 
 
 @contextlib.contextmanager
-def _held(path: Path, refusal: str, wait_s: float) -> Iterator[IO]:
+def _held(path: Path, refusal: Callable[[], str], wait_s: float) -> Iterator[None]:
     """Holds a lock file, for which it waits `wait_s` seconds.
 
     Raises:
@@ -157,17 +180,30 @@ def _held(path: Path, refusal: str, wait_s: float) -> Iterator[IO]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     with file:
-        while True:
-            try:
-                lock(file, refusal)
-                break
-            except UserError as error:
-                if not isinstance(error.__cause__, BlockingIOError):
-                    raise
-                if time.monotonic() > until:
-                    raise Busy(refusal) from error
+        waited = False
+        while not _lock(file, fcntl.LOCK_EX):
+            if time.monotonic() >= until:
+                raise Busy(refusal())
+            if wait_s == float("inf") and not waited:
+                print(f"{refusal()}; waiting for it", file=sys.stderr, flush=True)
+            waited = True
             time.sleep(0.05)
-        yield file
+        yield
+
+
+def _lock(file: IO, how: int) -> bool:
+    """Locks an open file until it is closed; False when another process holds it.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot lock {file.name}: {error.strerror}; use another file system") from error
+    return True
 
 
 class RunStatus:
@@ -217,7 +253,7 @@ def claimed(output: Path, run: Run) -> Iterator[RunStatus | None]:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from error
-    with _held(folder / LOCK, f"the run {run.name} is being worked on by {_holder(folder)}", _BUSY_S):
+    with _held(folder / LOCK, lambda: f"the run {run.name} is being worked on by {_holder(folder)}", _BUSY_S):
         if is_finished(output, run):
             yield None
             return
@@ -252,20 +288,35 @@ def is_finished(output: Path, run: Run) -> bool:
     """results.json is the last thing a probe writes; of a run without probe its status says it."""
     if run.probe_config is not None:
         return (output / run.name / "probe" / "results.json").exists()
-    status = read_status(output / run.name)
+    try:
+        status = read_status(output / run.name)
+    except UserError:  # damaged, which whoever takes the run up says
+        return False
     return status is not None and status["state"] == FINISHED
 
 
 def state_of(output: Path, run: Run) -> State:
-    """How far a run is; writes nothing."""
+    """How far a run is; writes nothing.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
     folder = output / run.name
     step = last_step(folder / "run")
+    try:
+        while True:
+            status = read_status(folder)
+            held = status is not None and _is_held(folder / LOCK)
+            # A process that ended, or began, between the two looks has written another status.
+            if held or status == read_status(folder):
+                break
+    except Damaged as error:
+        return State(FINISHED if is_finished(output, run) else DAMAGED, step, str(error))
     if is_finished(output, run):
         return State(FINISHED, step, "")
-    status = read_status(folder)
     if status is None:  # made before there were status files, or never
         return State(NOT_BEGUN if step is None else BEGUN, step, "")
-    if _is_held(folder / LOCK):
+    if held:
         return State(RUNNING, step, "")
     if status["state"] == RUNNING:
         at = "before its first logged step" if step is None else f"at step {step}"
@@ -279,28 +330,30 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     """`status.json` of a run's folder; None when there is none.
 
     Raises:
-        UserError: it is damaged.
+        Damaged: it lacks a field, is no JSON, or cannot be read.
     """
     path = folder / STATUS
     try:
-        value = json.loads(path.read_text())
-        for name in (
-            "state",
-            "error",
-            "attempts",
-            "host",
-            "process",
-            "began",
-            "ended",
-            "parameters",
-            "device",
-        ):
+        value = json.loads(_read(path))
+        for name in _STATUS_FIELDS:
             value[name]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; remove it") from error
+    except OSError as error:
+        raise Damaged(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{path} is damaged; remove it") from error
     return value
+
+
+def _read(path: Path) -> str:
+    """The text of a file that another host may be replacing, which NFS says once with ESTALE."""
+    try:
+        return path.read_text()
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        return path.read_text()
 
 
 @contextlib.contextmanager
@@ -310,7 +363,7 @@ def damage(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:  # of json, zipfile, numpy, a missing key, ...
         text = next(iter(str(error).splitlines()), "")
-        raise UserError(
+        raise Damaged(
             f"{folder} is damaged ({type(error).__name__}: {text}); remove it, and it is made anew"
         ) from error
 
@@ -339,20 +392,26 @@ def last_step(run: Path) -> int | None:
 
 
 def _holder(folder: Path) -> str:
-    status = read_status(folder)
+    try:
+        status = read_status(folder)
+    except UserError:
+        status = None
     return f"process {status['process']} on {status['host']}" if status else "another process"
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a process holds a lock file."""
+    """Whether a process holds a lock file.
+
+    Raises:
+        UserError: the file system has no locks, or the file cannot be read.
+    """
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return not _lock(file, fcntl.LOCK_SH)
     except FileNotFoundError:
         return False
-    except BlockingIOError:
-        return True
-    return False
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _now() -> str:

@@ -1,6 +1,7 @@
 """Runs of a sweep in processes of their own: several at a time on this host, or as an array of SLURM jobs."""
 
 import glob
+import json
 import os
 import shlex
 import shutil
@@ -21,6 +22,8 @@ TRY_AGAIN = 75
 #: What a process of a sweep prints, in its run's folder.
 OUTPUT_LOG = "output.log"
 ARRAY_SCRIPT, COLLECT_SCRIPT = "sweep.sbatch", "collect.sbatch"
+#: Which run each task of each array works on, in the folder of what SLURM jobs print.
+_SUBMITTED = "submitted.json"
 
 _POLL_S = 0.2
 
@@ -51,12 +54,9 @@ time_limit='' cancelled=''
 child=$!
 trap 'time_limit=1; kill -TERM $child' USR1
 trap 'cancelled=1; kill -TERM $child' TERM # scancel, or SLURM makes room for others and requeues by itself
+while kill -0 $child 2>/dev/null; do wait $child || true; done # a signal interrupts wait
 code=0
 wait $child || code=$?
-while kill -0 $child 2>/dev/null; do # a signal interrupts wait
-    code=0
-    wait $child || code=$?
-done
 
 # Running it again helps after exit code {again}, after a signal, and at the time limit; not after a mistake (2).
 if [[ -n $cancelled || -z ${{SLURM_JOB_ID:-}} ]]; then
@@ -90,7 +90,7 @@ def run_jobs(
     arguments: Sequence[str],
     jobs: int,
     after: Callable[[], object],
-) -> tuple[dict[str, str], list[str]]:
+) -> dict[str, str]:
     """Runs each of `runs` in a process of its own, `jobs` at a time.
 
     What a process prints goes to `output.log` in the run's folder. Of several GPUs each process sees its share: those
@@ -102,10 +102,11 @@ def run_jobs(
         output: folder of the sweep.
         arguments: of `ecg-jax` for each of them, without --only.
         jobs: how many at a time, at least 2.
-        after: called whenever a run has ended.
+        after: called whenever a run has ended; what it raises ends all of them.
 
     Returns:
-        Run -> why it failed; and the runs that ended with exit code 75, to be tried again.
+        Run -> why it failed; without those that ended with exit code 75, to be tried again, as do those that another
+        process held.
 
     Raises:
         UserError: there are fewer GPUs than jobs.
@@ -114,7 +115,6 @@ def run_jobs(
     free, waiting = list(range(jobs)), list(runs)
     working: dict[int, tuple[Run, subprocess.Popen]] = {}
     failed: dict[str, str] = {}
-    again: list[str] = []
     try:
         while waiting or working:
             while waiting and free:
@@ -136,9 +136,7 @@ def run_jobs(
                 free.append(place)
                 state = state_of(output, run)
                 print(f"{run.name}: {state}{f': {state.error}' if state.error else ''}", flush=True)
-                if code == TRY_AGAIN:
-                    again.append(run.name)
-                elif code or state.error:
+                if code != TRY_AGAIN and (code or state.error):
                     log = output / run.name / OUTPUT_LOG
                     failed[run.name] = state.error or f"exit code {code}, see {log}"
                 after()
@@ -156,7 +154,7 @@ def run_jobs(
                 child.kill()
             raise
         raise
-    return failed, again
+    return failed
 
 
 def _start(run: Run, output: Path, arguments: Sequence[str], devices: str | None) -> subprocess.Popen:
@@ -212,6 +210,11 @@ def check_slurm_options(text: str) -> list[str]:
             )
         if name in ("--array", "--dependency", "--parsable", "--output", "--wrap"):
             raise UserError(f"--slurm: {name} is set by the launcher; leave it out")
+        if name == "--nodes" or name.startswith("--ntasks"):
+            raise UserError(
+                f"--slurm: {name} does not fit: each run of a sweep is one process on one node, which uses all GPUs "
+                "that --gpus gives it; leave it out"
+            )
     return options
 
 
@@ -267,8 +270,13 @@ def submit(
     arguments: Sequence[str],
     options: Sequence[str],
     jobs: int | None,
+    queued: dict[str, dict[str, str]],
 ) -> tuple[str, str]:
     """Writes both sbatch files into the sweep's folder and submits them, the second to begin when the first has ended.
+
+    Args:
+        runs, output, arguments, options, jobs: see `array_script`.
+        queued: what `still_queued` said.
 
     Returns:
         The ids of the array and of the job that collects.
@@ -288,12 +296,52 @@ def submit(
     for name, text in scripts.items():
         write_atomic(output / name, text.encode())
     array = _sbatch(output / ARRAY_SCRIPT)
+    names = queued | {array: {str(task): run.name for task, run in enumerate(runs)}}
+    write_atomic(output / SLURM / _SUBMITTED, (json.dumps(names, indent=1) + "\n").encode())
     try:
         return array, _sbatch(output / COLLECT_SCRIPT, f"--dependency=afterany:{array}")
     except UserError as error:
         raise UserError(
             f"the array is submitted as job {array}, but not the job that collects: {error}"
         ) from error
+
+
+def still_queued(output: Path) -> dict[str, dict[str, str]]:
+    """Array -> task -> run, of what was submitted for this folder and is in SLURM's queue, waiting or running.
+
+    Raises:
+        UserError: SLURM does not say, or the list of what was submitted is damaged.
+    """
+    path = output / SLURM / _SUBMITTED
+    try:
+        submitted = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged; remove it when no job of this sweep is in the queue") from error
+    found = {}
+    for array, names in submitted.items():
+        there = _tasks_in_queue(array)
+        if left := {task: name for task, name in names.items() if task in there}:
+            found[array] = left
+    return found
+
+
+def _tasks_in_queue(array: str) -> list[str]:
+    try:
+        done = subprocess.run(
+            ["squeue", "--array", "--noheader", "--format=%K", f"--jobs={array}"],
+            capture_output=True,
+            text=True,
+        )
+    except OSError as error:
+        raise UserError(
+            f"runs of this sweep were submitted as the array {array}, and squeue cannot be asked whether they still "
+            f"wait: {error.strerror}; run this on a host that submits to SLURM"
+        ) from error
+    if done.returncode and "Invalid job id" not in done.stderr:  # SLURM forgets jobs that ended
+        raise UserError(f"squeue failed with exit code {done.returncode}: {' '.join(done.stderr.split())}")
+    return done.stdout.split()
 
 
 def _sbatch(script: Path, *options: str) -> str:

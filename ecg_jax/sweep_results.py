@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,8 +11,8 @@ from ecg_jax.evaluation import plots
 from ecg_jax.files import write_atomic
 from ecg_jax.studies import comparison, comparison_tables
 from ecg_jax.studies.comparison import FinishedRun
-from ecg_jax.sweep_file import STORE, Sweep
-from ecg_jax.sweep_folder import FINISHED, damage, held_shortly, is_finished, spent
+from ecg_jax.sweep_file import STORE, Run, Sweep
+from ecg_jax.sweep_folder import DAMAGED, FINISHED, damage, held_for_tables, is_finished, spent
 from ecg_jax.sweep_table import collect, loss_table, write_table
 from ecg_jax.training.metric_writers import read_log, read_warnings
 
@@ -22,34 +22,49 @@ OF_THE_SAMPLE = (
 )
 
 
-def write_tables(sweep: Sweep, output: Path) -> dict[str, Any]:
-    """results_table.* of all runs, and results.* of the finished ones.
+class Tables(NamedTuple):
+    """What was written.
 
-    Returns:
-        What results.json holds, {} while no probe is finished and of a sweep without probes.
+    Attributes:
+        results: what results.json holds, {} while no probe is finished and of a sweep without probes.
+        damaged: run -> what of its files cannot be read.
+    """
+
+    results: dict[str, Any]
+    damaged: dict[str, str]
+
+
+def write_tables(sweep: Sweep, output: Path, wait: bool = True) -> Tables:
+    """Writes results_table.* of all runs, and results.* of the finished ones.
+
+    Args:
+        wait: for another process that writes them now.
 
     Raises:
-        UserError: files of a finished run are damaged; results_table.* is written before.
+        Busy: another process writes them, and `wait` is False.
+        UserError: a file cannot be written.
     """
-    with held_shortly(output):
+    with held_for_tables(output, wait):
         table = collect(sweep, output)
         write_table(table, output)
+        damaged = {row["name"]: row["error"] for row in table.to_pylist() if row["state"] == DAMAGED}
         if not sweep.probes:
             if lines := loss_table(table):
                 text = "\n".join(
                     [f"# {sweep.path}", "", *lines, *([f"**{sweep.note}**", ""] * bool(sweep.note))]
                 )
                 write_atomic(output / "results.md", text.encode())
-            return {}
-        finished = read_finished(sweep, output)
+            return Tables({}, damaged)
+        finished, unreadable = read_finished(sweep, output)
+        damaged = unreadable | damaged
         if not finished:
-            return {}
+            return Tables({}, damaged)
         done = {run.name for run in finished}
         rows = [row for row in table.to_pylist() if row["state"] == FINISHED]
         read = {row["recordings"] for row in rows}
         recordings = read.pop() if len(read) == 1 else None
         note = sweep.note
-        if not note and {Path(row["store"]) for row in rows} == {output / STORE}:
+        if not note and {row["store"] and Path(row["store"]) for row in rows} == {output / STORE}:
             note = OF_THE_SAMPLE
         results = {
             "sweep": sweep.path,
@@ -67,45 +82,48 @@ def write_tables(sweep: Sweep, output: Path) -> dict[str, Any]:
             _draw(results, output / "results.png")
         except OSError as error:
             raise UserError(f"cannot write {output / 'results.png'}: {error.strerror}") from error
-    return results
+    return Tables(results, damaged)
 
 
-def read_finished(sweep: Sweep, output: Path) -> list[FinishedRun]:
-    """The finished runs of a sweep, in its order.
+def read_finished(sweep: Sweep, output: Path) -> tuple[list[FinishedRun], dict[str, str]]:
+    """The finished runs of a sweep, in its order; and run -> what is damaged, of those that are."""
+    finished, damaged = [], {}
+    for run in sweep.runs:
+        if is_finished(output, run):
+            try:
+                finished.append(_read(run, output / run.name))
+            except UserError as error:
+                damaged[run.name] = str(error)
+    return finished, damaged
+
+
+def _read(run: Run, folder: Path) -> FinishedRun:
+    """A finished run.
 
     Raises:
-        UserError: a file of one of them is damaged.
+        UserError: one of its files is damaged.
     """
-    finished = []
-    for run in sweep.runs:
-        if not is_finished(output, run):
-            continue
-        folder = output / run.name
-        with damage(folder / "probe"):
-            results = json.loads((folder / "probe" / "results.json").read_text())
-            with np.load(folder / "probe" / "predictions.npz") as file:
-                predictions = dict(file)
-            n = len(predictions["targets"])
-            twins = predictions["probabilities_random_init_seeds"]
-            lengths = {name: len(predictions[name]) for name in ("record_id", "patient_id", "probabilities")}
-            for name, length in (lengths | {"probabilities_random_init_seeds": twins.shape[1]}).items():
-                if length != n:
-                    raise ValueError(f"predictions.npz has {length} of {name}, not {n}")
-            for name in ("macro_auroc", "bootstrap", "baselines", "pretraining_config", "n_patients"):
-                results[name]
-        seconds = spent(folder)["pretrain"]
-        finished.append(
-            FinishedRun(
-                name=run.name,
-                group=run.group,
-                results=results,
-                predictions=predictions,
-                log=read_log(folder / "run"),
-                warnings=read_warnings(folder / "run"),
-                seconds=seconds,
-            )
-        )
-    return finished
+    with damage(folder / "probe"):
+        results = json.loads((folder / "probe" / "results.json").read_text())
+        with np.load(folder / "probe" / "predictions.npz") as file:
+            predictions = dict(file)
+        n = len(predictions["targets"])
+        twins = predictions["probabilities_random_init_seeds"]
+        lengths = {name: len(predictions[name]) for name in ("record_id", "patient_id", "probabilities")}
+        for name, length in (lengths | {"probabilities_random_init_seeds": twins.shape[1]}).items():
+            if length != n:
+                raise ValueError(f"predictions.npz has {length} of {name}, not {n}")
+        for name in ("macro_auroc", "bootstrap", "baselines", "pretraining_config", "n_patients"):
+            results[name]
+    return FinishedRun(
+        name=run.name,
+        group=run.group,
+        results=results,
+        predictions=predictions,
+        log=read_log(folder / "run"),
+        warnings=read_warnings(folder / "run"),
+        seconds=spent(folder)["pretrain"],
+    )
 
 
 def _draw(results: dict[str, Any], path: Path) -> None:

@@ -3,9 +3,9 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from clu.parameter_overview import count_parameters
@@ -13,7 +13,7 @@ from clu.parameter_overview import count_parameters
 from ecg_jax.cluster import cluster
 from ecg_jax.data.folds import highest_folds
 from ecg_jax.data.store import Store
-from ecg_jax.data.targets import Targets, names
+from ecg_jax.data.targets import FOLDER, Targets, names
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import tasks
 from ecg_jax.evaluation.targets import known_value_sets
@@ -23,7 +23,7 @@ from ecg_jax.probe import probe
 from ecg_jax.quickstart import SAMPLE
 from ecg_jax.run_setup import open_store
 from ecg_jax.sweep_file import GIVEN, STORE, Run, targets_name
-from ecg_jax.sweep_folder import TIMES, claimed, damage, held_long, held_shortly, is_finished
+from ecg_jax.sweep_folder import TIMES, Damaged, claimed, damage, held_long, held_shortly, is_finished
 
 
 class StoreChoice(NamedTuple):
@@ -72,37 +72,45 @@ class StoreChoice(NamedTuple):
 def check_stores(choice: StoreChoice, runs: Sequence[Run], output: Path) -> None:
     """Refuses stores that runs lack, that cannot serve the probe, or whose content is not what finished runs had.
 
-    Writes nothing. The sample that ships with the package need not be prepared yet.
+    Writes nothing. The sample that ships with the package need not be prepared yet. Of a finished run whose files are
+    damaged nothing is known; the tables name it.
 
     Raises:
         UserError: names the run and the store.
     """
     own = str(output / STORE)
+    prepared = (Path(own) / "zarr.json").exists()  # else another process may be at it
     checked: set[tuple[str, str]] = set()
     fingerprints: dict[str, str] = {}
     for run in runs:
         store, probed = choice.pretraining(run, output), choice.probing(run, output)
         done, folder = is_finished(output, run), output / run.name
-        if store != own or Path(own).is_dir():
+        if store != own or prepared:
             if store not in fingerprints:
                 config = run.config.copy_and_resolve_references()
                 config.store = store
                 fingerprints[store] = open_store(config)[0].fingerprint
             if done:
-                with damage(folder / "run"):
-                    before = json.loads((folder / "run" / "config.json").read_text())
-                    used, content = before["store"], before["store_fingerprint"]
-                _check_unchanged(run, used, content, store, fingerprints[store])
-        if probed is None or (probed == own and not Path(own).is_dir()):
+                _check_unchanged(
+                    run,
+                    folder / "run" / "config.json",
+                    lambda config: (config["store"], config["store_fingerprint"]),
+                    store,
+                    fingerprints[store],
+                )
+        if probed is None or (probed == own and not prepared):
             continue
         if (probed, run.probe_config.task) not in checked:
             opened = Store(probed)
             fingerprints[probed] = opened.fingerprint
         if done:
-            with damage(folder / "probe"):
-                before = json.loads((folder / "probe" / "results.json").read_text())["store"]
-                used, content = before["path"], before["fingerprint"]
-            _check_unchanged(run, used, content, probed, fingerprints[probed])
+            _check_unchanged(
+                run,
+                folder / "probe" / "results.json",
+                lambda results: (results["store"]["path"], results["store"]["fingerprint"]),
+                probed,
+                fingerprints[probed],
+            )
         if (probed, run.probe_config.task) not in checked:
             task, sets = (
                 tasks.get_task(run.probe_config.task),
@@ -112,8 +120,19 @@ def check_stores(choice: StoreChoice, runs: Sequence[Run], output: Path) -> None
             checked.add((probed, task.name))
 
 
-def _check_unchanged(run: Run, used: str, content: str, store: str, fingerprint: str) -> None:
-    """Compares a store with the one that a finished run says it used."""
+def _check_unchanged(
+    run: Run,
+    file: Path,
+    used_store: Callable[[dict[str, Any]], tuple[str, str]],
+    store: str,
+    fingerprint: str,
+) -> None:
+    """Compares a store with the one, path and fingerprint, that a file of a finished run says it used."""
+    try:
+        with damage(file.parent):
+            used, content = used_store(json.loads(file.read_text()))
+    except Damaged:
+        return
     if content != fingerprint:
         raise UserError(
             f"the folder belongs to another sweep: its run {run.name} used {used}, whose content is not that of "
@@ -127,7 +146,8 @@ def prepare_sample(choice: StoreChoice, runs: Sequence[Run], output: Path) -> bo
     if str(output / STORE) not in chosen:
         return False
     with held_shortly(output):
-        print(prepare("ptbxl", SAMPLE, output / STORE))
+        # Only what takes a while is told.
+        print(prepare("ptbxl", SAMPLE, output / STORE, progress=not (output / STORE / "zarr.json").exists()))
     return True
 
 
@@ -151,8 +171,7 @@ def pretrain_and_probe(run: Run, choice: StoreChoice, output: Path) -> bool:
         config.store = choice.pretraining(run, output)
         status.note(recordings=len(open_store(config)[0]))
         if run.targets is not None:
-            with held_long(output / ".targets.lock"):
-                _make_targets(run, Store(config.store))
+            _make_targets(run, Store(config.store))
         with _timed(folder, "pretrain"):
             state = pretrain(config, folder / "run")
         status.note(parameters=int(count_parameters(state.params)))
@@ -183,16 +202,23 @@ def _timed(folder: Path, what: str) -> Iterator[None]:
 
 
 def _make_targets(run: Run, store: Store) -> None:
-    """Clusters the store once for all runs that read the same targets.
+    """Clusters the store once for all runs, of whatever sweep, that read the same targets.
 
     Raises:
-        UserError: targets of that name are there but were made otherwise.
+        UserError: targets of that name are there but were made otherwise; or the store cannot be written.
     """
     name = targets_name(run.targets)
     val_folds = run.config.data.val_folds
     if name not in names(store):
-        cluster(store.path, name, **run.targets, val_folds=val_folds)
-        return
+        folder = store.path / FOLDER
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}") from error
+        with held_long(folder / f".{name}.lock"):
+            if name not in names(store):
+                cluster(store.path, name, **run.targets, val_folds=val_folds)
+                return
     meta = Targets(store, name).meta
     wanted = {**run.targets, "held_out_folds": highest_folds(store.column("fold"), val_folds).tolist()}
     differ = [key for key, value in wanted.items() if meta[key] != value]

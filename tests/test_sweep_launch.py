@@ -58,9 +58,9 @@ def test_two_processes_share_a_sweep_and_a_killed_run_goes_on(tmp_path, syntheti
         second = start(*args)
         out, err = second.communicate(timeout=WAIT_S)
         assert first.poll() is None
-        assert second.returncode == 2, (out, err)
+        assert second.returncode == 75, (out, err)
         assert f"the run long is being worked on by process {first.pid} on " in err
-        assert "sweep: error: other processes are working on long; wait for them" in err
+        assert "other processes are working on long\nrun the same command again" in err
         assert status(output, "short")["state"] == "finished"
         assert cli.main(listed) == 0
         assert re.search(r"long +long +running at step \d+ ", capsys.readouterr().out)
@@ -92,7 +92,9 @@ def test_two_processes_share_a_sweep_and_a_killed_run_goes_on(tmp_path, syntheti
     assert (table["long"]["state"], table["long"]["step"]) == ("stopped", steps[-1])
 
 
+#: What sbatch, scontrol and squeue do; of the latter "queue" is what it says.
 SBATCH = """#!/bin/bash
+[[ $0 != *squeue ]] || exec cat "$(dirname "$0")/queue"
 printf '%s\\n' "$*" >> "$(dirname "$0")/calls"
 echo "471$(wc -l < "$(dirname "$0")/calls")"
 """
@@ -100,10 +102,10 @@ echo "471$(wc -l < "$(dirname "$0")/calls")"
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A folder in PATH with an sbatch and a scontrol that write down how they were called."""
+    """Where an sbatch and a scontrol in PATH write down how they were called; there is a squeue too."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("sbatch", "scontrol"):
+    for name in ("sbatch", "scontrol", "squeue"):
         (folder / name).write_text(SBATCH)
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -120,7 +122,8 @@ def test_slurm_array_completes_the_sweep(tmp_path, synthetic_store, slurm, capsy
         "--launcher=slurm",
         "--jobs=2",
     ]
-    assert cli.main([*args, "--slurm=--partition=gpu --time=1:00:00"]) == 0
+    options = "--slurm=--partition=gpu --time=1:00:00"
+    assert cli.main([*args, options]) == 0
     assert (
         "submitted 2 runs as the array 4711, and job 4712, which then makes the tables"
         in capsys.readouterr().out
@@ -129,6 +132,21 @@ def test_slurm_array_completes_the_sweep(tmp_path, synthetic_store, slurm, capsy
         f"--parsable {output}/sweep.sbatch",
         f"--parsable --dependency=afterany:4711 {output}/collect.sbatch",
     ]
+    # The tasks wait or run: nothing is submitted twice. When one has left the queue without finishing its run, it is.
+    queue = slurm.with_name("queue")
+    for tasks, message, submitted in (
+        (
+            "0\n1\n",
+            "nothing to run: of 2 runs 0 are finished and 0 being worked on, and 2 wait in the queue",
+            2,
+        ),
+        ("1\n", "1 run already in the queue, of the array 4711: b\nsubmitted 1 run as the array 4713", 4),
+        ("", "submitted 2 runs as the array 4715", 6),
+    ):
+        queue.write_text(tasks)
+        assert cli.main([*args, options]) == 0
+        assert message in capsys.readouterr().out
+        assert len(slurm.read_text().splitlines()) == submitted
     script = (output / "sweep.sbatch").read_text()
     log = f'--output="{output}/slurm/%A_%a.out"'
     for option in ("--array=0-1%2", "--partition=gpu", "--time=1:00:00", "--requeue", log):
@@ -163,6 +181,7 @@ def test_slurm_array_completes_the_sweep(tmp_path, synthetic_store, slurm, capsy
     assert all(row["parameters"] > 0 and row["recordings"] == 96 for row in rows)
     assert "| a " in (output / "results.md").read_text()
     slurm.unlink()
+    slurm.with_name("squeue").write_text("#!/bin/bash\necho 'error: Invalid job id specified' >&2; exit 1\n")
     assert cli.main(args) == 0
     assert "nothing to run: of 2 runs 2 are finished" in capsys.readouterr().out
     assert not slurm.exists()
@@ -227,6 +246,8 @@ def test_what_slurm_refuses_is_one_sentence(tmp_path, synthetic_store, slurm, ca
         ("--array=3", "--array is set by the launcher"),
         ("-p gpu", "'-p' is not of the form --option=value"),
         ("--comment='a", "No closing quotation"),
+        ("--ntasks-per-node=4", "each run of a sweep is one process on one node"),
+        ("--nodes=2", "each run of a sweep is one process on one node"),
     ):
         assert cli.main([*args, f"--slurm={options}"]) == 2
         assert message in capsys.readouterr().err
@@ -280,7 +301,7 @@ def test_exit_code_75_is_reported_to_be_run_again(tmp_path, synthetic_store, cap
     path, output = write_sweep(tmp_path, 'run("a")', 'run("b", seed=1)'), tmp_path / "out"
     args = ["sweep", str(path), f"--output={output}", f"--store={synthetic_store}", "--jobs=2"]
     assert cli.main(args) == 75
-    assert "go on when this command is run again: " in capsys.readouterr().err
+    assert "not finished: a, b\nrun the same command again" in capsys.readouterr().err
     # A process that the kernel kills leaves no word.
     monkeypatch.setattr(sweep_launch, "COMMAND", ("bash", "-c", "kill -KILL $$"))
     assert cli.main(args) == 2
