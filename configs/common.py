@@ -102,7 +102,8 @@ def get_config(backbone: str, *, bidirectional: bool) -> ConfigDict:
     config.monitor.task = "auto"  # one of `ecg-jax probe`; auto: the first that fits the store; "": none
     config.stop_on_collapse = False  # True: a warning ends the run, with exit code 2
     config.stall_timeout_s = (
-        1800.0  # without a finished step; then stacks are printed and the run ends; 0: never
+        1800.0  # without a finished step; then stacks are printed and the run ends; 0: never. Compiling, reading and
+        # writing a checkpoint may take five times as long, a write 1200 s at most whatever is said here
     )
     return config.lock()  # a misspelt field is an error, in a config file too
 

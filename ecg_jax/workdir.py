@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ from ecg_jax.errors import UserError
 from ecg_jax.files import lock, write_atomic
 from ecg_jax.models.encoder import BACKBONES
 from ecg_jax.run_setup import CONFIGS, IMPORT_NAME, flatten
-from ecg_jax.training.agreement import on_first
+from ecg_jax.training.agreement import answers, on_first
 from ecg_jax.training.checkpoint import finished_steps
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 #: Seconds that a run waits for the lock of one on another host, which may have vanished: NFSv4 keeps it for 90 s after
 #: its last word, CephFS for 300 s.
 LOCK_WAIT_S = 600.0
+#: Seconds in which every host must see what process 0 wrote: NFS keeps what it knows of a folder for up to 60 s.
+SEEN_WITHIN_S = 90.0
+LOCK_NAME = ".lock"
 
 # What may differ when a run is continued; everything else makes it another run.
 _FREE_FIELDS = {
@@ -88,23 +93,49 @@ def claim_workdir(workdir: Path, config: ConfigDict, data: RunData) -> Iterator[
 
     Raises:
         UserError: the workdir belongs to another run (the differing fields are named) or holds an imported
-            checkpoint, is in use, or is no folder; on every process.
+            checkpoint, is in use, is no folder, or is another folder for another process; on every process.
     """
     with contextlib.ExitStack() as held:
-        on_first("claiming the workdir", lambda: held.enter_context(_claimed(workdir, config, data)))
+        holder = on_first("claiming the workdir", lambda: held.enter_context(_claimed(workdir, config, data)))
+        _check_all_see(workdir, holder)
         yield
 
 
+def _check_all_see(workdir: Path, holder: str) -> None:
+    """Refuses a workdir that is not the same folder for all processes; `holder` is what process 0 left in `.lock`."""
+
+    def sees() -> bool:
+        try:
+            return (workdir / LOCK_NAME).read_text() == holder
+        except OSError:
+            return False
+
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not (seen := sees()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    heard = answers("the workdir", [seen, socket.gethostname(), str(workdir.absolute())])
+    for process, (seen, host, where) in enumerate(heard):
+        if not seen:
+            raise UserError(
+                f"process {process} on {host} does not see in {where} what process 0 on {heard[0][1]} wrote into "
+                f"{heard[0][2]}; put the run's folder where every host sees it, under the same path"
+            )
+
+
 @contextlib.contextmanager
-def _claimed(workdir: Path, config: ConfigDict, data: RunData) -> Iterator[None]:
+def _claimed(workdir: Path, config: ConfigDict, data: RunData) -> Iterator[str]:
     if (workdir / IMPORT_NAME).exists():
         raise UserError(
             f"{workdir} is an imported checkpoint, which can be probed but not continued: its store and optimiser are "
             "not known; choose another --workdir, and --config.init.checkpoint to begin with its parameters"
         )
+    if workdir.is_file():
+        raise UserError(f"--workdir={workdir} is a file; choose a folder")
+    if (workdir / "zarr.json").exists() or (workdir / PARTIAL).is_dir():
+        raise UserError(f"--workdir={workdir} is a store; choose another folder")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        held = (workdir / ".lock").open("a+")
+        held = (workdir / LOCK_NAME).open("a+")
     except OSError as error:
         raise UserError(f"cannot write into --workdir={workdir}: {error.strerror}") from error
     with held:
@@ -119,7 +150,7 @@ def _claimed(workdir: Path, config: ConfigDict, data: RunData) -> Iterator[None]
             for name, value in files.items():
                 write_atomic(workdir / name, (json.dumps(value, indent=2) + "\n").encode())
             write_selection(workdir / SELECTION_NAME, data.selection)
-        yield
+        yield (workdir / LOCK_NAME).read_text()
 
 
 def _is_constant(config: ConfigDict) -> bool:

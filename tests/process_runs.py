@@ -18,7 +18,19 @@ _SPEC = importlib.util.spec_from_file_location("launch_local", LOCAL)
 local = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(local)
 
-COMMAND = "from ecg_jax.cli import entry_point; entry_point()"
+# JAX lets process 0 alone keep what it compiled. On CPUs the others' programs have keys of their own, so they would be
+# compiled in every test. JAX has no public name for it.
+KEEP_COMPILED = """
+from jax._src import compilation_cache, compiler
+
+def write(key, seconds, name, backend, executable, callbacks):
+    real_write(key, seconds, name, backend, executable, callbacks)
+    if compiler.distributed.global_state.process_id and seconds >= 0.5:
+        compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
+
+real_write, compiler._cache_write = compiler._cache_write, write
+"""
+COMMAND = KEEP_COMPILED + "from ecg_jax.cli import entry_point; entry_point()"
 
 
 class Processes:

@@ -2,12 +2,15 @@
 
 import itertools
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ecg_jax import workdir as workdir_module
 from ecg_jax.data.synthetic import write_synthetic_store
+from ecg_jax.errors import UserError
 from ecg_jax.training.metric_writers import read_log
 from process_runs import COMMAND, RECORD, Processes, trail
 from test_pretrain import arguments
@@ -20,7 +23,7 @@ CHANGES = {
 }  # fmt: skip
 # Sums are taken in another order by another number of devices, and by gloo than within a process.
 TOLERANCE = 1e-4  # relative
-SHAPES = [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)]  # processes, devices of each
+SHAPES = [(1, 1), (2, 1), (2, 2), (4, 1)]  # processes, devices of each
 
 
 def run(folder, store, processes, devices):
@@ -131,6 +134,26 @@ def run_refused(tmp_path, *, store, **fields):
     assert set(codes.values()) == {2}, err
     assert not run.exists()
     return err
+
+
+def test_a_workdir_that_is_another_folder_for_a_process_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(workdir_module, "SEEN_WITHIN_S", 0.0)
+    monkeypatch.setattr(workdir_module, "answers", lambda topic, mine: [[True, "node0", "/shared/run"], mine])
+    refusal = rf"process 1 on \S+ does not see in {folder} what process 0 on node0 wrote into /shared/run"
+    with pytest.raises(UserError, match=refusal):
+        workdir_module._check_all_see(folder, "process 7 on node0\n")
+    folder.mkdir()
+    (folder / ".lock").write_text("process 6 on node0\n")  # of another run
+    with pytest.raises(UserError, match=refusal):
+        workdir_module._check_all_see(folder, "process 7 on node0\n")
+
+
+def test_a_workdir_may_be_seen_late(tmp_path):
+    late = threading.Timer(0.3, lambda: (tmp_path / ".lock").write_text("process 7 on node0\n"))
+    late.start()
+    workdir_module._check_all_see(tmp_path, "process 7 on node0\n")
+    late.join()
 
 
 @pytest.mark.parametrize("other", ["another", "none"])

@@ -4,30 +4,28 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
-import pytest
 
 from ecg_jax.training.metric_writers import read_log
+from process_runs import COMMAND, LOCAL
 from test_online_probe import as_ptbxl
 from test_pretrain import arguments, checksums, environment, finish
-
-LOCAL = Path(__file__).parents[1] / "launch" / "local.py"
+from test_process_faults import CHANGES
 
 
 def launch_two(args):
     """Starts the command as two processes of one device each."""
-    ecg_jax = [sys.executable, "-c", "from ecg_jax.cli import entry_point; entry_point()"]
+    ecg_jax = [sys.executable, "-c", COMMAND]
     command = [sys.executable, str(LOCAL), "--processes", "2", "--", *ecg_jax, *args]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(devices=1), **pipes)
 
 
-def test_two_processes_equal_one_and_hand_over(tmp_path, synthetic_store):
+def test_two_processes_equal_one(tmp_path, synthetic_store):
     store = as_ptbxl(synthetic_store, tmp_path / "store")  # with labels for the online probe
     # SGD-like settings: a large epsilon keeps Adam from turning rounding noise into full-size steps.
-    changes = {"optimiser__eps": 1.0, "steps": 12, "monitor__probe_every": 6}
+    changes = {"optimiser__eps": 1.0, "steps": 12, "monitor__probe_every": 6, "model__layers": 1}
     one, two = tmp_path / "one", tmp_path / "two"
     code, _, err = finish(arguments(one, store, **changes))
     assert code == 0, err
@@ -45,21 +43,15 @@ def test_two_processes_equal_one_and_hand_over(tmp_path, synthetic_store):
     np.testing.assert_allclose(probed[1], probed[0], atol=0.01)
     assert [step for step, _ in probed[1]] == [6, 12]
 
-    # The same run goes on in one process.
-    code, out, err = finish(arguments(two, store, **(changes | {"steps": 14})))
-    assert code == 0, err
-    assert "continuing at step 12 of 14" in out
 
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_signal_stops_both_at_the_same_step(tmp_path, synthetic_store, number):
+def test_ctrl_c_at_the_launcher_stops_both_at_the_same_step(tmp_path, synthetic_store):
     workdir = tmp_path / "run"
-    args = arguments(workdir, synthetic_store, steps=100_000)
+    args = arguments(workdir, synthetic_store, steps=100_000, **CHANGES)
     process = launch_two(args)
     while not ((workdir / "log.jsonl").exists() and len(read_log(workdir)) >= 4):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "preemption at step" in out
