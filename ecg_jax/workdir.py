@@ -23,6 +23,7 @@ from ecg_jax.data.selection import (
     read_selection,
     write_selection,
 )
+from ecg_jax.data.store import PARTIAL
 from ecg_jax.errors import UserError
 from ecg_jax.files import lock, write_atomic
 from ecg_jax.models.encoder import BACKBONES

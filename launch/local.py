@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -163,6 +164,8 @@ def main() -> int:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command or args.processes < 1:
         parser.error("give -n N and, after --, the command to run")
+    if shutil.which(command[0]) is None:
+        parser.error(f"there is no program {command[0]!r}; is the environment activated?")
     return launch(command, args.processes, args.log_dir)
 
 

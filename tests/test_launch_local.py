@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from process_runs import PATIENCE, local
+from process_runs import LOCAL, PATIENCE, local
 
 #: A run that saves when it is told to; one that hangs, as in a collective, where SIGTERM is only noted.
 SAVES = "trap 'echo saved; exit 0' TERM; echo up; while true; do sleep 0.05; done"
@@ -107,3 +107,11 @@ def test_a_terminal_that_is_gone_does_not_keep_it_from_saving(tmp_path):
         launcher.send_signal(signal.SIGHUP)
         assert launcher.wait(timeout=PATIENCE) == 0
     assert (tmp_path / "saved").exists()
+
+
+def test_a_program_that_is_not_there_is_one_sentence():
+    command = [sys.executable, str(LOCAL), "-n", "2", "--", "no-such-program"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "there is no program 'no-such-program'" in found.stderr
+    assert "Traceback" not in found.stderr

@@ -346,6 +346,15 @@ def test_unwritable_workdir_is_refused(tmp_path, synthetic_store, capsys):
     )
 
 
+def test_a_store_and_a_file_are_no_workdir(tmp_path, synthetic_store, capsys):
+    before = sorted(path.name for path in synthetic_store.iterdir())
+    err = refusal(capsys, arguments(synthetic_store, synthetic_store))
+    assert "is a store; choose another folder" in err
+    assert sorted(path.name for path in synthetic_store.iterdir()) == before
+    (tmp_path / "file").write_text("")
+    assert "is a file; choose a folder" in refusal(capsys, arguments(tmp_path / "file", synthetic_store))
+
+
 def test_missing_store_is_refused(tmp_path, capsys):
     err = refusal(capsys, ["pretrain", "--config=configs/cpc.py", f"--workdir={tmp_path}"])
     assert "config.store is not set" in err

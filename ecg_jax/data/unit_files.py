@@ -67,8 +67,9 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"The disk is full while writing the store {path}; free some space and run the same command "
                 "again: it goes on where it stopped."
             ) from error
+        where = f" ({error.filename})" if error.filename else ""
         raise UserError(
-            f"Cannot write the store {path}: {error.strerror} ({error.filename}); when that is mended, run the same "
+            f"Cannot write the store {path}: {error.strerror}{where}; when that is mended, run the same "
             "command again: it goes on where it stopped."
         ) from error
 
