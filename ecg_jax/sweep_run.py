@@ -82,6 +82,7 @@ def check_stores(choice: StoreChoice, runs: Sequence[Run], output: Path) -> None
     prepared = (Path(own) / "zarr.json").exists()  # else another process may be at it
     checked: set[tuple[str, str]] = set()
     fingerprints: dict[str, str] = {}
+    tables: dict[str, str] = {}
     for run in runs:
         store, probed = choice.pretraining(run, output), choice.probing(run, output)
         done, folder = is_finished(output, run), output / run.name
@@ -102,14 +103,14 @@ def check_stores(choice: StoreChoice, runs: Sequence[Run], output: Path) -> None
             continue
         if (probed, run.probe_config.task) not in checked:
             opened = Store(probed)
-            fingerprints[probed] = opened.fingerprint
+            tables[probed] = opened.table_digest()  # of labels and folds too, unlike the fingerprint
         if done:
             _check_unchanged(
                 run,
                 folder / "probe" / "results.json",
-                lambda results: (results["store"]["path"], results["store"]["fingerprint"]),
+                lambda results: (results["store"]["path"], results["store"]["table"]),
                 probed,
-                fingerprints[probed],
+                tables[probed],
             )
         if (probed, run.probe_config.task) not in checked:
             task, sets = (
@@ -125,15 +126,15 @@ def _check_unchanged(
     file: Path,
     used_store: Callable[[dict[str, Any]], tuple[str, str]],
     store: str,
-    fingerprint: str,
+    digest: str,
 ) -> None:
-    """Compares a store with the one, path and fingerprint, that a file of a finished run says it used."""
+    """Compares a store with the one, path and digest, that a file of a finished run says it used."""
     try:
         with damage(file.parent):
             used, content = used_store(json.loads(file.read_text()))
     except Damaged:
         return
-    if content != fingerprint:
+    if content != digest:
         raise UserError(
             f"the folder belongs to another sweep: its run {run.name} used {used}, whose content is not that of "
             f"{store}; choose another --output"
