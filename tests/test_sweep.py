@@ -492,11 +492,11 @@ def test_state_is_that_of_one_moment(tmp_path, monkeypatch):
     theirs = RunStatus(tmp_path / "a")
 
     def ends(path):
-        theirs.end("finished")
+        theirs.end("failed", "out of luck")
         return False
 
     monkeypatch.setattr(sweep_folder, "_is_held", ends)
-    assert state_of(tmp_path, run).kind == "finished"
+    assert state_of(tmp_path, run)[::2] == ("failed", "out of luck")
 
 
 def test_file_system_without_locks_is_one_sentence(tmp_path, capsys, monkeypatch):
@@ -519,13 +519,17 @@ def test_sweep_begun_in_several_threads_at_once(tmp_path):
     loaded, barrier = load_sweep(str(path)), threading.Barrier(3)
 
     def begin(_):
+        refused = []
         for number in range(30):
             barrier.wait()
-            declare(loaded, tmp_path / str(number))
-        return True
+            try:
+                declare(loaded, tmp_path / str(number))
+            except UserError as error:
+                refused.append(str(error))
+        return refused
 
     with ThreadPoolExecutor(3) as pool:
-        assert all(pool.map(begin, range(3)))
+        assert list(pool.map(begin, range(3))) == [[], [], []]
 
 
 def test_sample_that_another_process_prepares_is_not_refused(tmp_path):

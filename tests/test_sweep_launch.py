@@ -14,6 +14,7 @@ import pytest
 from ecg_jax import cli, sweep_launch
 from ecg_jax.errors import UserError
 from ecg_jax.sweep_file import load_sweep
+from ecg_jax.sweep_folder import RunStatus
 from ecg_jax.sweep_launch import array_script, device_shares
 from ecg_jax.training.metric_writers import read_log
 from tiny_sweep import FAILS, LONG, status, write_sweep
@@ -306,6 +307,14 @@ def test_exit_code_75_is_reported_to_be_run_again(tmp_path, synthetic_store, cap
     monkeypatch.setattr(sweep_launch, "COMMAND", ("bash", "-c", "kill -KILL $$"))
     assert cli.main(args) == 2
     assert "2 runs failed, see above: " in capsys.readouterr().err
+
+
+def test_job_whose_run_another_process_finished_has_not_failed(tmp_path, synthetic_store, monkeypatch):
+    path, output = write_sweep(tmp_path, 'run("a")'), tmp_path / "out"
+    RunStatus(tmp_path).end("finished")
+    command = f"cp {tmp_path}/status.json {output}/a; exit 2"
+    monkeypatch.setattr(sweep_launch, "COMMAND", ("bash", "-c", command))
+    assert cli.main(["sweep", str(path), f"--output={output}", f"--store={synthetic_store}", "--jobs=2"]) == 0
 
 
 def test_each_job_has_its_share_of_the_gpus(monkeypatch):
