@@ -17,12 +17,19 @@ SAVES = "trap 'echo saved; exit 0' TERM; echo up; while true; do sleep 0.05; don
 HANGS = "trap '' TERM; echo up; while true; do sleep 0.05; done"
 
 
+def hear_hangups():
+    """The tests themselves may run under nohup, whose deafness a program that they start would inherit."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def launched(n, script, *before):
     """The launcher, whose output holds that of its processes."""
     words = [*before, sys.executable, local.__file__, "-n", str(n), "--", "bash", "-c", script, "bash"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    with subprocess.Popen(words, text=True, start_new_session=True, **pipes) as launcher:
+    with subprocess.Popen(
+        words, text=True, start_new_session=True, preexec_fn=hear_hangups, **pipes
+    ) as launcher:
         # Whatever fails, nobody is left to hold the pipes open, on which a test may be waiting.
         patience = threading.Timer(PATIENCE, launcher.kill)
         patience.start()
@@ -96,7 +103,9 @@ def test_a_terminal_that_is_gone_does_not_keep_it_from_saving(tmp_path):
     reader, writer = os.pipe()
     script = SAVES.replace("echo saved", f"touch {tmp_path}/saved").replace("echo up", f"touch {tmp_path}/up")
     words = [sys.executable, local.__file__, "-n", "1", "--", "bash", "-c", script]
-    with subprocess.Popen(words, stderr=writer, stdout=writer, start_new_session=True) as launcher:
+    with subprocess.Popen(
+        words, stderr=writer, stdout=writer, start_new_session=True, preexec_fn=hear_hangups
+    ) as launcher:
         os.close(writer)
         deadline = time.monotonic() + PATIENCE
         while not (tmp_path / "up").exists():
