@@ -8,7 +8,7 @@ statistics, dispatch), an upper bound of it, for every device's own thread pool 
 Each figure is the median `windows_per_s` that a run logs, divided by that of one device in one process with the same
 global batch, from runs that take turns.
 
-`ECG_JAX_BENCHMARK_WIDTH` and `ECG_JAX_BENCHMARK_BATCH` change the model's width (256) and the windows of a device (8).
+`ECG_JAX_BENCHMARK_WIDTH`, `_BATCH` and `_TURNS` change the width (256), the windows of a device (8) and the turns (2).
 """
 
 import os
@@ -24,7 +24,8 @@ from ecg_jax.training.metric_writers import read_log
 
 WIDTH = int(os.environ.get("ECG_JAX_BENCHMARK_WIDTH", "256"))
 BATCH = int(os.environ.get("ECG_JAX_BENCHMARK_BATCH", "8"))
-TURNS, STEPS, WINDOW_STEPS = 2, 20, 5
+TURNS = int(os.environ.get("ECG_JAX_BENCHMARK_TURNS", "2"))
+STEPS, WINDOW_STEPS = 20, 5
 #: (devices in all, processes)
 CELLS = [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2)]
 LOCAL = Path(__file__).parents[2] / "launch" / "local.py"
