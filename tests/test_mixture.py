@@ -1,7 +1,6 @@
 """Several stores read like one, and the share of each in the order."""
 
 import hashlib
-import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +10,13 @@ from hypothesis import strategies as st
 
 from ecg_jax.data.mixture import StoreSet, as_set, joint_fingerprint, parse_weights, store_paths
 from ecg_jax.data.order import mixed_by_position
-from ecg_jax.data.pipeline import train_batches, val_batches
+from ecg_jax.data.pipeline import val_batches
 from ecg_jax.data.selection import select_records
 from ecg_jax.data.store import Store
 from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.errors import UserError
 from store_files import write_store
+from test_pipeline import assert_equal_batches, take
 from test_selection import FakeStore, people, select
 
 WINDOW = 600
@@ -29,21 +29,6 @@ def stores(tmp_path_factory, synthetic_store):
     folder = tmp_path_factory.mktemp("stores")
     small = write_synthetic_store(folder / "small", n_records=12, seconds=4.0, seed=5)
     return StoreSet([Store(small), Store(synthetic_store)])
-
-
-def take(n, store, rows, **kwargs):
-    batches = train_batches(store, rows, batch_size=8, window_samples=WINDOW, **kwargs)
-    try:
-        return list(itertools.islice(batches, n))
-    finally:
-        batches.close()
-
-
-def assert_equal_batches(a, b):
-    for x, y in zip(a, b, strict=True):
-        assert x.keys() == y.keys()
-        for name in x:
-            np.testing.assert_array_equal(x[name], y[name])
 
 
 def test_set_reads_like_its_stores(stores):

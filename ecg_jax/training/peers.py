@@ -264,7 +264,8 @@ class Peers:
         """
         self.process = process
         self._peers = {peer.process: peer for peer in peers}
-        self._name = f"process {process} of {processes} on {socket.gethostname()}"
+        #: This process, as in "process 1 of 2 on node7".
+        self.name = f"process {process} of {processes} on {socket.gethostname()}"
         self._heartbeat_s = heartbeat_s
         self._leaving = threading.Event()
         self._ending = threading.Lock()
@@ -303,7 +304,9 @@ class Peers:
         for message in messages or ():
             if "done" in message:
                 peer.done = True
-            elif "end" in message:
+            elif (
+                "end" in message and not self._leaving.is_set()
+            ):  # else it may be this one's own word, handed back
                 if message["stuck"]:
                     self.when_stuck()
                 self.end(message["end"], message["code"], stuck=message["stuck"])
@@ -358,16 +361,11 @@ class Peers:
         Process 0 tells everybody; of what another process finds, that it is stuck is news to process 0.
         """
         with self._ending:
-            say(f"ecg-jax: {self._name} ends: {sentence}")
+            say(f"ecg-jax: {self.name} ends: {sentence}")
             _say_what_fails_here()
             if stuck or 0 not in self._peers:
                 self.tell(sentence, code, stuck=stuck)
             leave(code)
-
-    @property
-    def name(self) -> str:
-        """This process, as in "process 1 of 2 on node7"."""
-        return self._name
 
 
 def say(sentence: str) -> None:
