@@ -8,7 +8,9 @@ import os
 from pathlib import Path
 
 from ecg_jax.errors import UserError
-from ecg_jax.studies.report import export, figures, html, load, rows
+from ecg_jax.studies.report import export, html, load, rows
+from ecg_jax.studies.report import recordings as recordings_shown
+from ecg_jax.studies.report.page import GENERATOR, Page
 
 DESCRIPTION = """\
 Puts finished probes side by side: one self-contained page with tables, intervals, ranks, leakage verdicts and
@@ -21,6 +23,7 @@ in it is drawn too. Every task needs its baselines: a randomly initialised encod
 which come with a probe, and an encoder trained from scratch (mode=supervised) among the folders.
 """
 INDEX = "index.csv"
+SUFFIXES = (".csv", ".tex", ".png", ".svg")
 
 
 def report(
@@ -49,18 +52,24 @@ def report(
     options = (f"--output={output}", f"--title={title}", f"--recordings={recordings}")
     command = ["ecg-jax", "report", *map(str, workdirs), *options]
     now = datetime.datetime.now(datetime.UTC)
-    page = html.build(title, collection, scores, now, command, recordings)
-    text = page.html()
+    page = html.build(title, collection, scores, now, command, recordings, _tables_folder(output).name)
+    return _write(output, page.html().encode(), _files(page))
+
+
+def _files(page: Page) -> dict[str, bytes]:
+    """What lies beside the page: tables as CSV and LaTeX, figures as pictures and CSV, and a list of them."""
     index = io.StringIO()
     lines = csv.writer(index, lineterminator="\n")
-    lines.writerow(("table", "caption"))
-    files = {}
+    lines.writerow(("name", "kind", "caption"))
+    files: dict[str, bytes] = {}
     for table in page.tables:
-        lines.writerow((table.name, table.caption))
+        lines.writerow((table.name, "table", table.caption))
         files[f"{table.name}.csv"] = export.to_csv(table).encode()
         files[f"{table.name}.tex"] = export.to_latex(table).encode()
-    files[INDEX] = index.getvalue().encode()
-    return _write(output, text.encode(), files)
+    for picture in page.pictures:
+        lines.writerow((picture.name, "figure", picture.caption))
+        files |= {f"{picture.name}{suffix}": data for suffix, data in picture.files.items()}
+    return files | {INDEX: index.getvalue().encode()}
 
 
 def _tables_folder(output: Path) -> Path:
@@ -76,7 +85,7 @@ def _check_output(output: Path) -> None:
     if output.is_dir():
         raise UserError(f"--output={output} is a folder; name a file.")
     try:
-        if output.exists() and html.GENERATOR.encode() not in output.read_bytes()[:2000]:
+        if output.exists() and GENERATOR.encode() not in output.read_bytes()[:2000]:
             raise UserError(f"--output={output} is there already and no report; choose another name.")
     except OSError as error:
         raise UserError(f"--output={output} cannot be read: {error.strerror}.") from error
@@ -121,7 +130,7 @@ def _indexed(folder: Path) -> set[Path]:
             names = [line[0] for line in csv.reader(file)][1:]
     except (OSError, ValueError, IndexError):
         return set()
-    return {folder / f"{name}{suffix}" for name in names for suffix in (".csv", ".tex") if "/" not in name}
+    return {folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES if "/" not in name}
 
 
 def main(argv: list[str]) -> int:
@@ -137,9 +146,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--title", default="ECG encoders compared", help="of the page (default: %(default)s)")
     parser.add_argument(
         "--recordings",
-        choices=figures.RECORDINGS,
+        choices=recordings_shown.RECORDINGS,
         default="open",
-        help=f"whose to draw; open: not those of {' and '.join(figures.CLOSED)}, which must not be passed on "
+        help=f"whose to draw; open: not those of {' and '.join(recordings_shown.CLOSED)}, which must not be passed on "
         "(default: %(default)s)",
     )
     options = parser.parse_args(argv)

@@ -1,8 +1,10 @@
 """`ecg-jax report`: the page, what it refuses, and that a failure leaves nothing behind."""
 
+import csv
 import json
 import re
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -124,7 +126,12 @@ class TestPage:
         outline = Outline(page[1])
         assert not re.search(r"https?://|//cdn|<script|<link|@import|url\(", page[1])
         assert all(image["src"].startswith("data:image/") for image in outline.images)
-        assert all(link.startswith("#") and link[1:] in outline.ids for link in outline.links)
+        inside = [link[1:] for link in outline.links if link.startswith("#")]
+        assert inside
+        assert set(inside) <= set(outline.ids)
+        beside = [unquote(link) for link in outline.links if not link.startswith("#")]
+        assert beside
+        assert all((page[0] / link).is_file() for link in beside)
 
     def test_every_table_has_a_head_and_a_caption_and_every_image_a_text(self, page):
         outline = Outline(page[1])
@@ -191,8 +198,36 @@ class TestPage:
             "scores_ptbxl_super",
             "index",
         }
-        assert {path.stem for path in folder.glob("*.tex")} == names - {"index"}
+        of_figures = {name for name in names if name.startswith("figure_")}
+        assert {path.stem for path in folder.glob("*.tex")} == names - {"index"} - of_figures
         assert not [path for path in page[0].rglob("*") if path.name.startswith(".")]
+
+    def test_every_figure_says_what_it_shows_and_what_not_and_lies_beside_as_picture_and_data(self, page):
+        found = re.findall(r'<figure id="(figure_\w+)">(.*?)</figure>', page[1], re.DOTALL)
+        names = [name for name, _ in found if not name.startswith("figure_recording")]
+        assert {re.sub(r"_(ptbxl|mimic).*|_1", "", name) for name in names} == {
+            "figure_classes", "figure_modes", "figure_calibration", "figure_regression", "figure_robustness",
+            "figure_label_efficiency",
+        }  # fmt: skip
+        folder = page[0] / "report_tables"
+        for name, html in found:
+            assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+            if name in names:
+                assert "<b>Shows.</b> " in html
+                assert "<b>Does not show.</b> " in html
+                assert (folder / f"{name}.svg").read_bytes().startswith(b"<?xml")
+                assert len((folder / f"{name}.csv").read_text().splitlines()) > 2
+
+    def test_data_of_a_figure_are_the_numbers_of_the_results(self, page, study):
+        path = page[0] / "report_tables" / "figure_classes_ptbxl_super.csv"
+        lines = list(csv.DictReader(path.read_text().splitlines()))
+        results = json.loads((study[0] / "ptbxl_super" / "results.json").read_text())
+        (line,) = (line for line in lines if line["model"] == "cpc, linear" and line["class"] == "MI")
+        own = results["per_class"]["MI"]
+        assert [float(line[name]) for name in ("auroc", "low", "high")] == pytest.approx(
+            [own[name] for name in ("auroc", "ci_low", "ci_high")]
+        )
+        assert int(line["n"]) == own["n_pos"]
 
 
 class TestOddStudies:

@@ -12,7 +12,7 @@ from ecg_jax.evaluation import report_plots
 from ecg_jax.evaluation.calibration import reliability
 from ecg_jax.evaluation.drawing import looks_of, to_svg
 from ecg_jax.evaluation.label_efficiency_plot import error_curves, error_figure
-from ecg_jax.studies.report import figures, rows
+from ecg_jax.studies.report import figures, recordings, rows
 from ecg_jax.studies.report.load import load
 from report_fixtures import write_label_efficiency, write_result, write_robustness
 
@@ -74,16 +74,18 @@ class TestForest:
     def test_undefined_classes_are_said(self):
         values = np.array([[0.8, 0.7, 0.9], [np.nan] * 3])
         looks = looks_of(["m"])
-        svg = report_plots.class_forest(["A", "B"], [20, 0], {"m": values}, looks, None, "AUROC", 0.5, 0.95)
-        assert "undefined in the test records" in words(svg)
+        figure = report_plots.class_forest(
+            ["A", "B"], [20, 0], {"m": values}, looks, None, "AUROC", 0.5, 0.95
+        )
+        assert "undefined in the test records" in words(to_svg(figure))
 
     def test_digits_of_texts_are_kept(self):
         values = np.array([[0.8, 0.7, 0.9]])
         looks = looks_of(["m 0.12345"])
-        svg = report_plots.class_forest(
+        figure = report_plots.class_forest(
             ["A 0.98765"], [20], {"m 0.12345": values}, looks, None, "AUROC", 0.5, 0.95
         )
-        assert {"m 0.12345", "A 0.98765  (n=20)"} <= set(words(svg))
+        assert {"m 0.12345", "A 0.98765  (n=20)"} <= set(words(to_svg(figure)))
 
     def test_many_models_are_cut_and_said(self, tmp_path):
         many = [write_result(tmp_path / f"m{i}", n=40, K=2, model=f"m{i}", quality=i / 4) for i in range(8)]
@@ -122,8 +124,8 @@ class TestCalibration:
         targets = (generator.random((20000, 1)) < said).astype(float)
         predicted, observed, n = (part[0] for part in reliability(targets, said))
         assert np.abs(predicted - observed).max() < 0.05
-        svg = report_plots.calibration([("all", {"m": (predicted, observed, n)})], looks_of(["m"]))
-        assert "share of positives" in words(svg)
+        figure = report_plots.calibration([("all", {"m": (predicted, observed, n)})], looks_of(["m"]))
+        assert "share of positives" in words(to_svg(figure))
 
 
 class TestCurves:
@@ -197,14 +199,14 @@ class TestExamples:
     def test_choice(self):
         targets = np.array([[1, 0], [1, 0], [0, 1], [0, np.nan]])
         probabilities = np.array([[0.9, 0.1], [0.7, 0.3], [0.8, 0.6], [0.2, 0.5]])
-        assert figures.choose_examples(targets, probabilities) == {
+        assert recordings.choose_examples(targets, probabilities) == {
             "Most confident and right": (0, 0),
             "Most confident and wrong": (2, 0),
             "Least sure": (1, 0),
         }
 
     def test_nothing_is_wrong(self):
-        found = figures.choose_examples(np.array([[1.0], [0.0]]), np.array([[0.9], [0.2]]))
+        found = recordings.choose_examples(np.array([[1.0], [0.0]]), np.array([[0.9], [0.2]]))
         assert "Most confident and wrong" not in found
 
     def test_recordings_of_the_best_probe(self, tmp_path, synthetic_store):
@@ -212,7 +214,7 @@ class TestExamples:
 
         store = Store(synthetic_store)
         task = task_of(write_result(tmp_path / "a", n=60, K=3, store=store))
-        found, sentence = figures.examples(task, "open")
+        found, sentence = recordings.examples(task, "open")
         assert "cpc, linear" in sentence
         assert [example.heading for example in found] == [
             "Most confident and right", "Most confident and wrong", "Least sure"
@@ -228,7 +230,7 @@ class TestExamples:
             assert len(image.getcolors()) > 4
 
     def test_a_store_that_is_gone(self, task):
-        assert figures.examples(task, "open") == (
+        assert recordings.examples(task, "open") == (
             [],
             "No recordings are shown: the store stores/ptbxl cannot be opened here.",
         )
@@ -241,7 +243,7 @@ class TestExamples:
             store=Store(synthetic_store),
             changes={"store": {"path": str(synthetic_store), "corpus": "synthetic", "fingerprint": "0" * 64}},
         )
-        found, sentence = figures.examples(task_of(folder), "open")
+        found, sentence = recordings.examples(task_of(folder), "open")
         assert not found
         assert "has changed since the probe" in sentence
 
@@ -253,8 +255,8 @@ class TestExamples:
         described = {"path": str(synthetic_store), "corpus": corpus, "fingerprint": store.fingerprint}
         changes = {"test_store": described}  # trained on an open corpus
         task = task_of(write_result(tmp_path, n=60, K=2, store=store, changes=changes))
-        found, sentence = figures.examples(task, "open")
+        found, sentence = recordings.examples(task, "open")
         assert not found
         assert f"those of {corpus} are lent under an agreement" in sentence
-        assert len(figures.examples(task, "all")[0]) == 3
-        assert not figures.examples(task, "none")[0]
+        assert len(recordings.examples(task, "all")[0]) == 3
+        assert not recordings.examples(task, "none")[0]

@@ -12,8 +12,9 @@ from ecg_jax.evaluation.ranking import rank_models
 from ecg_jax.studies.report import rows, tables, task_tables
 from ecg_jax.studies.report.cells import Cell, Table, interval, number, p_value
 from ecg_jax.studies.report.export import escape, to_csv, to_latex
-from ecg_jax.studies.report.html import build, table_html
+from ecg_jax.studies.report.html import build
 from ecg_jax.studies.report.load import load
+from ecg_jax.studies.report.page import table_html
 from report_fixtures import CLEAN, LEAKING, RESAMPLES, write_label_efficiency, write_result, write_study
 
 

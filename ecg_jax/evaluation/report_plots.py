@@ -1,10 +1,10 @@
-"""Pictures of `ecg-jax report` as SVG: classes, modes, calibration, regressions."""
+"""Pictures of `ecg-jax report`: classes, modes, calibration, regressions."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from ecg_jax.evaluation.drawing import Looks, add_legend, new_figure, plain_axes, to_svg
+from ecg_jax.evaluation.drawing import Looks, add_legend, new_figure, plain_axes
 from ecg_jax.evaluation.plots import FEW_POSITIVES, GREY, LOOKS
 
 
@@ -18,7 +18,7 @@ def class_forest(
     chance: float | None,
     level: float,
     reference_label: str = "random initialisation",
-) -> bytes:
+):
     """Score of every class with its interval, models side by side, best first by the first model.
 
     Args:
@@ -33,7 +33,7 @@ def class_forest(
         reference_label: what the grey bars are called.
 
     Returns:
-        SVG.
+        A figure.
     """
     first = next(iter(models.values()))[:, 0]
     last = -np.inf if chance is not None else np.inf
@@ -88,7 +88,7 @@ def class_forest(
     note = f"\ngrey names: fewer than {FEW_POSITIVES} positive test records" if any(few) else ""
     axes.set_xlabel(f"{score} with {100 * level:g} % interval{note}", fontsize=9)
     add_legend(figure, {name: looks[name] for name in models}, extra, columns=2)
-    return to_svg(figure)
+    return figure
 
 
 def mode_panels(
@@ -96,7 +96,7 @@ def mode_panels(
     references: Sequence[dict[str, float]],
     modes: Sequence[str],
     looks: Looks,
-) -> bytes:
+):
     """Scores of checkpoints mode by mode: a panel for each task, a line for each model.
 
     Args:
@@ -106,7 +106,7 @@ def mode_panels(
         looks: of the models.
 
     Returns:
-        SVG.
+        A figure.
     """
     looks = {name: looks[name] for name in dict.fromkeys(name for _, _, models in panels for name in models)}
     dashes = dict(
@@ -145,12 +145,12 @@ def mode_panels(
         {"color": GREY, "linewidth": 1.1, "linestyle": dash, "label": name} for name, dash in dashes.items()
     ]
     add_legend(figure, looks, extra, columns=min(2, columns))
-    return to_svg(figure)
+    return figure
 
 
 def calibration(
     panels: Sequence[tuple[str, dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]], looks: Looks
-) -> bytes:
+):
     """Reliability diagrams with the number of predictions in each bin below.
 
     Args:
@@ -158,7 +158,7 @@ def calibration(
         looks: of the models.
 
     Returns:
-        SVG.
+        A figure.
     """
     looks = {name: looks[name] for name in dict.fromkeys(name for _, models in panels for name in models)}
     legend_rows = -(-(len(looks) + 1) // 2)
@@ -193,10 +193,10 @@ def calibration(
     add_legend(
         figure, looks, [{"color": GREY, "linewidth": 1, "linestyle": "--", "label": "perfect"}], columns=2
     )
-    return to_svg(figure)
+    return figure
 
 
-def predicted_against_true(panels: Sequence[tuple[str, np.ndarray, np.ndarray]], model: str) -> bytes:
+def predicted_against_true(panels: Sequence[tuple[str, np.ndarray, np.ndarray]], model: str):
     """Predicted against true values of a regression, a panel for each target.
 
     Args:
@@ -204,7 +204,7 @@ def predicted_against_true(panels: Sequence[tuple[str, np.ndarray, np.ndarray]],
         model: whose predictions these are.
 
     Returns:
-        SVG, the points as an image in it.
+        A figure, the points as an image in it.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -226,4 +226,4 @@ def predicted_against_true(panels: Sequence[tuple[str, np.ndarray, np.ndarray]],
         plain_axes(axes)
     for axes in grid[:, 0]:
         axes.set_ylabel(f"{model} (z)", fontsize=8)
-    return to_svg(figure)
+    return figure

@@ -1,26 +1,19 @@
-"""What a report draws: which rows, classes and records, with the sentences that say so."""
+"""What a report draws of probes: which rows and classes, with the sentences that say what it shows and does not."""
 
-import io
-import re
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from ecg_jax.data.preprocessing import MICROVOLTS_PER_MV
-from ecg_jax.data.store import Store
-from ecg_jax.errors import UserError
 from ecg_jax.evaluation import report_plots
 from ecg_jax.evaluation.calibration import reliability
-from ecg_jax.evaluation.drawing import MOST_MODELS, Looks, to_svg
+from ecg_jax.evaluation.drawing import MOST_MODELS, Looks
 from ecg_jax.evaluation.drawing import looks_of as looks_of_names
 from ecg_jax.evaluation.label_efficiency_plot import MAJORITY, error_figure
-from ecg_jax.evaluation.plots import LOOKS, ecg_paper
+from ecg_jax.evaluation.plots import FEW_POSITIVES, LOOKS
 from ecg_jax.evaluation.robustness_plot import explanation, robustness_figure
 from ecg_jax.studies.report.cells import SCORES, number
 from ecg_jax.studies.report.load import Curves
+from ecg_jax.studies.report.pictures import Picture, drawn
 from ecg_jax.studies.report.read import MODES
 from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, Entry, TaskScores, all_rows
 from ecg_jax.studies.report.task_tables import curve_intervals, efficiency_intervals
@@ -29,30 +22,6 @@ from ecg_jax.studies.report.task_tables import curve_intervals, efficiency_inter
 _FOREST_MODELS, _FOREST_CLASSES = 6, 40
 _CALIBRATED_MODELS, _WORST_CLASSES = 4, 2
 _PANELS = 6
-_COLOURS_OF_PAPER, _PAPER_WIDTH = 24, 1170
-
-#: Which recordings a report draws: those of corpora that everybody may pass on, all, none.
-RECORDINGS = ("open", "all", "none")
-#: Corpora of which no recording may be passed on: who has them signed an agreement.
-CLOSED = ("mimic", "echonext")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image with what it shows in words."""
-
-    data: bytes
-    kind: str
-    """"svg+xml" or "png"."""
-    alt: str
-    caption: str
-    width: int
-    """Pixels at its natural size."""
-
-
-def _svg(data: bytes, alt: str, caption: str) -> Picture:
-    points = float(re.search(rb'width="([\d.]+)pt"', data)[1])
-    return Picture(data, "svg+xml", alt, caption, round(points * 4 / 3))
 
 
 def _best(task: TaskScores, most: int) -> tuple[list[Entry], str]:
@@ -88,10 +57,11 @@ def forest(task: TaskScores, looks: Looks) -> Picture:
 
     twins = [entry for entry in task.entries.values() if entry.row.baseline == RANDOM_INIT]
     reference = twins[0].scored.per_class[kept] if twins else None
-    data = report_plots.class_forest(
+    intervals = {entry.row.label: values(entry) for entry in shown}
+    figure = report_plots.class_forest(
         [classes[k] for k in kept],
         n[kept].tolist(),
-        {entry.row.label: values(entry) for entry in shown},
+        intervals,
         looks,
         reference,
         "MAE" if regression else "AUROC",
@@ -101,12 +71,47 @@ def forest(task: TaskScores, looks: Looks) -> Picture:
     )
     what = "mean absolute error" if regression else "AUROC"
     each = "target" if regression else "class"
-    return _svg(
-        data,
-        f"{what} of {len(kept)} {'targets' if regression else 'classes'} of {task.task} with intervals, for "
+    rows = [
+        (classes[k], int(n[k]), label, *map(float, of_model[i]))
+        for label, of_model in intervals.items()
+        for i, k in enumerate(kept)
+    ]
+    if twins:
+        rows += [
+            (classes[k], int(n[k]), twins[0].row.label, float(reference[i]), None, None)
+            for i, k in enumerate(kept)
+        ]
+    best = intervals[shown[0].row.label]
+    defined = [i for i in range(len(kept)) if not np.isnan(best[i, 0])]
+    ends = sorted(defined, key=lambda i: best[i, 0], reverse=not regression)
+    extremes = (
+        f"{shown[0].row.label}, the best in the mean, is best at {classes[kept[ends[0]]]} "
+        f"({number(best[ends[0], 0])}) and worst at {classes[kept[ends[-1]]]} ({number(best[ends[-1], 0])})."
+        if len(ends) > 1
+        else "There is one class to be compared by."
+        if ends
+        else "No class is defined in the test records."
+    )
+    few = sum(bool(n[k] < FEW_POSITIVES) for k in kept)
+    thin = (
+        f" {few} of the classes have fewer than {FEW_POSITIVES} positive test records: their intervals are too "
+        "narrow to be believed."
+        if few and not regression
+        else ""
+    )
+    return drawn(
+        figure,
+        f"figure_classes_{task.task}",
+        alt=f"{what} of {len(kept)} {'targets' if regression else 'classes'} of {task.task} with intervals, for "
         f"{', '.join(entry.row.label for entry in shown)}.",
-        f"{task.task}: {what} of every {each} with its interval, sorted by the best model; "
+        caption=f"{task.task}: {what} of every {each} with its interval, sorted by the best model; "
         f"n: {'known values' if regression else 'positive test records'}.{note}",
+        shows=f"On which {'targets' if regression else 'classes'} models are good and where they differ. {extremes}",
+        does_not_show="Whether two models differ on a class: the intervals of both are about the same test records, "
+        "so that models whose bars overlap can still differ, and of many classes compared some seem to differ by "
+        f"chance. The paired differences of the means are in the rankings.{thin}",
+        columns=(each, "n", "model", "mae" if regression else "auroc", "low", "high"),
+        rows=rows,
     )
 
 
@@ -142,10 +147,40 @@ def modes(scores: dict[str, TaskScores], looks: Looks) -> list[Picture]:
         part = slice(start, start + _PANELS)
         tasks = ", ".join(panel[0] for panel in panels[part])
         pictures.append(
-            _svg(
+            drawn(
                 report_plots.mode_panels(panels[part], references[part], order, looks),
-                f"Scores of {', '.join(names)} in the modes {', '.join(order)} on {tasks}.",
-                f"{tasks}: checkpoints in each mode with intervals. Grey: baselines, the best where there are several.",
+                f"figure_modes_{start // _PANELS + 1}",
+                alt=f"Scores of {', '.join(names)} in the modes {', '.join(order)} on {tasks}.",
+                caption=f"{tasks}: checkpoints in each mode with intervals. Grey: baselines, the best where there are "
+                "several.",
+                shows="What a checkpoint gains from a larger head or from finetuning, and whether the order of the "
+                "checkpoints stays the same from mode to mode. A finetuned encoder should be held against the one "
+                "trained from scratch, a frozen one against the random initialisation.",
+                does_not_show="The cost of a mode: finetuning trains the whole encoder. Modes have their own learning "
+                "rates and numbers of steps, and a mode that loses may be tuned worse. Intervals are over test "
+                "records, not over seeds of training.",
+                columns=("task", "score", "model", "mode", "point", "low", "high"),
+                rows=[
+                    *(
+                        (task, metric.split(" ↑")[0].split(" ↓")[0], model, mode, *map(float, values))
+                        for task, metric, models in panels[part]
+                        for model, of_mode in models.items()
+                        for mode, values in of_mode.items()
+                    ),
+                    *(
+                        (
+                            panel[0],
+                            panel[1].split(" ↑")[0].split(" ↓")[0],
+                            name,
+                            "baseline",
+                            value,
+                            None,
+                            None,
+                        )
+                        for panel, lines in zip(panels[part], references[part], strict=True)
+                        for name, value in lines.items()
+                    ),
+                ],
             )
         )
     return pictures
@@ -170,12 +205,26 @@ def calibration(task: TaskScores, looks: Looks) -> Picture:
     for name in worst:
         k = task.first.classes.index(name)
         panels.append((f"{name} (ECE {errors[name]:.3f})", {e.row.label: bins(e, [k]) for e in shown}))
-    return _svg(
+    ece = best.result.results["metrics"]["ece"]["point"] if "ece" in best.result.results["metrics"] else None
+    mean = f" Its mean ECE over classes is {number(ece)}." if ece is not None else ""
+    return drawn(
         report_plots.calibration(panels, looks),
-        f"Reliability diagrams of {task.task}: all classes pooled and {', '.join(worst)}.",
-        f"{task.task}: how often the class was there for each predicted probability, and below how many predictions "
-        f"fall into each tenth. Beside all classes pooled, those with the largest calibration error of "
+        f"figure_calibration_{task.task}",
+        alt=f"Reliability diagrams of {task.task}: all classes pooled and {', '.join(worst)}.",
+        caption=f"{task.task}: how often the class was there for each predicted probability, and below how many "
+        f"predictions fall into each tenth. Beside all classes pooled, those with the largest calibration error of "
         f"{best.row.label}.{note}",
+        shows=f"Whether a predicted probability can be taken at its word on these test records.{mean}",
+        does_not_show="Calibration elsewhere: where a class is rarer or commoner than here, the same probabilities are "
+        "wrong. Points of few predictions scatter and have no intervals; pooled classes can be calibrated in the mean "
+        "while each is off.",
+        columns=("panel", "model", "bin", "mean_predicted", "share_positive", "n"),
+        rows=[
+            (title, model, b, float(said), float(seen), int(count))
+            for title, models in panels
+            for model, parts in models.items()
+            for b, (said, seen, count) in enumerate(zip(*parts, strict=True))
+        ],
     )
 
 
@@ -187,11 +236,25 @@ def regression(task: TaskScores) -> Picture:
     kept = np.sort(np.argsort(-known, kind="stable")[:_PANELS])
     panels = [(task.first.classes[k], targets[:, k], best.predictions[0][:, k]) for k in kept]
     note = f" The {_PANELS} targets known most often are drawn." if len(kept) < targets.shape[1] else ""
-    return _svg(
+    r2 = [best.result.results["per_class"][panel[0]]["r2"] for panel in panels]
+    explained = ", ".join(f"{panel[0]} {number(value)}" for panel, value in zip(panels, r2, strict=True))
+    records = best.result.predictions["record_id"]
+    return drawn(
         report_plots.predicted_against_true(panels, best.row.label),
-        f"Predicted against true values of {', '.join(panel[0] for panel in panels)} by {best.row.label}.",
-        f"{task.task}: values predicted by {best.row.label} against the true ones, in standard deviations of the "
-        f"training targets; dashed: equal.{note}",
+        f"figure_regression_{task.task}",
+        alt=f"Predicted against true values of {', '.join(panel[0] for panel in panels)} by {best.row.label}.",
+        caption=f"{task.task}: values predicted by {best.row.label} against the true ones, in standard deviations of "
+        f"the training targets; dashed: equal.{note}",
+        shows=f"How far single predictions are off, and whether extremes are pulled to the mean. R²: {explained}.",
+        does_not_show="An interval of a single prediction, or the other models. A cloud that leans is what any model "
+        "of little information does, and no fault of its own; units are standard deviations, not those of the target.",
+        columns=("target", "record_id", "true_z", "predicted_z"),
+        rows=[
+            (target, str(record), float(y), float(said))
+            for target, true, predicted in panels
+            for record, y, said in zip(records, true, predicted, strict=True)
+            if not np.isnan(y)
+        ],
     )
 
 
@@ -203,156 +266,84 @@ def _with_looks(names: Sequence[str], looks: Looks) -> Looks:
     return known | dict(zip([name for name in names if name not in known], spare, strict=False))
 
 
-def _cut(names: Sequence[str], drawn: Looks) -> str:
+def _cut(names: Sequence[str], shown: Looks) -> str:
     """A sentence where not all are drawn."""
-    return f" The first {len(drawn)} of {len(names)} are drawn." if len(drawn) < len(names) else ""
+    return f" The first {len(shown)} of {len(names)} are drawn." if len(shown) < len(names) else ""
 
 
 def label_efficiency(task: str, curves: Sequence[Curves], looks: Looks) -> Picture:
     """Errors by number of labels."""
     metric = curves[0].content["metric"]
     names = [name for curve in curves for model, name in curve.names.items() if model != MAJORITY]
-    drawn = _with_looks(names, looks)
+    shown = _with_looks(names, looks)
     studies = [(curve.content, curve.names) for curve in curves]
-    return _svg(
-        to_svg(error_figure(studies, drawn)),
-        f"{SCORES[metric]} on {task} by number of labelled training records for {', '.join(drawn)}.",
-        f"{task}: what is left to the best score by number of labelled training records, not counting those that "
-        f"penalties and layers are chosen on; mean over seeds with {efficiency_intervals(curves)}; "
-        f"lines: fitted curves.{_cut(names, drawn)}",
+    triples = ("mean", "low", "high")
+    return drawn(
+        error_figure(studies, shown),
+        f"figure_label_efficiency_{task}",
+        alt=f"{SCORES[metric]} on {task} by number of labelled training records for {', '.join(shown)}.",
+        caption=f"{task}: what is left to the best score by number of labelled training records, not counting those "
+        f"that penalties and layers are chosen on; mean over seeds with {efficiency_intervals(curves)}; "
+        f"lines: fitted curves.{_cut(names, shown)}",
+        shows="How many labelled records a model needs for a score: of two curves the lower one needs fewer, and their "
+        "horizontal distance is by which factor.",
+        does_not_show="What happens beyond the sizes drawn: a fitted curve is a description within them, and its floor "
+        "a guess. The validation records that penalties are chosen on have labels too and are not counted.",
+        columns=("model", "labelled_records", "score", *triples),
+        rows=[
+            (curve.names[name], size, metric, *(model[field][i] for field in triples))
+            for curve in curves
+            for name, model in curve.content["models"].items()
+            if name == MAJORITY or curve.names[name] in shown
+            for i, size in enumerate(curve.content["sizes"])
+        ],
     )
 
 
 def robustness(task: str, curves: Sequence[Curves], looks: Looks) -> Picture:
     """Scores under disturbances."""
     names = [curve.model for curve in curves]
-    drawn = _with_looks(names, looks)
-    suites = {curve.model: curve.content for curve in curves if curve.model in drawn}
+    shown = _with_looks(names, looks)
+    suites = {curve.model: curve.content for curve in curves if curve.model in shown}
     families = dict.fromkeys(
         family["family"].replace("_", " ") for suite in suites.values() for family in suite["families"]
     )
     metric = SCORES[curves[0].content["metric"]]
-    return _svg(
-        to_svg(robustness_figure(suites, drawn)),
-        f"{metric} on {task} under {', '.join(families)} for {', '.join(drawn)}.",
-        f"{task}: score when the test records are disturbed, with {curve_intervals(curves)}. "
-        f"{explanation(list(suites.values()))}{_cut(names, drawn)}",
-    )
-
-
-@dataclass(frozen=True)
-class Example:
-    """A test record with what was predicted for it."""
-
-    picture: Picture
-    heading: str
-    record_id: str
-    predicted: list[tuple[str, float, float]]
-    """(class, true target, predicted probability), from likely to unlikely."""
-
-
-def choose_examples(targets: np.ndarray, probabilities: np.ndarray) -> dict[str, tuple[int, int]]:
-    """Records worth looking at: (record, class) each.
-
-    Args:
-        targets: [n, K] of 0, 1, NaN.
-        probabilities: [n, K].
-
-    Returns:
-        "most confident and right": the class that is there and has the highest probability; "most confident and
-        wrong": the largest difference between target and probability; "least sure": the known class closest to 0.5.
-        A record is chosen once; what there is none of is left out.
-    """
-    known = ~np.isnan(targets)
-    error = np.abs(np.where(known, targets, np.nan) - probabilities)
-    rules = {
-        "Most confident and right": np.where(targets == 1, probabilities, -np.inf),
-        "Most confident and wrong": np.where(known & (error > 0.5), error, -np.inf),
-        "Least sure": np.where(known, -np.abs(probabilities - 0.5), -np.inf),
-    }
-    chosen: dict[str, tuple[int, int]] = {}
-    for name, worth in rules.items():
-        worth = worth.copy()
-        worth[[record for record, _ in chosen.values()]] = -np.inf
-        record, k = np.unravel_index(np.argmax(worth), worth.shape)
-        if np.isfinite(worth[record, k]):
-            chosen[name] = int(record), int(k)
-    return chosen
-
-
-def examples(task: TaskScores, recordings: str) -> tuple[list[Example], str]:
-    """Recordings that the best probe is most and least sure of, and a sentence: whose, or why there are none.
-
-    Args:
-        task: of which.
-        recordings: one of `RECORDINGS`.
-    """
-    results = task.best_probe.result.results
-    tested_on = results["store"] if results["test_store"] is None else results["test_store"]
-    corpus = tested_on["corpus"]
-    if recordings == "none":
-        return [], "No recordings are shown: the report was made with `--recordings=none`."
-    if recordings == "open" and corpus in CLOSED:
-        return [], (
-            f"No recordings are shown: those of {corpus} are lent under an agreement and must not be passed on; a "
-            "report that stays with those who signed it shows them with `--recordings=all`."
+    triple = ("point", "low", "high")
+    losses = [
+        (condition["difference"]["point"], model, family["family"], condition["label"])
+        for model, suite in suites.items()
+        for family in suite["families"]
+        for condition in family["conditions"]
+        if condition["difference"]["point"] is not None
+    ]
+    worst = ""
+    if losses:
+        sign = 1 if metric.endswith("↑") else -1
+        change, model, family, label = min(losses, key=lambda loss: sign * loss[0])
+        worst = (
+            f" The largest loss: {model}, {family.replace('_', ' ')} at {label}, {number(change, sign=True)}."
         )
-    try:
-        store = Store(tested_on["path"])
-    except UserError:
-        return [], f"No recordings are shown: the store {tested_on['path']} cannot be opened here."
-    try:
-        return _examples(task, store, tested_on)
-    finally:
-        store.close()
-
-
-def _examples(task: TaskScores, store: Store, tested_on: dict[str, str]) -> tuple[list[Example], str]:
-    best = task.best_probe
-    predictions = best.result.predictions
-    rows = predictions["row"].astype(np.int64)
-    same = rows.max(initial=0) < len(store) and np.array_equal(
-        store.column("record_id")[rows].astype(str), predictions["record_id"].astype(str)
+    return drawn(
+        robustness_figure(suites, shown),
+        f"figure_robustness_{task}",
+        alt=f"{metric} on {task} under {', '.join(families)} for {', '.join(shown)}.",
+        caption=f"{task}: score when the test records are disturbed, with {curve_intervals(curves)}. "
+        f"{explanation(list(suites.values()))}{_cut(names, shown)}",
+        shows=f"Which disturbances cost a model its score, and from which strength on.{worst}",
+        does_not_show="Real disturbances: these are simulated, one at a time, on the same test records. Nothing was "
+        "trained on disturbed records; a model that was may order otherwise.",
+        columns=("model", "disturbance", "condition", *triple),
+        rows=[
+            *(
+                (model, "clean", None, *(suite["clean"][k] for k in triple))
+                for model, suite in suites.items()
+            ),
+            *(
+                (model, family["family"], condition["label"], *(condition[k] for k in triple))
+                for model, suite in suites.items()
+                for family in suite["families"]
+                for condition in family["conditions"]
+            ),
+        ],
     )
-    if store.fingerprint != tested_on["fingerprint"] or not same:
-        return [], f"No recordings are shown: the store {tested_on['path']} has changed since the probe."
-    targets = task.first.predictions["targets"].astype(np.float64)
-    found = []
-    for name, (i, k) in choose_examples(targets, best.predictions[0]).items():
-        order = np.argsort(-best.predictions[0][i], kind="stable")
-        listed = [
-            (task.first.classes[c], float(targets[i, c]), float(best.predictions[0][i, c])) for c in order
-        ]
-        signal = store.read(int(rows[i])).astype(np.float64) / MICROVOLTS_PER_MV
-        record = str(predictions["record_id"][i])
-        class_name, there = task.first.classes[k], "there" if targets[i, k] == 1 else "not there"
-        sentence = f"{class_name} is {there}, predicted with {number(float(best.predictions[0][i, k]))}"
-        found.append(
-            Example(
-                Picture(
-                    _paper(signal, store.rate_hz, store.leads),
-                    "png",
-                    f"Twelve-lead ECG of record {record}: {sentence}.",
-                    f"Record {record}: {sentence}.",
-                    _PAPER_WIDTH,
-                ),
-                name,
-                record,
-                listed,
-            )
-        )
-    return found, f"Recordings that {best.row.label}, the best probe of the task, is most and least sure of."
-
-
-def _paper(signal: np.ndarray, rate_hz: float, leads: Sequence[str]) -> bytes:
-    """An ECG on paper as a PNG of few colours: a fifth of the size, and the eye sees no difference."""
-    from PIL import Image
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ecg.png"
-        ecg_paper(signal, rate_hz, leads, path, dpi=110)
-        buffer = io.BytesIO()
-        with Image.open(path) as image:
-            quantised = image.convert("RGB").quantize(_COLOURS_OF_PAPER, dither=Image.Dither.NONE)
-            quantised.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()

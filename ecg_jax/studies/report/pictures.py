@@ -1,0 +1,96 @@
+"""Pictures of a report: an image for the page, the same as files, its data, and what it says and does not say."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ecg_jax.evaluation.drawing import to_svg
+
+#: One cell of a figure's data; None and NaN are empty.
+Value = str | int | float | bool | None
+_DPI = 150
+# A larger SVG goes onto the page as PNG, where that is smaller.
+_LARGE_SVG = 250_000
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with what it shows in words, and the files that go beside the page."""
+
+    name: str
+    """Of its files."""
+    data: bytes
+    kind: str
+    """"svg+xml" or "png"."""
+    alt: str
+    caption: str
+    """What is drawn."""
+    width: int
+    """Pixels at its natural size."""
+    shows: str = ""
+    """What can be read from it; empty for a recording, which speaks for itself."""
+    does_not_show: str = ""
+    """What must not be read from it."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Suffix -> content: ".svg", ".png", ".csv"."""
+
+
+def drawn(
+    figure,
+    name: str,
+    *,
+    alt: str,
+    caption: str,
+    shows: str,
+    does_not_show: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Value]],
+) -> Picture:
+    """A matplotlib Figure as a picture of the page, with its files.
+
+    Args:
+        figure: drawn.
+        name: of its files; figures of a page and its tables share one folder.
+        alt, caption, shows, does_not_show: see `Picture`.
+        columns, rows: every number that is drawn.
+
+    Raises:
+        ValueError: a row does not fit the columns.
+    """
+    svg, png = to_svg(figure), io.BytesIO()
+    figure.savefig(png, format="png", dpi=_DPI)
+    files = {".svg": svg, ".png": png.getvalue(), ".csv": data_csv(columns, rows)}
+    return of_files(name, files, alt=alt, caption=caption, shows=shows, does_not_show=does_not_show)
+
+
+def of_files(name: str, files: Mapping[str, bytes], **words: str) -> Picture:
+    """A picture of files that are there: the page shows the SVG, or the PNG where that is much smaller."""
+    points = float(re.search(rb'<svg[^>]*? width="([\d.]+)pt"', files[".svg"])[1])
+    large = len(files[".svg"]) > _LARGE_SVG and len(files[".png"]) < len(files[".svg"])
+    kind = "png" if large else "svg+xml"
+    return Picture(
+        name=name,
+        data=files[".png" if large else ".svg"],
+        kind=kind,
+        width=round(points * 4 / 3),
+        files=files,
+        **words,
+    )
+
+
+def data_csv(columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> bytes:
+    """A figure's data as CSV; undefined numbers are empty cells.
+
+    Raises:
+        ValueError: a row does not fit the columns.
+    """
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(columns)
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"a row of {len(row)} cells for {len(columns)} columns")
+        lines.writerow(["" if value is None or value != value else value for value in row])
+    return text.getvalue().encode()
