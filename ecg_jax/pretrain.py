@@ -6,11 +6,13 @@ import contextlib
 import functools
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ from ecg_jax.run_data import RunData, open_data
 from ecg_jax.run_origin import begin_with
 from ecg_jax.run_reporting import announce, build_monitor, open_writer, summary, warn
 from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state
+from ecg_jax.run_starts import noted_start
 from ecg_jax.training import distributed, parallel
 from ecg_jax.training.agreement import on_first
 from ecg_jax.training.checkpoint import Checkpoints, finished_steps
@@ -40,7 +43,8 @@ Pretrains an encoder on a prepared store. Run the same command again to continue
   ecg-jax pretrain --config=configs/cpc.py:data=18k --workdir=runs/cpc --config.store=stores/ptbxl
 
 Several stores, separated by commas, are mixed; --config.init.checkpoint=RUN begins with the parameters of another run.
-Writes into the workdir: config.json, preprocessing.json, selection.json, log.jsonl, tensorboard/, checkpoints/STEP/.
+Writes into the workdir: config.json, preprocessing.json, selection.json, made_with.json, log.jsonl, tensorboard/ and
+checkpoints/STEP/.
 SIGTERM or Ctrl-C saves and stops (exit code 0 or 130); of several processes SIGTERM to one saves and stops all, and
 Ctrl-C ends them without saving. A run that makes no progress, or one of whose processes is lost, ends with exit
 code 75: run it again to continue. A loss that is not finite stops the run and names the last good checkpoint.
@@ -86,6 +90,7 @@ def pretrain(config: ConfigDict, workdir: str | Path) -> TrainState:
 
 def _run(config: ConfigDict, workdir: Path, data: RunData, steps: int, watchdog: Watchdog) -> TrainState:
     """The run itself, in a workdir that is this process's."""
+    began = time.monotonic()
     mesh, preprocessing = parallel.make_mesh(), data.preprocessing
     schedule, tx = build_optimiser(config, steps)
     teacher = build_teacher(config, steps)
@@ -180,6 +185,8 @@ def _run(config: ConfigDict, workdir: Path, data: RunData, steps: int, watchdog:
         stack.enter_context(
             jax.default_matmul_precision("highest" if config.precision == "float32" else "default")
         )
+        if primary:
+            stack.enter_context(noted_start(workdir, start, count_parameters(state.params), began))
         for resource in (checkpoints, writer, batches, progress):
             stack.callback(resource.close)
 

@@ -93,7 +93,8 @@ def finished(tmp_path_factory, synthetic_store):
 def test_run_writes_what_it_promises(finished):
     workdir, out = finished
     assert {p.name for p in workdir.iterdir()} == {
-        ".lock", "checkpoints", "config.json", "log.jsonl", "preprocessing.json", "selection.json", "tensorboard",
+        ".lock", "checkpoints", "config.json", "log.jsonl", "made_with.json", "preprocessing.json", "selection.json",
+        "tensorboard",
     }  # fmt: skip
     log = read_log(workdir)
     assert [entry["step"] for entry in log] == list(range(1, 25))

@@ -1,0 +1,106 @@
+"""made_with.json of a pretraining run: which versions, which revision of the code and which devices each of its starts
+had, and how long each took."""
+
+import contextlib
+import datetime
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import ecg_jax
+from ecg_jax.errors import UserError
+from ecg_jax.files import write_atomic
+from ecg_jax.probe_provenance import made_with
+
+MADE_WITH = "made_with.json"
+PACKAGES = ("ecg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_GIT_S = 20.0  # on a slow network file system
+
+
+@contextlib.contextmanager
+def noted_start(workdir: Path, step: int, parameters: int, began: float) -> Iterator[None]:
+    """Adds this start to made_with.json, and at its end, whatever ends it, how many seconds it took.
+
+    For process 0 alone, in a workdir that is its own. Of a start that was killed `seconds` stays null.
+
+    Args:
+        workdir: of the run.
+        step: from which this start goes on.
+        parameters: trainable ones of the whole objective.
+        began: `time.monotonic()` when it did.
+
+    Raises:
+        UserError: the file there is damaged, or cannot be written.
+    """
+    path, devices = workdir / MADE_WITH, jax.devices()
+    before = read_starts(workdir)
+    start: dict[str, Any] = {
+        "step": step,
+        **made_with(PACKAGES),
+        "git": git_state(Path(ecg_jax.__file__).resolve().parent.parent),
+        "devices": len(devices),
+        "device_kind": devices[0].device_kind,
+        "processes": jax.process_count(),
+        "parameters": int(parameters),
+        "seconds": None,
+    }
+
+    def write() -> None:
+        write_atomic(path, (json.dumps({"starts": [*before, start]}, indent=1) + "\n").encode())
+
+    write()
+    try:
+        yield
+    finally:
+        start["seconds"] = time.monotonic() - began
+        start["ended"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        # What ended the run is raised, also where a full disk keeps this from being written down.
+        with contextlib.suppress(UserError):
+            write()
+
+
+def read_starts(workdir: Path) -> list[dict[str, Any]]:
+    """The starts of a run in order, [] of one from before they were noted.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = workdir / MADE_WITH
+    try:
+        starts = json.loads(path.read_text())["starts"]
+        for start in starts:
+            for name in ("versions", "git", "devices", "device_kind", "processes", "parameters", "seconds"):
+                start[name]
+            if start["git"] is not None:
+                start["git"]["revision"], start["git"]["dirty"]
+        return list(starts)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; remove it, it only says how the run was made") from error
+
+
+def git_state(root: Path) -> dict[str, Any] | None:
+    """Revision of a checkout and whether a tracked file differs from it; None where `root` is no checkout's top folder.
+
+    A package installed into an environment that lies in somebody's repository is not of that repository.
+    """
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ("git", "-C", str(root), "--no-optional-locks", *arguments)
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=_GIT_S
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.SubprocessError):  # no git here, no commit yet, or not this user's checkout
+        return None
