@@ -1,11 +1,9 @@
 """Sweep files: which runs a sweep has, and what it refuses before anything runs."""
 
 import difflib
-import hashlib
 import inspect
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,23 +13,40 @@ from ml_collections import ConfigDict
 
 from ecg_jax.config_checks import check_config
 from ecg_jax.config_flags import load_config, override, parse_arg, run_file
-from ecg_jax.data.targets import MAX_CODES
 from ecg_jax.errors import UserError, closest
-from ecg_jax.evaluation.tasks import ALL
+from ecg_jax.evaluation.tasks import ALL, get_task
 from ecg_jax.probe import check_config as check_probe_config
-from ecg_jax.token_features import SPECTRUM
+from ecg_jax.sweep_entry import (
+    GIVEN,
+    GIVEN_PROBE,
+    SAMPLE_STORE,
+    Study,
+    check_entry,
+    check_studies,
+    derived_name,
+    synthetic_store,
+)
 
-STORE = "store"  # folder of a sweep's own store
-SLURM = "slurm"  # folder of what SLURM jobs print
-#: As the `store` of a run: the one given on the command line, without which the sweep does not run.
-GIVEN = "--store"
+#: What sweep files import.
+__all__ = ["GIVEN", "GIVEN_PROBE", "SAMPLE_STORE", "derived_name", "parse_sweep_arg", "synthetic_store"]
 
-_REQUIRED = ("config", "overrides", "probe")
-_OPTIONAL = ("name", "group", "targets", "store")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
-_LONGEST_NAME = 80  # characters of a derived name
 _SEEDS = 2**31  # below which one seed is as good as another
-_OWN_FILES = ("results.", "results_table.", "sweep.", "collect.")
+
+
+@dataclass(frozen=True)
+class FurtherProbe:
+    """A probe of a run beside the one that the sweep compares: any mode, any task or all of them.
+
+    Attributes:
+        name: of its folder.
+        config: loaded and overridden, with the seed of the run.
+        store: one folder or several separated by commas; `GIVEN_PROBE` for those of the command line; None for those
+            that the run is probed on. It takes those of them that its task fits.
+    """
+
+    name: str
+    config: ConfigDict
+    store: str | None
 
 
 @dataclass(frozen=True)
@@ -46,8 +61,13 @@ class Run:
             initialised encoders that runs are compared with differ from seed to seed too. probe_config is None when
             the sweep only pretrains.
         targets: None, or how `ecg_jax.cluster` makes the offline targets, {"features", "codes"}.
-        store: that it is pretrained on, one folder or several separated by commas; `GIVEN` for the one of the command
-            line; None for that one or, when none is given there, the sample that ships with the package.
+        store: that it is pretrained on, one folder or several separated by commas, `SAMPLE_STORE` and
+            `synthetic_store` among them; `GIVEN` for the one of the command line; None for that one or, when none is
+            given there, the sample that ships with the package.
+        probe_store: that it is probed on, in the same way, the first of several by the probe that the sweep compares;
+            `GIVEN_PROBE` for the one of the command line; None for that one or, when none is given there, `store`.
+        further: its other probes, which follow.
+        init: the run whose parameters it begins with, None for none; it waits until that one is finished.
     """
 
     name: str
@@ -57,15 +77,26 @@ class Run:
     probe_config: ConfigDict | None
     targets: dict[str, Any] | None
     store: str | None
+    probe_store: str | None
+    further: tuple[FurtherProbe, ...]
+    init: "Run | None"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A checked sweep file: FILE[:ARGS] as given, its runs, and what it says about its results ("" for nothing)."""
+    """A checked sweep file.
+
+    Attributes:
+        path: FILE[:ARGS] as given.
+        runs: in the order of the file.
+        note: what it says about its results, "" for nothing.
+        studies: folder of the sweep -> the commands that follow its runs.
+    """
 
     path: str
     runs: tuple[Run, ...]
     note: str
+    studies: Callable[[Path], tuple[Study, ...]]
 
     @property
     def probes(self) -> bool:
@@ -78,38 +109,55 @@ def load_sweep(path: str) -> Sweep:
 
     The file is looked for as given and, when the path starts with `configs/`, among those that ship with the package.
     It defines `def sweep()`, or `def sweep(arg="")` if it takes arguments (see `parse_sweep_arg`), which yields a dict
-    for each run. Its keys are config (FILE[:ARGS]), overrides (field -> value) and probe (FILE[:ARGS], or None in a
-    sweep that only pretrains); and, if need be, name and group (else made of config and overrides, see `derived_name`),
-    targets (else none) and store (see `Run`). The file may have a string NOTE for the foot of the table, in which
-    {recordings} stands for their number.
+    for each run. Its keys are
+
+        config           FILE[:ARGS]
+        overrides        field -> value
+        probe            FILE[:ARGS] of the probe that the tables compare, or None in a sweep that only pretrains
+
+    and, if need be,
+
+        name, group      else made of config and overrides, see `derived_name`
+        probe_overrides  field of the probe -> value
+        store            see `Run`; else the one of the command line, or the sample
+        probe_store      see `Run`; else the one of the command line, or `store`
+        probes           name -> FILE[:ARGS] of further probes: any mode, task=all too; or, for a store or overrides of
+                         its own, name -> {"probe": FILE[:ARGS], "store": ..., "overrides": {...}}
+        init             name of an earlier run, whose parameters this one begins with; init.part says which
+        targets          {"features", "codes"} of offline targets
+
+    The file may have a string NOTE for the foot of the table, in which {recordings} stands for their number, and
+    `def STUDIES(output)` (or `STUDIES(output, arg)`), which returns (name, [command, argument, ...]) of each `ecg-jax`
+    command that follows the tables when every run is finished; what it writes belongs into OUTPUT/studies/NAME.
 
     Raises:
         UserError: names the run and what is wrong with it.
     """
-    entries, note = _read(path)
-    runs, checked = [], set()
+    entries, note, studies = _read(path)
+    runs, checked = {}, set()
     for number, entry in enumerate(entries, start=1):
-        entry = _check_entry(path, number, entry)
+        entry = check_entry(path, number, entry)
         where = f"{path}: run {entry['name']!r}"
-        if any(run.name == entry["name"] for run in runs):
+        if entry["name"] in runs:
             raise UserError(f"{where} is there twice; give every run a name of its own")
         try:
-            runs.append(_load_run(entry, checked))
+            runs[entry["name"]] = _load_run(entry, checked, runs)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     if not runs:
         raise UserError(f"{path}: sweep() yields no run")
-    _check_together(path, runs)
-    return Sweep(path, tuple(runs), note)
+    _check_together(path, list(runs.values()))
+    return Sweep(path, tuple(runs.values()), note, studies)
 
 
-def parse_sweep_arg(arg: str, *flags: str, **choices: tuple[str, ...]) -> SimpleNamespace:
-    """The argument of a sweep file, "flag,key=value", e.g. "quick,ladder=paper".
+def parse_sweep_arg(arg: str, *flags: str, **choices: tuple[str, ...] | type[str]) -> SimpleNamespace:
+    """The argument of a sweep file, "flag,key=value", e.g. "quick,ladder=paper,base=stores/heedb+stores/code15".
 
     Args:
         arg: what follows the colon of the file.
         flags: words that may be there.
-        choices: key -> allowed values, the first of them the default.
+        choices: key -> allowed values, the first of them the default; or `str` for any text, by default "", in which
+            a plus sign stands for a comma.
 
     Returns:
         Whether each flag is there, and the value of each key.
@@ -121,35 +169,26 @@ def parse_sweep_arg(arg: str, *flags: str, **choices: tuple[str, ...]) -> Simple
     rest = [word for word in words if word not in flags]
     for word in rest:
         if "=" not in word:
-            known = (*flags, *(f"{key}={'|'.join(values)}" for key, values in choices.items()))
+            shown = {key: "TEXT" if values is str else "|".join(values) for key, values in choices.items()}
+            known = (*flags, *(f"{key}={values}" for key, values in shown.items()))
             raise UserError(f"sweep argument {word!r} is unknown{closest(word, known)}")
+    given = dict(word.partition("=")[::2] for word in rest)
+    allowed = {
+        key: ("", *(word.partition("=")[2] for word in rest if word.startswith(f"{key}=")))
+        if values is str
+        else values
+        for key, values in choices.items()
+    }
     try:
-        values = vars(parse_arg(",".join(rest), **choices))
+        values = vars(parse_arg(",".join(rest), **allowed))
     except UserError as error:
         raise UserError(f"sweep {str(error).removeprefix('--config ')}") from error
-    return SimpleNamespace(**{flag: flag in words for flag in flags}, **values)
+    texts = {key: given[key].replace("+", ",") for key in given if choices[key] is str}
+    return SimpleNamespace(**{flag: flag in words for flag in flags}, **(values | texts))
 
 
-def derived_name(config: str, overrides: dict[str, Any]) -> str:
-    """The name of a run that was given none: its config and each override, "cpc-data=18k-learning_rate=0.001-seed=1".
-
-    It depends on nothing but the run itself, so that it stays when the sweep gains runs. Of a field there is its last
-    part, unless two overrides share that; a name that would be long ends in a digest of all of it instead.
-    """
-    file, _, arg = config.partition(":")
-    last = [field.rpartition(".")[2] for field in overrides]
-    fields = [field if last.count(short) > 1 else short for field, short in zip(overrides, last, strict=True)]
-    parts = [Path(file).stem, *filter(None, arg.split(","))]
-    parts += [f"{field}={value}" for field, value in zip(fields, overrides.values(), strict=True)]
-    whole = re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(parts)).lstrip("._=+-")
-    if len(whole) <= _LONGEST_NAME:
-        return whole
-    digest = hashlib.sha256(json.dumps([config, {k: str(v) for k, v in overrides.items()}]).encode())
-    return f"{whole[: _LONGEST_NAME - 9]}-{digest.hexdigest()[:8]}"
-
-
-def _read(path: str) -> tuple[list, str]:
-    """What sweep() yields, and NOTE."""
+def _read(path: str) -> tuple[list, str, Callable[[Path], tuple[Study, ...]]]:
+    """What sweep() yields, NOTE, and the checked STUDIES."""
     name, _, arg = path.partition(":")
 
     def use(module):
@@ -166,64 +205,20 @@ def _read(path: str) -> tuple[list, str]:
             )
         return list(made), note
 
-    return run_file("sweep", name, use)
+    def use_studies(module, output: Path):
+        if not hasattr(module, "STUDIES"):
+            return ()
+        takes = len(inspect.signature(module.STUDIES).parameters)
+        return check_studies(name, module.STUDIES(*(str(output), arg)[:takes]))
+
+    def studies(output: Path) -> tuple[Study, ...]:
+        return run_file("sweep", name, lambda module: use_studies(module, output))
+
+    made = run_file("sweep", name, lambda module: (*use(module), use_studies(module, Path("OUTPUT"))))
+    return *made[:2], studies
 
 
-def _check_entry(path: str, number: int, entry: Any) -> dict[str, Any]:
-    """The entry of a run with all its keys; refuses one whose keys or types are not those of a run."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{path}: sweep() must yield dicts; entry {number} is a {type(entry).__name__}")
-    missing = [field for field in _REQUIRED if field not in entry]
-    unknown = [str(field) for field in entry if field not in _REQUIRED + _OPTIONAL]
-    if missing or unknown:
-        problems = [f"lacks {', '.join(missing)}"] * bool(missing)
-        problems += [f"has the unknown {', '.join(unknown)}"] * bool(unknown)
-        known = f"{', '.join(_REQUIRED)}, and if need be {', '.join(_OPTIONAL)}"
-        raise UserError(f"{path}: entry {number} {' and '.join(problems)}; keys: {known}")
-    texts = ["config", *(["probe"] if entry["probe"] is not None else [])]
-    for field in texts + [field for field in ("name", "group") if field in entry]:
-        if not isinstance(entry[field], str):
-            raise UserError(f"{path}: entry {number}: {field}={entry[field]!r} must be a string")
-    overrides = entry["overrides"]
-    if not isinstance(overrides, dict) or not all(isinstance(field, str) for field in overrides):
-        raise UserError(
-            f"{path}: entry {number}: overrides={overrides!r} must be a dict from field names to values"
-        )
-    without_seed = {field: value for field, value in overrides.items() if field != "seed"}
-    entry = {
-        "name": derived_name(entry["config"], overrides),
-        "group": derived_name(entry["config"], without_seed),
-        "targets": None,
-        "store": None,
-    } | entry
-    name = entry["name"]
-    if not _NAME.fullmatch(name) or name in (STORE, SLURM) or name.startswith(_OWN_FILES):
-        raise UserError(
-            f"{path}: entry {number}: name={name!r} cannot name a folder of the sweep; use letters, digits and "
-            f"._=+- (and neither {STORE!r} nor {SLURM!r} nor a beginning of {' or '.join(map(repr, _OWN_FILES))})"
-        )
-    if not _NAME.fullmatch(entry["group"]):
-        raise UserError(f"{path}: run {name!r}: group={entry['group']!r} must be letters, digits and ._=+-")
-    store = entry["store"]
-    if store is not None and not (isinstance(store, str) and store):
-        raise UserError(f"{path}: run {name!r}: store={store!r} must be a folder, or {GIVEN!r}, or left out")
-    targets = entry["targets"]
-    if targets is not None and (not isinstance(targets, dict) or set(targets) != {"features", "codes"}):
-        raise UserError(
-            f"{path}: run {name!r}: targets={targets!r} must be None or a dict with features and codes"
-        )
-    if targets is not None and (
-        targets["features"] != SPECTRUM
-        or type(targets["codes"]) is not int
-        or not 2 <= targets["codes"] <= MAX_CODES
-    ):
-        raise UserError(
-            f"{path}: run {name!r}: targets={targets!r} must have features={SPECTRUM!r} and 2 to {MAX_CODES} codes"
-        )
-    return entry
-
-
-def _load_run(entry: dict[str, Any], checked: set[str]) -> Run:
+def _load_run(entry: dict[str, Any], checked: set[str], earlier: dict[str, Run]) -> Run:
     """The run of a checked entry; of runs that differ in their seed alone the config is checked once.
 
     Raises:
@@ -239,6 +234,7 @@ def _load_run(entry: dict[str, Any], checked: set[str]) -> Run:
         override(config, str(field), str(value))
     if config.store is not None:
         raise UserError("the store is no override; give it as --store, or as the store of the run")
+    init = _find_init(entry["init"], config, earlier)
     targets = entry["targets"]
     if targets is not None:
         if config.objective.name != "hubert":
@@ -262,25 +258,68 @@ def _load_run(entry: dict[str, Any], checked: set[str]) -> Run:
             [entry["config"], *(f"{key}={value}" for key, value in entry["overrides"].items())]
         ),
         config=config,
-        probe_config=None if entry["probe"] is None else _load_probe(entry["probe"], config.seed),
+        probe_config=None if entry["probe"] is None else _load_compared_probe(entry, config.seed),
         targets=targets,
         store=entry["store"],
+        probe_store=entry["probe_store"],
+        further=tuple(
+            FurtherProbe(name, _load_probe(probe["probe"], probe["overrides"], config.seed), probe["store"])
+            for name, probe in entry["probes"].items()
+        ),
+        init=init,
     )
 
 
-def _load_probe(spec: str, seed: int) -> ConfigDict:
-    """The config of a run's probe."""
+def _find_init(name: str | None, config: ConfigDict, earlier: dict[str, Run]) -> Run | None:
+    """The run that another begins with, as far as can be told now of parameters that fit it.
+
+    Raises:
+        UserError: there is no earlier run of that name, or it cannot be begun with.
+    """
+    if name is None:
+        return None
+    if name not in earlier:
+        raise UserError(f"init={name!r} is no earlier run of this sweep{closest(name, earlier)}")
+    if config.init.checkpoint:
+        raise UserError("it has both init and config.init.checkpoint; give it one")
+    there = earlier[name].config
+    for field in ("normalisation", "rate_hz"):
+        if there.data[field] != config.data[field]:
+            raise UserError(f"init={name!r} is pretrained with another data.{field}; give both runs the same")
+    if config.init.part == "all" and there.objective.name != config.objective.name:
+        raise UserError(
+            f"init={name!r} is pretrained with the objective {there.objective.name}, and this run with "
+            f"{config.objective.name}; override init.part with 'encoder' to begin with its encoder alone"
+        )
+    return earlier[name]
+
+
+def _load_compared_probe(entry: dict[str, Any], seed: int) -> ConfigDict:
+    """The config of the probe that the tables of the sweep compare."""
+    spec = entry["probe"]
+    config = _load_probe(spec, entry["probe_overrides"], seed)
+    if config.mode not in ("linear", "frozen"):
+        raise UserError(
+            f"probe={spec} has mode={config.mode}; a sweep compares with random encoders under the same probe, so it "
+            "takes mode=linear or mode=frozen; other modes go into probes"
+        )
+    if config.task == ALL:
+        raise UserError(
+            f"probe={spec} has task={ALL}; a table holds one task, so name it, or put it into probes"
+        )
+    if get_task(config.task).metric != "macro_auroc":
+        raise UserError(f"probe={spec} has no macro AUROC, which the tables compare; put it into probes")
+    return config
+
+
+def _load_probe(spec: str, overrides: dict[str, Any], seed: int) -> ConfigDict:
+    """The config of a probe."""
     config = load_config(spec)
     for field in ("task", "linear", "bootstrap", "seed"):
         if field not in config:
             raise UserError(f"probe={spec} is no config for `ecg-jax probe`: it has no {field}")
-    if config.mode not in ("linear", "frozen"):
-        raise UserError(
-            f"probe={spec} has mode={config.mode}; a sweep compares with random encoders under the same probe, so it "
-            "takes mode=linear or mode=frozen"
-        )
-    if config.task == ALL:
-        raise UserError(f"probe={spec} has task={ALL}; a table holds one task, so name it")
+    for field, value in overrides.items():
+        override(config, field, str(value))
     config.seed = seed
     check_probe_config(config)
     return config
@@ -295,9 +334,7 @@ def _check_together(path: str, runs: list[Run]) -> None:
     first_of: dict[str, Run] = {}
     for run in runs:
         first = first_of.setdefault(run.group, run)
-        differ = differences(
-            plain(first.config) | {"store": first.store}, plain(run.config) | {"store": run.store}
-        )
+        differ = differences(_alike(first), _alike(run))
         if run is not first and "seed" not in differ:
             raise UserError(
                 f"{path}: the runs {first.name!r} and {run.name!r} of group {run.group!r} have the same seed; "
@@ -314,6 +351,11 @@ def _check_together(path: str, runs: list[Run]) -> None:
                 f"{path}: the runs {runs[0].name!r} and {run.name!r} have different probes, so that they cannot stand "
                 "in one table; make a sweep of each"
             )
+
+
+def _alike(run: Run) -> dict[str, Any]:
+    """What runs of a group share, but for the seed."""
+    return plain(run.config) | {"store": run.store, "init": run.init and run.init.group}
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

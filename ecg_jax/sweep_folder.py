@@ -22,7 +22,8 @@ from typing import IO, Any, NamedTuple
 from ecg_jax.errors import Stopped, UserError
 from ecg_jax.files import read_jsonl, write_atomic
 from ecg_jax.probe_provenance import made_with
-from ecg_jax.sweep_file import SLURM, STORE, Run, Sweep, differences, plain
+from ecg_jax.sweep_entry import SLURM, STORE
+from ecg_jax.sweep_file import Run, Sweep, differences, plain
 from ecg_jax.training.checkpoint import finished_steps
 from ecg_jax.training.metric_writers import LOG_NAME
 

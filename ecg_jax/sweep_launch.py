@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
-from ecg_jax.sweep_file import SLURM, Run
+from ecg_jax.sweep_entry import SLURM
+from ecg_jax.sweep_file import Run
 from ecg_jax.sweep_folder import state_of
 
 #: Exit code of a run that ended itself and goes on when it is run again (EX_TEMPFAIL).

@@ -11,7 +11,8 @@ from ecg_jax.evaluation import plots
 from ecg_jax.files import write_atomic
 from ecg_jax.studies import comparison, comparison_tables
 from ecg_jax.studies.comparison import FinishedRun
-from ecg_jax.sweep_file import STORE, Run, Sweep
+from ecg_jax.sweep_entry import STORE
+from ecg_jax.sweep_file import Run, Sweep
 from ecg_jax.sweep_folder import DAMAGED, FINISHED, damage, held_for_tables, is_finished, spent
 from ecg_jax.sweep_table import collect, loss_table, write_table
 from ecg_jax.training.metric_writers import read_log, read_warnings

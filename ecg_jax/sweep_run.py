@@ -22,7 +22,8 @@ from ecg_jax.pretrain import pretrain
 from ecg_jax.probe import probe
 from ecg_jax.quickstart import SAMPLE
 from ecg_jax.run_setup import open_store
-from ecg_jax.sweep_file import GIVEN, STORE, Run, targets_name
+from ecg_jax.sweep_entry import GIVEN, STORE
+from ecg_jax.sweep_file import Run, targets_name
 from ecg_jax.sweep_folder import TIMES, Damaged, claimed, damage, held_long, held_shortly, is_finished
 
 
