@@ -63,6 +63,9 @@ def get_config(backbone: str, *, bidirectional: bool) -> ConfigDict:
     config.data.normalisation = (
         "none"  # or "ptbxl_canonical", "ptbxl_misordered": see ecg_jax/models/inputs.py
     )
+    # "I,II,V1": the leads that the model sees; the others are what a store holds for a missing lead, zeros. "": all. A
+    # checkpoint keeps it, and every probe and embedding goes by it. Offline targets come of all leads in any case.
+    config.data.leads = ""
     config.data.targets = (
         ""  # offline targets beside the store, the NAME given to `ecg-jax cluster`; "": none
     )

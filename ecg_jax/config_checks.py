@@ -10,14 +10,22 @@ from ml_collections import ConfigDict
 from ecg_jax.config_flags import load_config, with_argument
 from ecg_jax.data import ladder
 from ecg_jax.data.mixture import parse_weights, store_paths
+from ecg_jax.data.preprocessing import parse_leads
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.errors import UserError, closest
 from ecg_jax.models import convolution
 from ecg_jax.models.encoder import BACKBONES, build_encoder, tokens_of
 from ecg_jax.models.inputs import NORMALISATIONS
 from ecg_jax.models.layers import REMAT
-from ecg_jax.objectives.masking import Masking
-from ecg_jax.run_setup import CONFIGS, DTYPES, OBJECTIVES, build_objective, build_teacher, flatten
+from ecg_jax.run_setup import (
+    CONFIGS,
+    DTYPES,
+    OBJECTIVES,
+    build_masking,
+    build_objective,
+    build_teacher,
+    flatten,
+)
 
 INIT_PARTS = ("all", "encoder")
 MOST_SAMPLES = 10**6  # in a window: more than an hour
@@ -72,6 +80,7 @@ def check_config(config: ConfigDict) -> None:
     for name in ("optimiser.b1", "optimiser.b2"):
         if not 0 <= fields[name] < 1:
             raise UserError(f"config.{name}={fields[name]} must be at least 0 and below 1")
+    parse_leads(config.data.leads)
     samples = config.data.window_s * config.data.rate_hz
     samples = round(samples) if samples < 1e9 else samples
     if not 4 <= samples <= MOST_SAMPLES:
@@ -212,7 +221,7 @@ def _check_objective(config: ConfigDict, depth: int) -> None:
         build_objective(config, axis_name=None)
         build_teacher(config, steps=1)
         if "mask" in objective:
-            Masking(**objective.mask.to_dict()).check(samples, len(CANONICAL_LEADS))
+            build_masking(config).check(samples, len(CANONICAL_LEADS))
     except ValueError as error:
         raise UserError(f"config.objective.{error}") from error
     if objective.name == "cpc":

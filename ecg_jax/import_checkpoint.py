@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ecg_jax.config_checks import check_config
 from ecg_jax.config_flags import load_config, override, split_overrides, with_argument
-from ecg_jax.data.preprocessing import INT16_MAX, MICROVOLTS_PER_MV, Preprocessing
+from ecg_jax.data.preprocessing import INT16_MAX, MICROVOLTS_PER_MV, Preprocessing, parse_leads
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
 from ecg_jax.interop.teacher_check import check_teacher
@@ -102,6 +102,7 @@ def convert(
         rate_hz=config.data.rate_hz,
         window_s=config.data.window_s,
         normalisation=config.data.normalisation,
+        kept_leads=parse_leads(config.data.leads),
         clip_mv=clip_mv,
     )
     state = _state(config, preprocessing, sd, checkpoint.global_step)

@@ -125,7 +125,8 @@ def _run(config: ConfigDict, workdir: Path, data: RunData, steps: int, watchdog:
     bound = {
         "model": build_objective(config, parallel.AXIS),
         "teacher": teacher,
-        "normalisation": config.data.normalisation,
+        "normalisation": preprocessing.normalisation,
+        "kept_leads": preprocessing.kept_leads,
     }
     step_fn = parallel.map_train_step(
         functools.partial(train_step, tx=tx, accumulate=config.accumulate, **bound), mesh

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.evaluation.examples import Examples, Fitted
 from ecg_jax.evaluation.plots import FEW_POSITIVES
@@ -116,6 +117,12 @@ def summary(results: dict[str, Any]) -> str:
         if names:
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             lines.append(f"  {number} classes {what}: {shown}")
+    contract = Preprocessing.from_dict(results["preprocessing"])
+    if contract.kept_leads != contract.leads:
+        lines.append(
+            f"  every encoder here sees the leads {', '.join(contract.kept_leads)} alone, the simple ECG features all "
+            f"{len(contract.leads)}"
+        )
     if results["store"]["corpus"] == SYNTHETIC:
         lines.append("  SYNTHETIC recordings: they test the machinery and say nothing about ECGs")
     if results["mode"] == "linear" and not results["fit"]["converged"]:

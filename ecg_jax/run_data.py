@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ecg_jax.data import ladder
 from ecg_jax.data.mixture import StoreSet, parse_weights
-from ecg_jax.data.preprocessing import Preprocessing
+from ecg_jax.data.preprocessing import Preprocessing, parse_leads
 from ecg_jax.data.selection import SELECTION_NAME, Selection, knows_selections, select_as_configured
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import Targets
@@ -47,7 +47,7 @@ class RunData:
 
     Attributes:
         store: all its stores.
-        preprocessing: the contract, with the run's window and normalisation.
+        preprocessing: the contract, with the run's window, normalisation and kept leads.
         targets: offline targets, of objectives that predict them.
         selection: the recordings.
         shares: of each store in the crops; None: in proportion to its recordings.
@@ -89,6 +89,11 @@ class RunData:
                 times = share * len(selection.train) / len(train)
                 line += f", each recording {times:.3g} times in an epoch of {len(selection.train)} crops"
             lines.append(line)
+        kept = self.preprocessing.kept_leads
+        if kept != self.preprocessing.leads:
+            lines.append(
+                f"sees {len(kept)} of {len(self.preprocessing.leads)} leads, {', '.join(kept)}; the others are zero"
+            )
         if made_up := [str(store.path) for store in self.store.stores if store.synthetic]:
             lines.append(f"SYNTHETIC recordings in {', '.join(made_up)}: no encoder of ECGs comes of them")
         cut = selection.rule.max_records
@@ -110,6 +115,10 @@ class RunData:
                     f"its windows had {self.origin['window_samples']} samples, these have "
                     f"{self.preprocessing.window_samples}"
                 )
+            # A run begun before the field was declared saw all of them.
+            before = parse_leads(({"leads": ""} | self.origin["data"])["leads"])
+            if before != kept:
+                lines.append(f"it saw the leads {', '.join(before)}")
         return lines
 
 

@@ -50,6 +50,7 @@ def build_monitor(config: ConfigDict, data: RunData, mesh: Mesh, bound: dict[str
         mesh,
         model=bound["model"],
         normalisation=bound["normalisation"],
+        kept_leads=bound["kept_leads"],
         batch_size=config.batch_size,
         window_samples=data.preprocessing.window_samples,
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ecg_jax.data.mixture import StoreSet, store_paths
-from ecg_jax.data.preprocessing import Preprocessing
+from ecg_jax.data.preprocessing import Preprocessing, parse_leads
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.data.store import Store
 from ecg_jax.data.targets import Targets
@@ -54,9 +54,16 @@ def build_objective(config: ConfigDict, axis_name: str | None):
     encoder = build_encoder(**config.model.to_dict(), dtype=dtype, axis_name=axis_name)
     fields = {name: value for name, value in config.objective.to_dict().items() if name != "teacher"}
     if "mask" in fields:
-        fields["mask"] = Masking(**fields["mask"])
+        fields["mask"] = build_masking(config)
     fields.pop("require_causal", None)  # what the config may be, not what the objective is
     return OBJECTIVES[fields.pop("name")](encoder=encoder, width=config.model.width, dtype=dtype, **fields)
+
+
+def build_masking(config: ConfigDict) -> Masking:
+    """How a masked objective hides what the run sees."""
+    kept = parse_leads(config.data.leads)
+    numbers = () if kept == CANONICAL_LEADS else tuple(CANONICAL_LEADS.index(lead) for lead in kept)
+    return Masking(**config.objective.mask.to_dict(), kept_leads=numbers)
 
 
 def build_teacher(config: ConfigDict, steps: int) -> Teacher | None:
@@ -151,7 +158,7 @@ def open_targets(config: ConfigDict, stores: StoreSet) -> Targets | None:
 
 
 def open_store(config: ConfigDict) -> tuple[StoreSet, Preprocessing]:
-    """The stores and the contract of the run: the stores' own, with the run's window and normalisation.
+    """The stores and the contract of the run: the stores' own, with the run's window, normalisation and leads.
 
     Raises:
         UserError: no store given, or one has other leads or another rate than the config, or the stores were made under
@@ -182,7 +189,10 @@ def open_store(config: ConfigDict) -> tuple[StoreSet, Preprocessing]:
                 "--clip-mv"
             ) from error
     return StoreSet(stores), dataclasses.replace(
-        contract, window_s=config.data.window_s, normalisation=config.data.normalisation
+        contract,
+        window_s=config.data.window_s,
+        normalisation=config.data.normalisation,
+        kept_leads=parse_leads(config.data.leads),
     )
 
 

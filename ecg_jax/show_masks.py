@@ -23,10 +23,11 @@ from ecg_jax.data.preprocessing import MICROVOLTS_PER_MV
 from ecg_jax.data.selection import select_as_configured
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.objectives.masking import STRATEGIES, Mask, Masking
 from ecg_jax.prepare import prepare
 from ecg_jax.quickstart import SAMPLE
-from ecg_jax.run_setup import OBJECTIVES, open_store
+from ecg_jax.run_setup import OBJECTIVES, build_masking, open_store
 from ecg_jax.training.train_state import seed_keys, step_keys
 
 DESCRIPTION = """\
@@ -148,8 +149,9 @@ def first_crops(config: ConfigDict, seed: int, records: int) -> Crops:
     with contextlib.closing(batches):
         batch = next(batches)
     rows = batch["row"][:records]
+    kept = np.isin(ALL_LEADS, preprocessing.kept_leads)
     return Crops(
-        signal=batch["signal"][:records].astype(np.float32) / MICROVOLTS_PER_MV,
+        signal=batch["signal"][:records].astype(np.float32) / MICROVOLTS_PER_MV * kept,
         record_index=batch["record_index"][:records],
         names=store.arrow_column("record_id").take(rows).to_pylist(),
         leads=tuple(store.leads),
@@ -364,7 +366,7 @@ def _checked(config: ConfigDict, output: Path, records: int, seed: int) -> Maski
     most = min(MOST_RECORDS, config.batch_size)
     if not 1 <= records <= most:
         raise UserError(f"--records={records} must lie between 1 and {most}")
-    return Masking(**config.objective.mask.to_dict())
+    return build_masking(config)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from ecg_jax.data.recording import (
     limb_residual,
     to_canonical,
 )
-from ecg_jax.errors import UserError
+from ecg_jax.errors import UserError, closest
 
 MICROVOLTS_PER_MV = 1000.0
 INT16_MAX = 32767
@@ -82,6 +82,8 @@ class Preprocessing:
       clip_mv: values beyond +-clip_mv are set to it (after resampling); None clips nothing.
       window_s: seconds of a crop; None in a store, set by a training run.
       normalisation: name of the input normalisation of a training run; "none" in a store.
+      kept_leads: those of `leads` that a training run sees, in their order; the others are zero microvolts to it, as a
+        missing lead is in a store. All of them in a store, and in contracts from before there was a choice.
     """
 
     leads: tuple[str, ...] = CANONICAL_LEADS
@@ -92,10 +94,15 @@ class Preprocessing:
     clip_mv: float | None = None
     window_s: float | None = None
     normalisation: str = "none"
+    kept_leads: tuple[str, ...] = CANONICAL_LEADS
 
     def to_dict(self) -> dict:
-        """The contract as JSON-able values."""
-        return dataclasses.asdict(self) | {"leads": list(self.leads)}
+        """The contract as JSON-able values; `kept_leads` only where some lead is left out."""
+        values = dataclasses.asdict(self) | {"leads": list(self.leads), "kept_leads": list(self.kept_leads)}
+        if self.kept_leads == CANONICAL_LEADS:
+            # A contract of all leads stays what it was before there was a choice, and so do the keys made of it.
+            del values["kept_leads"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> Preprocessing:
@@ -104,6 +111,7 @@ class Preprocessing:
         Raises:
           UserError: a field is missing or unknown.
         """
+        values = {"kept_leads": list(CANONICAL_LEADS)} | values
         names = {field.name for field in dataclasses.fields(cls)}
         missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
         if missing or unknown:
@@ -111,14 +119,16 @@ class Preprocessing:
                 f"The preprocessing contract has missing fields {missing} and unknown fields {unknown}; "
                 "it was written by another version of ecg_jax."
             )
-        return cls(**{**values, "leads": tuple(values["leads"])})
+        return cls(
+            **{**values, "leads": tuple(values["leads"]), "kept_leads": tuple(values["kept_leads"])},
+        )
 
     def check_compatible(
         self, other: Preprocessing, this: str = "the first", that: str = "the second"
     ) -> None:
         """Checks that signals made under both contracts mean the same.
 
-        The window and the normalisation belong to a run, not to the stored signals, and are not compared.
+        Window, normalisation and kept leads belong to a run, not to the stored signals, and are not compared.
 
         Args:
           other: the contract to compare with.
@@ -151,7 +161,8 @@ class Preprocessing:
         """Brings a recording under the contract.
 
         Order: leads by name, NaN rule, derivation of limb leads, plausibility, resampling, clipping,
-        rounding to microvolts. The result depends on the recording and the contract only.
+        rounding to microvolts. The result depends on the recording and the contract only; it has all leads, of which
+        `models.inputs.to_model_input` keeps `kept_leads`.
 
         Args:
           recording: signal [T, C] in millivolts.
@@ -215,6 +226,30 @@ class Preprocessing:
             saturated,
             _one_per_kind(problems),
         )
+
+
+def parse_leads(text: str) -> tuple[str, ...]:
+    """The leads that `config.data.leads` names, in canonical order.
+
+    Args:
+      text: names separated by commas, in any order, matched as those of a recording are; "" for all.
+
+    Raises:
+      UserError: a name is unknown or there twice.
+    """
+    if not text:
+        return CANONICAL_LEADS
+    numbers = [canonical_index(name) for name in text.split(",")]
+    for name, number in zip(text.split(","), numbers, strict=True):
+        if number is None:
+            raise UserError(
+                f"config.data.leads={text!r}: {name!r} is no lead{closest(name, CANONICAL_LEADS)}"
+            )
+        if numbers.count(number) > 1:
+            raise UserError(
+                f"config.data.leads={text!r} names the lead {CANONICAL_LEADS[number]} twice; name each lead once"
+            )
+    return tuple(lead for number, lead in enumerate(CANONICAL_LEADS) if number in numbers)
 
 
 def fill_nan(signal: np.ndarray) -> tuple[np.ndarray, int]:

@@ -22,7 +22,7 @@ from ecg_jax.evaluation.feature_cache import entry_key
 from ecg_jax.evaluation.features import mean_per_record
 from ecg_jax.evaluation.fit_folder import FitFolder, examples_key
 from ecg_jax.models.encoder import build_encoder
-from ecg_jax.models.inputs import to_model_input
+from ecg_jax.models.inputs import ALL_LEADS, to_model_input
 from ecg_jax.models.probe_heads import HeadedEncoder, build_head
 from ecg_jax.training.optim import group_of
 from ecg_jax.training.parallel import AXIS, make_mesh, shard_batch
@@ -97,6 +97,7 @@ def _programs(
     normalisation: str,
     regression: bool,
     mesh: Mesh,
+    kept_leads: tuple[str, ...] = ALL_LEADS,
 ) -> tuple[Callable, Callable]:
     """(training step, prediction) of an architecture; kept, so that another task or seed compiles nothing again.
 
@@ -106,7 +107,7 @@ def _programs(
     """
 
     def train(state, fixed, batch):
-        x = to_model_input(batch["signal"], normalisation)
+        x = to_model_input(batch["signal"], normalisation, kept_leads)
         key = jax.random.fold_in(jax.random.key(fixed["seed"]), state["step"])
         constant = {**state["moving"], **fixed["collections"]}
 
@@ -139,7 +140,8 @@ def _programs(
 
     def predict(state, fixed, batch):
         variables = {"params": state["params"], **state["moving"], **fixed["collections"]}
-        outputs = network.apply(variables, to_model_input(batch["signal"], normalisation), train=False)
+        x = to_model_input(batch["signal"], normalisation, kept_leads)
+        outputs = network.apply(variables, x, train=False)
         return outputs if regression else jax.nn.sigmoid(outputs)
 
     return training.map_training(train, mesh), training.map_prediction(predict, mesh)
@@ -167,7 +169,7 @@ def fit_network(
             `stem` and `backbone`.
         head: maps tokens to logits or values.
         variables: of the encoder: `params`, and `batch_stats`, `ssm` and `basis` where it has them.
-        preprocessing: window and normalisation of what it is fed.
+        preprocessing: window, normalisation and kept leads of what it is fed.
         examples: what to train, validate and test on.
         recipe: how.
         identity: what beside recipe and examples the result depends on, JSON-able.
@@ -230,6 +232,7 @@ class _Run:
             preprocessing.normalisation,
             training.is_regression(examples),
             mesh,
+            preprocessing.kept_leads,
         )
         self.epoch, self._curve = 0, []
         host = training.host_copy(state)

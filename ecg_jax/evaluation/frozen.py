@@ -120,6 +120,7 @@ class _Heads:
             encoder.preprocessing.normalisation,
             training.is_regression(examples),
             mesh,
+            encoder.preprocessing.kept_leads,
         )
         self._fixed = self._placed(
             {

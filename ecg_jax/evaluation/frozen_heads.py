@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ecg_jax.evaluation import head_training as training
 from ecg_jax.models.encoder import Encoder
-from ecg_jax.models.inputs import to_model_input
+from ecg_jax.models.inputs import ALL_LEADS, to_model_input
 from ecg_jax.training.parallel import AXIS
 
 
@@ -24,7 +24,14 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def programs(encoder: Encoder, head: nn.Module, normalisation: str, regression: bool, mesh: Mesh) -> Programs:
+def programs(
+    encoder: Encoder,
+    head: nn.Module,
+    normalisation: str,
+    regression: bool,
+    mesh: Mesh,
+    kept_leads: tuple[str, ...] = ALL_LEADS,
+) -> Programs:
     """Training step and prediction of all heads, and the tokens of a batch; kept from fit to fit.
 
     A batch has `signal` int16 [B, T, C] or `tokens` [B, L, D], and `targets` [B, K] to train on. State: `params` and
@@ -35,7 +42,7 @@ def programs(encoder: Encoder, head: nn.Module, normalisation: str, regression: 
     def tokens_of(fixed, batch):
         if "tokens" in batch:
             return batch["tokens"].astype(jnp.float32)
-        x = to_model_input(batch["signal"], normalisation)
+        x = to_model_input(batch["signal"], normalisation, kept_leads)
         return encoder.apply(fixed["variables"], x, train=False)[0].astype(jnp.float32)
 
     def train(state, fixed, batch):

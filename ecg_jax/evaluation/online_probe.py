@@ -25,7 +25,7 @@ from ecg_jax.data.store import SYNTHETIC, Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import metrics, tasks
 from ecg_jax.evaluation.targets import is_labelled, target_matrix
-from ecg_jax.models.inputs import to_model_input
+from ecg_jax.models.inputs import ALL_LEADS, to_model_input
 from ecg_jax.training import parallel
 from ecg_jax.training.collapse import student_tokens
 from ecg_jax.training.train_state import TrainState
@@ -137,19 +137,20 @@ def embed_step(
     *,
     model,
     normalisation: str,
+    kept_leads: tuple[str, ...] = ALL_LEADS,
     axis_name: str | None = parallel.AXIS,
 ) -> jax.Array:
     """Mean tokens of the student in evaluation mode, as seen by one device.
 
     Args:
-        state, model, normalisation, axis_name: as in `training.train_state.train_step`.
+        state, model, normalisation, kept_leads, axis_name: as in `training.train_state.train_step`.
         batch: this device's rows: `signal` int16 [B, T, C], `record_index` int32 [B], their places in the global batch.
 
     Returns:
         float32 [N, D], all rows of the global batch in order, the same on every device and process.
     """
     record_index = batch["record_index"]
-    x = to_model_input(batch["signal"], normalisation)
+    x = to_model_input(batch["signal"], normalisation, kept_leads)
     mean = student_tokens(state, x, record_index, model).mean(axis=1)
     if not axis_name:
         return mean[jnp.argsort(record_index)]
@@ -168,6 +169,7 @@ class OnlineProbe:
         *,
         model,
         normalisation: str,
+        kept_leads: tuple[str, ...] = ALL_LEADS,
         batch_size: int,
         window_samples: int,
     ):
@@ -177,12 +179,12 @@ class OnlineProbe:
             chosen: what to look at.
             store: that it is of.
             mesh: all devices.
-            model, normalisation: as in `embed_step`.
+            model, normalisation, kept_leads: as in `embed_step`.
             batch_size: crops encoded at once over all processes, a multiple of the number of devices.
             window_samples: T.
         """
         self._slice, self._store, self._mesh = chosen, store, mesh
-        step = functools.partial(embed_step, model=model, normalisation=normalisation)
+        step = functools.partial(embed_step, model=model, normalisation=normalisation, kept_leads=kept_leads)
         self._embed = parallel.map_eval_step(step, mesh)
         self._starts = store.column("offset")[chosen.rows]
         self._batch_size, self._window_samples = batch_size, window_samples

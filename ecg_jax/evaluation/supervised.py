@@ -35,7 +35,7 @@ def fit_supervised(
 
     Args:
         config_model: `config.model` of a pretraining run, for `architecture="same"`.
-        preprocessing: the contract of the crops: window and normalisation.
+        preprocessing: the contract of the crops: window, normalisation and kept leads.
         examples: what to train, validate and test on.
         architecture: "same" as the pretrained encoder, or "s4_100hz", the reference's supervised S4, which sees the
             same crops resampled to 100 Hz.

@@ -1,4 +1,4 @@
-"""From stored microvolts to what the stem sees: millivolts, optionally standardised per lead."""
+"""From stored microvolts to what the stem sees: millivolts of the kept leads, optionally standardised per lead."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ _PTBXL_STD = {
     "I": 0.16401004, "II": 0.1647168, "V1": 0.23374124, "V2": 0.33767231, "V3": 0.33362807, "V4": 0.30583013,
     "V5": 0.2731171, "V6": 0.27554379, "III": 0.17128962, "aVR": 0.14030828, "aVL": 0.14606956, "aVF": 0.14656108,
 }  # fmt: skip
-_CANONICAL = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+#: The leads of a batch, in their order; `data.recording` has the same.
+ALL_LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 
 #: Name of an input normalisation -> (mean, standard deviation), float32 [12] in mV, leads in canonical order.
 #: `ptbxl_misordered` divides each canonical lead by the statistics of another one, as the released code does
@@ -22,8 +23,8 @@ _CANONICAL = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5
 NORMALISATIONS = {
     "none": (np.zeros(12, np.float32), np.ones(12, np.float32)),
     "ptbxl_canonical": (
-        np.array([_PTBXL_MEAN[lead] for lead in _CANONICAL], np.float32),
-        np.array([_PTBXL_STD[lead] for lead in _CANONICAL], np.float32),
+        np.array([_PTBXL_MEAN[lead] for lead in ALL_LEADS], np.float32),
+        np.array([_PTBXL_STD[lead] for lead in ALL_LEADS], np.float32),
     ),
     "ptbxl_misordered": (
         np.array(list(_PTBXL_MEAN.values()), np.float32),
@@ -32,18 +33,24 @@ NORMALISATIONS = {
 }
 
 
-def to_model_input(signal: jax.Array, normalisation: str) -> jax.Array:
+def to_model_input(
+    signal: jax.Array, normalisation: str, kept_leads: tuple[str, ...] = ALL_LEADS
+) -> jax.Array:
     """Stored samples to model input.
 
     Args:
         signal: int16 [B, T, C] in microvolts, canonical lead order.
         normalisation: a key of `NORMALISATIONS`.
+        kept_leads: names of the leads to keep. The others become zero before they are normalised, which is what a store
+            holds for a missing lead.
 
     Returns:
         float32 [B, T, C]: millivolts, standardised as (x - mean) / (std + 1e-8) unless the normalisation is
             "none".
     """
     x = signal.astype(jnp.float32) * 1e-3
+    if kept_leads != ALL_LEADS:
+        x = jnp.where(np.isin(ALL_LEADS, kept_leads), x, 0.0)
     if normalisation == "none":
         return x
     mean, std = NORMALISATIONS[normalisation]

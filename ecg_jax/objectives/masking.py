@@ -72,6 +72,7 @@ class Masking:
             are hidden as "lead" would hide, about half of them whatever the ratio.
         "lead": the share `ratio` of the leads, throughout; at least one, and all but one at most. Every token is
             predicted.
+    "independent" and "lead" draw among `kept_leads`, when a run sees some leads only.
     Pieces lie on a grid from the first token on. The last one of a window that `patch` does not divide is shorter,
     and of the last piece chosen only the beginning or the end is hidden, so that every window hides exactly
     round(ratio L) tokens.
@@ -91,6 +92,7 @@ class Masking:
         context_min, context_max: size of the context block likewise.
         min_keep: tokens; the least size of a target block, and of the context: if fewer remain of it, that many
             tokens drawn at random from the whole window take its place, inside targets or not.
+        kept_leads: numbers of the leads that a run sees (`config.data.leads`), ascending; () for all.
     """
 
     strategy: str = "span"
@@ -105,6 +107,7 @@ class Masking:
     context_min: float = 0.85
     context_max: float = 1.0
     min_keep: int = 1
+    kept_leads: tuple[int, ...] = ()
 
     def draw(self, key: jax.Array, record_index: jax.Array, *, samples: int, leads: int) -> Mask:
         """Masks of a batch.
@@ -117,7 +120,7 @@ class Masking:
         Raises:
             ValueError: unknown strategy; see `check` for everything else that can be wrong.
         """
-        tokens = tokens_of(samples)
+        tokens, there = tokens_of(samples), len(self.kept_leads) or leads
         keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(record_index)
         if self.strategy == "block":
             return self._blocks(jax.random.fold_in(key, _WHOLE_BATCH), keys, tokens)
@@ -129,18 +132,26 @@ class Masking:
             targets = jax.vmap(lambda key: self._pieces(key, tokens))(keys)
             signal = jnp.broadcast_to(_samples(targets, samples)[..., None], (len(targets), samples, leads))
         elif self.strategy == "independent":
-            keys = jax.vmap(lambda key: jax.random.split(key, leads))(keys)
+            keys = jax.vmap(lambda key: jax.random.split(key, there))(keys)
             of_lead = jax.vmap(jax.vmap(lambda key: self._pieces(key, tokens)))(keys)  # [B, C, L]
-            targets = of_lead.sum(axis=1) >= max(1, round(self.ratio * leads))
-            signal = jnp.swapaxes(_samples(of_lead, samples), 1, 2)
+            targets = of_lead.sum(axis=1) >= max(1, round(self.ratio * there))
+            signal = self._of_all_leads(jnp.swapaxes(_samples(of_lead, samples), 1, 2), leads)
         elif self.strategy == "lead":
-            count = min(max(1, round(self.ratio * leads)), leads - 1)
-            chosen = jax.vmap(lambda key: jax.random.permutation(key, leads) < count)(keys)
+            count = min(max(1, round(self.ratio * there)), there - 1)
+            chosen = jax.vmap(lambda key: jax.random.permutation(key, there) < count)(keys)
+            chosen = self._of_all_leads(chosen, leads)
             targets = jnp.ones((len(chosen), tokens), bool)
             signal = jnp.broadcast_to(chosen[:, None, :], (len(chosen), samples, leads))
         else:
             raise ValueError(_unknown(self.strategy))
         return Mask(hidden=jnp.zeros_like(targets), targets=targets.astype(jnp.float32), signal=signal)
+
+    def _of_all_leads(self, of_kept: jax.Array, leads: int) -> jax.Array:
+        """What was drawn for the kept leads, bool [..., kept], as bool [..., C]; nothing is hidden of the others."""
+        if not self.kept_leads:
+            return of_kept
+        none = jnp.zeros((*of_kept.shape[:-1], leads), bool)
+        return none.at[..., np.array(self.kept_leads)].set(of_kept)
 
     def _spans(self, key: jax.Array, tokens: int) -> jax.Array:
         draw, spare = jax.random.split(key)
@@ -193,7 +204,7 @@ class Masking:
         """
         if self.strategy not in STRATEGIES:
             raise ValueError(_unknown(self.strategy))
-        tokens = tokens_of(samples)
+        tokens, leads = tokens_of(samples), len(self.kept_leads) or leads
         if self.strategy == "span":
             self._check_span(tokens)
         elif self.strategy == "block":

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ecg_jax.models.inputs import to_model_input
+from ecg_jax.models.inputs import ALL_LEADS, to_model_input
 from ecg_jax.objectives.teacher import Teacher
 from ecg_jax.training import parallel
 from ecg_jax.training.train_state import TrainState
@@ -38,19 +38,20 @@ def observe_step(
     *,
     model,
     normalisation: str,
+    kept_leads: tuple[str, ...] = ALL_LEADS,
     teacher: Teacher | None = None,
     axis_name: str | None = parallel.AXIS,
 ) -> dict[str, dict[str, jax.Array]]:
     """Moments of the features of one batch, as seen by one device.
 
     Args:
-        state, batch, model, normalisation, teacher, axis_name: as in `training.train_state.train_step`.
+        state, batch, model, normalisation, kept_leads, teacher, axis_name: as in `training.train_state.train_step`.
 
     Returns:
         {"student": moments, "teacher": moments}, the second for objectives with a teacher; see `moments`. The
         same on every device.
     """
-    x, record_index = to_model_input(batch["signal"], normalisation), batch["record_index"]
+    x, record_index = to_model_input(batch["signal"], normalisation, kept_leads), batch["record_index"]
     seen = {"student": moments(student_tokens(state, x, record_index, model), axis_name)}
     if teacher:
         features = teacher.eval_features(model.encoder, state.teacher_variables(), x)
@@ -209,7 +210,7 @@ class Monitor:
             mesh: all devices.
             probe: `evaluation.online_probe.OnlineProbe`, None for none.
             probe_every: steps between probes.
-            **bound: model, normalisation and teacher, as in `observe_step`.
+            **bound: model, normalisation, kept_leads and teacher, as in `observe_step`.
         """
         self._observe = parallel.map_eval_step(functools.partial(observe_step, **bound), mesh)
         self._limits = limits

@@ -18,7 +18,7 @@ class StoredEncoder:
     Attributes:
         run, step: where it comes from.
         config: of the pretraining run, nested plain dict.
-        preprocessing: the contract, with `window_s` and `normalisation` of the run.
+        preprocessing: the contract, with `window_s`, `normalisation` and `kept_leads` of the run.
         variables: `params`, `batch_stats` and, unless they were trained, `ssm` of the encoder; numpy arrays.
         store_fingerprint: of the store it was pretrained on, None if it was imported.
     """

@@ -31,7 +31,7 @@ class RestoredEncoder:
     Attributes:
         run, step: the checkpoint; step is None for a random twin.
         config: of the pretraining run, nested plain dict.
-        preprocessing: the contract, with `window_s` and `normalisation`.
+        preprocessing: the contract, with `window_s`, `normalisation` and `kept_leads`.
         variables: `params`, `batch_stats`, and `ssm` and `basis` unless the state matrices were trained.
         n_parameters: trainable parameters of the encoder.
         store_fingerprint: of the store it was pretrained on; None of an imported one.
@@ -100,12 +100,14 @@ def random_twin(encoder: RestoredEncoder, seed: int) -> RestoredEncoder:
 
 
 @functools.lru_cache(maxsize=8)
-def _pooled_program(model: str, normalisation: str, layers: tuple[str, ...]) -> Callable:
+def _pooled_program(
+    model: str, normalisation: str, kept_leads: tuple[str, ...], layers: tuple[str, ...]
+) -> Callable:
     """Jitted (variables, int16 [B, T, C]) -> {layer: float32 [B, D]}, one for all weights of an architecture.
 
     `model` is the JSON of `config.model`. Kept, so that random twins do not compile the same program again.
     """
-    outputs = _outputs(json.loads(model), normalisation)
+    outputs = _outputs(json.loads(model), normalisation, kept_leads)
 
     @jax.jit
     def pooled(variables, signal):
@@ -115,11 +117,12 @@ def _pooled_program(model: str, normalisation: str, layers: tuple[str, ...]) -> 
     return pooled
 
 
-def _outputs(model: dict[str, Any], normalisation: str) -> Callable:
+def _outputs(model: dict[str, Any], normalisation: str, kept_leads: tuple[str, ...]) -> Callable:
     module = build_encoder(**model)
 
     def outputs(variables, signal):
-        tokens, intermediates = module.apply(variables, to_model_input(signal, normalisation), train=False)
+        x = to_model_input(signal, normalisation, kept_leads)
+        tokens, intermediates = module.apply(variables, x, train=False)
         return {**intermediates, FINAL: tokens}
 
     return outputs
@@ -132,7 +135,8 @@ def layer_outputs(encoder: RestoredEncoder) -> Callable[[Any, jax.Array], dict[s
         (variables, int16 [B, T, C] microvolts) -> {name: [B, L, D] of that layer}; "tokens" is the final output,
         the others are named as `models.encoder.Encoder` names its intermediates.
     """
-    return _outputs(encoder.config["model"], encoder.preprocessing.normalisation)
+    contract = encoder.preprocessing
+    return _outputs(encoder.config["model"], contract.normalisation, contract.kept_leads)
 
 
 def layer_shapes(encoder: RestoredEncoder) -> dict[str, tuple[int, int]]:
@@ -176,9 +180,10 @@ def pooled_fn(
     known = layer_shapes(encoder)
     if unknown := [name for name in layers if name not in known]:
         raise ValueError(f"the encoder has no layer {', '.join(unknown)}; it has {', '.join(known)}")
-    crop = (encoder.preprocessing.window_samples, len(encoder.preprocessing.leads))
+    contract = encoder.preprocessing
+    crop = (contract.window_samples, len(contract.leads))
     model = json.dumps(encoder.config["model"], sort_keys=True)
-    program = _pooled_program(model, encoder.preprocessing.normalisation, tuple(layers))
+    program = _pooled_program(model, contract.normalisation, contract.kept_leads, tuple(layers))
     variables = jax.device_put(encoder.variables)
 
     def pooled(signal: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ecg_jax.models.encoder import constants
-from ecg_jax.models.inputs import to_model_input
+from ecg_jax.models.inputs import ALL_LEADS, to_model_input
 from ecg_jax.objectives.contract import Inputs, Terms
 from ecg_jax.objectives.teacher import Teacher
 from ecg_jax.training.parallel import AXIS
@@ -155,10 +155,14 @@ def _mean_over(term: tuple[jax.Array, jax.Array], axis_name: str | None) -> jax.
 
 
 def _inputs(
-    state: TrainState, batch: dict[str, jax.Array], normalisation: str, axis_name: str | None
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    normalisation: str,
+    kept_leads: tuple[str, ...],
+    axis_name: str | None,
 ) -> Inputs:
     return Inputs(
-        x=to_model_input(batch["signal"], normalisation),
+        x=to_model_input(batch["signal"], normalisation, kept_leads),
         record_index=batch["record_index"],
         step=state.step,
         labels=batch.get("labels"),
@@ -173,6 +177,7 @@ def train_step(
     model,
     tx,
     normalisation: str,
+    kept_leads: tuple[str, ...] = ALL_LEADS,
     teacher: Teacher | None = None,
     accumulate: int = 1,
     axis_name: str | None = AXIS,
@@ -192,7 +197,7 @@ def train_step(
             negatives and dropout derive from `record_index`, so they do not depend on the number of devices.
         model: the objective, built with the same axis name.
         tx: optimiser.
-        normalisation: see `models.inputs`.
+        normalisation, kept_leads: see `models.inputs`.
         teacher: for objectives that have one.
         accumulate: n, a divisor of this device's rows.
         axis_name: mapped axis; None for a single device without a map.
@@ -202,7 +207,7 @@ def train_step(
     """
 
     def gradients(state, rows):
-        return _gradients(state, rows, model, normalisation, teacher, axis_name)
+        return _gradients(state, rows, model, normalisation, kept_leads, teacher, axis_name)
 
     if accumulate == 1:
         state, grads, metrics = gradients(state, batch)
@@ -236,12 +241,14 @@ def _gradients(
     batch: dict[str, jax.Array],
     model,
     normalisation: str,
+    kept_leads: tuple[str, ...],
     teacher: Teacher | None,
     axis_name: str | None,
 ) -> tuple[TrainState, Any, dict[str, jax.Array]]:
     """The state with the statistics and codebooks that a batch moves, its gradients, and its metrics with `loss`."""
     objective_key, dropout_key = step_keys(state.rng, state.step)
-    inputs, next_teacher = _inputs(state, batch, normalisation, axis_name), state.teacher
+    inputs = _inputs(state, batch, normalisation, kept_leads, axis_name)
+    next_teacher = state.teacher
     if teacher:
         features, statistics = teacher.features(
             model.encoder,
@@ -284,13 +291,14 @@ def eval_step(
     *,
     model,
     normalisation: str,
+    kept_leads: tuple[str, ...] = ALL_LEADS,
     teacher: Teacher | None = None,
     axis_name: str | None = AXIS,
 ) -> dict[str, Terms]:
     """Losses and metrics of one batch of held-out crops, in evaluation mode, as seen by one device.
 
     Args:
-        state, model, normalisation, teacher, axis_name: as in `train_step`.
+        state, model, normalisation, kept_leads, teacher, axis_name: as in `train_step`.
         batch: as in `train_step`, with `record_index` the number of each crop in the validation set (so that
             negatives are the same at every evaluation) and `weight` float32 [B], 0 for rows that only fill
             the last batch. They count in no mean, but among the tokens of the batch over which HuBERT++ balances its
@@ -300,7 +308,7 @@ def eval_step(
         {"losses": ..., "metrics": ...}, each name -> (sum of weighted values, sum of weights) over the global
         batch.
     """
-    inputs = _inputs(state, batch, normalisation, axis_name)
+    inputs = _inputs(state, batch, normalisation, kept_leads, axis_name)
     if teacher:
         features = teacher.eval_features(model.encoder, state.teacher_variables(), inputs.x)
         inputs = inputs.replace(teacher=features)
