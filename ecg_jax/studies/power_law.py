@@ -25,8 +25,9 @@ SAME_SIZE = 0.05
 CORNER = 1.5
 #: Smallest corner, in log units: residuals below 0.01 % are rounding, and exact values have none.
 MIN_CORNER = 1e-4
-#: Lack of fit with a smaller p-value keeps the scatter of rungs and the spread of seeds apart (Bancroft 1964).
-POOLING = 0.25
+#: Lack of fit with a smaller p-value keeps the scatter of rungs and the spread of seeds apart (Bancroft 1964); with one
+#: rung to spare, whose scatter alone makes intervals of t with one degree of freedom, the p-value must be smaller.
+POOLING = {True: 0.25, False: 0.05}
 _STEPS = 60
 
 
@@ -108,10 +109,11 @@ def _log_shape(x, b, share):
     return np.log((1 - share) * np.exp(-b * x) + share)
 
 
-def _grid(offset: bool) -> tuple[np.ndarray, np.ndarray]:
+def _axes(offset: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Exponents and shares among which a search begins."""
     b = np.concatenate([[0.0], np.geomspace(0.004, MAX_EXPONENT, 48)])
-    share = np.concatenate([np.linspace(0, 0.9, 25), np.linspace(0.92, MAX_SHARE, 6)]) if offset else [0.0]
-    return tuple(each.ravel() for each in np.meshgrid(b, share, indexing="ij"))
+    share = np.concatenate([np.linspace(0, 0.9, 25), np.linspace(0.92, MAX_SHARE, 6)])
+    return b, share if offset else np.zeros(1)
 
 
 def _cost(residuals, corner):
@@ -124,8 +126,9 @@ def _weights(residuals, corner):
     return np.ones_like(residuals) if np.isinf(corner) else 1 / np.sqrt(1 + (residuals / corner) ** 2)
 
 
-def _start(x, y, grid) -> np.ndarray:
-    """The best point (log A, b, φ) of the grid ([K], [K]) by least squares, for every row of y: [R, 3]."""
+def _start(x, y, offset: bool) -> np.ndarray:
+    """The best point (log A, b, φ) of the grid by least squares, for every row of y: [R, 3]."""
+    grid = [each.ravel() for each in np.meshgrid(*_axes(offset), indexing="ij")]
     shapes = _log_shape(x, grid[0][:, None], grid[1][:, None])
     centred = shapes - shapes.mean(axis=1, keepdims=True)
     # The residual sum of squares less what does not depend on the grid point.
@@ -181,10 +184,13 @@ def _refine(x, y, at, free: tuple[bool, bool], corner: float) -> tuple[np.ndarra
         new_cost = _cost(new, corner)
         better = new_cost <= cost[rows]
         taken = rows[better]
-        small = np.abs(there - here).max(axis=1) < 1e-10
+        # No step worth taking, or no change of the cost beyond rounding.
+        settled = (np.abs(there - here).max(axis=1) < 1e-9) | (
+            np.abs(new_cost - cost[rows]) <= 1e-11 * cost[rows]
+        )
         at[taken], residuals[taken], cost[taken] = there[better], new[better], new_cost[better]
         damping[rows] = np.where(better, np.maximum(damping[rows] / 10, 1e-12), damping[rows] * 10)
-        active[rows] = ~small & (damping[rows] < 1e10)
+        active[rows] = ~settled & (damping[rows] < 1e10)
     return at, cost, ~active
 
 
@@ -209,7 +215,7 @@ def fit_many(n, values, *, offset: bool, corner: float = np.inf) -> Fits:
     """
     n, values = _checked(n, values)
     x, y = np.log(n / n.max()), np.log(values)
-    at, _, converged = _refine(x, y, _start(x, y, _grid(offset)), (True, offset), corner)
+    at, _, converged = _refine(x, y, _start(x, y, offset), (True, offset), corner)
     return _natural(n.max(), at, converged)
 
 
@@ -235,7 +241,7 @@ def _scatter(residuals, rung, n_parameters: int, corner: float) -> Scatter:
         return Scatter(float(np.sqrt(square)), dof, False, None)
     ratio = (between / spare) / (within / repeats) if within > 0 else (np.inf if between > 0 else 0.0)
     p = float(f_distribution.sf(ratio, spare, repeats))
-    if p < POOLING:
+    if p < POOLING[spare > 1]:
         return Scatter(float(np.sqrt(between / spare)), spare, True, p)
     return Scatter(float(np.sqrt((within + between) / dof)), dof, False, p)
 
@@ -244,7 +250,7 @@ def _fit_one(n, values, offset: bool):
     """(x, y, search parameters [3], residuals [P], corner, converged) of one robust fit."""
     x, y = np.log(n / n.max()), np.log(values)
     spare = len(n) - 2 - offset
-    corner, start = np.inf, _start(x, y[None], _grid(offset))
+    corner, start = np.inf, _start(x, y[None], offset)
     for _ in range(6):
         at, _, converged = _refine(x, y[None], start, (True, offset), corner)
         residuals = (y - at[0, 0]) - _log_shape(x, at[0, 1], at[0, 2])
@@ -273,14 +279,16 @@ def _profile(x, y, at, residuals, corner, scatter: Scatter, which: int, offset: 
     # A sum of squares of rounding errors has no interval.
     limit += 1e-12 * len(y)
 
+    others = _axes(offset)[2 - which]
+
     def curves(values):
-        rows = np.tile(y, (len(values), 1))
-        grid = np.array(_grid(offset)).T
-        starts = []
-        for value in values:
-            fixed = np.where(np.arange(2) == which - 1, value, grid)
-            starts.append(_start(x, y[None], tuple(fixed.T))[0])
-        return _refine(x, rows, np.array(starts), free, corner)
+        pairs = (np.repeat(values, len(others)), np.tile(others, len(values)))
+        b, share = pairs if which == 1 else pairs[::-1]
+        shapes = _log_shape(x, b[:, None], share[:, None])
+        costs = ((y - shapes - (y - shapes).mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
+        best = costs.reshape(len(values), -1).argmin(axis=1) + len(others) * np.arange(len(values))
+        starts = np.stack([(y - shapes[best]).mean(axis=1), b[best], share[best]], axis=1)
+        return _refine(x, np.tile(y, (len(values), 1)), starts, free, corner)
 
     here = at[which]
     ends = []

@@ -101,7 +101,8 @@ def _simulated(law: PowerLaw, n, log_patients, n_resamples: int, generator) -> n
         normal = each[:, rung]
     else:
         normal = generator.normal(size=(n_resamples, len(n)))
-    logs = np.log(law.predict(n)) + spread * normal
+    # With one degree of freedom some draws are beyond what a float holds; the quantiles are not.
+    logs = np.log(law.predict(n)) + np.clip(spread * normal, -100, 100)
     return np.exp(logs if log_patients is None else logs + log_patients)
 
 
@@ -240,7 +241,9 @@ def predict_largest(
         logs = logs + scatter.sd * t / np.sqrt(1 if scatter.together else held.sum())
     if log_patients is not None:
         logs = logs - log_patients[:, held].mean(axis=1)
-    predicted = interval(float(law.predict(size)), np.exp(logs), LEVEL)
+    # With one degree of freedom draws overflow, quantiles of their logarithms do not.
+    log_interval = interval(float(np.log(law.predict(size))), logs, LEVEL)
+    predicted = Interval(*(float(each) for each in np.exp(log_interval)))
     inside = bool(predicted.low <= observed <= predicted.high)
     return HeldOut(size, observed, predicted, predicted.point / observed - 1, inside, law, law.reason)
 
