@@ -4,9 +4,14 @@
         --probe-store=stores/ptbxl
     ecg-jax sweep configs/sweeps/backbone_objective.py:quick --output=runs/backbone_objective_quick
 
-Arguments: data=18k|45k|106k|753k|11m, ladder=nested|paper, seeds=3|1|2|5, quick. 15 groups; at the defaults 45 runs of
-180 000 windows, 8.1 million in all. Each backbone has the size of the paper (arXiv 2605.12241), so that parameters and
-cost differ between them: both stand in results_table. CPC takes the causal form of each.
+Arguments: data=18k|45k|106k|753k|11m, ladder=nested|paper, seeds=3|1|2|5, probes=none|modes, quick. 15 groups; at the
+defaults 45 runs of 180 000 windows, 8.1 million in all. probes=modes probes each run further, linearly, frozen and
+fine-tuned, on every task of the probe stores, and each backbone once from scratch, as objective_modes.py says; that
+costs more than the pretraining of a small rung.
+
+Each backbone has the size of the paper (arXiv 2605.12241), so that parameters and cost differ between them: both stand
+in results_table. CPC takes the causal form of each. The table can tell which pair did best at one learning rate for all
+and one number of epochs. It cannot tell what a backbone could do with a rate, a warm-up or a size of its own.
 """
 
 from configs.sweeps import common
@@ -14,11 +19,13 @@ from ecg_jax.sweep_file import parse_sweep_arg
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(arg, "quick", data=common.RUNGS, ladder=("nested", "paper"), seeds=common.SEEDS)
+    arg = parse_sweep_arg(
+        arg, "quick", data=common.RUNGS, ladder=("nested", "paper"), seeds=common.SEEDS, probes=common.PROBES
+    )
     for backbone in common.BACKBONES:
         for objective in common.OBJECTIVES:
             for seed in common.seeds(arg):
-                yield common.run(
+                run = common.run(
                     f"{objective}-{backbone}",
                     objective,
                     seed,
@@ -27,3 +34,5 @@ def sweep(arg=""):
                     data=arg.data,
                     ladder=arg.ladder,
                 )
+                further = common.modes(objective, seed, quick=arg.quick) if arg.probes == "modes" else {}
+                yield run | {"probes": further}

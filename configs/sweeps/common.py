@@ -2,11 +2,16 @@
 
 Each takes `quick`: the same runs, tiny, on the sample that ships with the package, to see that everything works before
 a cluster is booked. Without it a sweep needs a store (--store) and, if that one is not PTB-XL, a labelled one to probe
-on (--probe-store). Its docstring says what it costs in windows; hours on your device are windows / (3600 x windows/s),
-and windows/s of every backbone and objective is what `ecg-jax efficiency` measures. Each run is probed linearly.
+on (--probe-store). Its docstring says what it asks, what it costs in windows, and what its table can tell and cannot.
+Hours on your device are windows / (3600 x windows/s), and windows/s of every backbone and objective is what `ecg-jax
+efficiency` measures. Each run is probed linearly, and the table compares those probes.
+
+A table of groups says how sure a difference is over test patients and seeds. It does not say that a setting is right
+elsewhere: at other sizes, or at learning rates that were not tried.
 """
 
 from ecg_jax.config_flags import with_argument
+from ecg_jax.errors import UserError
 from ecg_jax.sweep_file import GIVEN
 
 #: Objective -> its config file.
@@ -17,11 +22,17 @@ OBJECTIVES = {
     "dinosr": "configs/dinosr.py",
     "hubertpp": "configs/hubert.py",
 }
+#: Those that hide a part of the window.
+MASKED = tuple(name for name in OBJECTIVES if name != "cpc")
+#: As `objective` of `run`: HuBERT-ECG, whose clusters are made beforehand. Its runs need `targets`.
+OFFLINE = "hubert"
 BACKBONES = ("s4", "transformer", "net1d")
 RUNGS = ("18k", "45k", "106k", "753k", "11m")
 #: How many seeds a sweep file may be asked for; intervals over seeds need at least two.
 SEEDS = ("3", "1", "2", "5")
-PROBE = "configs/probe.py:mode=linear,task=ptbxl_super"
+TASK = "ptbxl_super"
+#: Whether runs are probed further, in the three modes of the study and on every task that the probe stores can serve.
+PROBES = ("none", "modes")
 
 _QUICK = {"batch_size": 16, "steps": 12, "log_every": 4, "checkpoint_every": 12, "data.max_val_crops": 64}
 _QUICK_BACKBONE = {
@@ -37,7 +48,16 @@ _QUICK_OBJECTIVE = {
     "data2vec": {**_QUICK_TEACHER, "objective.top_k": 1},
     "dinosr": {**_QUICK_TEACHER, "objective.top_k": 1},
     "hubertpp": {**_QUICK_TEACHER, "objective.temperature_steps": 4},
+    OFFLINE: {},
 }
+_QUICK_PROBE = {"bootstrap.resamples": 100, "baseline_seeds": 1}
+_QUICK_EPOCHS = {"linear": {}} | {
+    mode: {f"{mode}.epochs": 2, f"{mode}.batch_size": 16} for mode in ("frozen", "finetune", "supervised")
+}
+
+
+_CONFIGS = OBJECTIVES | {OFFLINE: f"{OBJECTIVES['hubertpp']}:variant=offline"}
+_ARGUMENTS = ("data", "ladder", "recipe", "mask")  # of the configs
 
 
 def seeds(arg):
@@ -54,17 +74,63 @@ def run(group, objective, seed, *, quick, backbone="s4", **overrides):
         seed: of the run.
         quick: whether it is tiny and on the sample.
         backbone: one of `BACKBONES`.
-        overrides: fields, "__" for the dot; `data` and `ladder` are arguments of the config.
+        overrides: fields, "__" for the dot; `data`, `ladder`, `recipe` and `mask` are arguments of the config.
     """
-    arguments = {key: overrides.pop(key) for key in ("data", "ladder") if key in overrides}
+    arguments = {key: overrides.pop(key) for key in _ARGUMENTS if key in overrides}
     small = _QUICK | _QUICK_BACKBONE[backbone] | _QUICK_OBJECTIVE[objective] if quick else {}
     return {
         "name": f"{group}-seed={seed}",
         "group": group,
-        "config": with_argument(OBJECTIVES[objective], backbone=backbone, **arguments),
+        "config": with_argument(_CONFIGS[objective], backbone=backbone, **arguments),
         "overrides": small
         | {name.replace("__", "."): value for name, value in overrides.items()}
         | {"seed": seed},
-        "probe": PROBE,
+        "probe": linear_probe(),
         **({} if quick else {"store": GIVEN}),
     }
+
+
+def linear_probe(task=""):
+    """The probe that tables compare, on another task than the usual if one is named."""
+    return f"configs/probe.py:mode=linear,task={task or TASK}"
+
+
+def modes(objective, seed, *, quick):
+    """Further probes of a run in the three modes of the study, on every task that the probe stores can serve; quick: on
+    one task, and hardly trained.
+
+    The first run of JEPA, which stands for its backbone as it is without a pretext task (bidirectional, inputs
+    standardised), also trains the network from scratch.
+    """
+    names = ["linear", "frozen", "finetune"] + ["supervised"] * (objective == "jepa" and seed == 0)
+    task = TASK if quick else "all"
+    return {
+        mode: {
+            "probe": f"configs/probe.py:mode={mode},task={task}",
+            "overrides": _QUICK_PROBE | _QUICK_EPOCHS[mode] if quick else {},
+        }
+        for mode in names
+    }
+
+
+def given(arg, name, meaning):
+    """The text of an argument that has no default.
+
+    Raises:
+        UserError: it was not given.
+    """
+    if not getattr(arg, name):
+        raise UserError(f"sweep argument {name} is not given: {name}=..., {meaning}")
+    return getattr(arg, name)
+
+
+def number(arg, name, default):
+    """The whole number of an argument that is free text.
+
+    Raises:
+        UserError: it is none, or not above 0.
+    """
+    text = getattr(arg, name) or str(default)
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise UserError(f"sweep argument {name}={text!r} must be a whole number above 0")
+    return int(text)
