@@ -122,7 +122,8 @@ def _cost(residuals, corner):
     return 2 * corner**2 * (np.sqrt(1 + (residuals / corner) ** 2) - 1).sum(axis=-1)
 
 
-def _weights(residuals, corner):
+def weights_of(residuals, corner: float) -> np.ndarray:
+    """Weights of log residuals in the robust loss, 1 for least squares (an infinite corner)."""
     return np.ones_like(residuals) if np.isinf(corner) else 1 / np.sqrt(1 + (residuals / corner) ** 2)
 
 
@@ -167,7 +168,7 @@ def _refine(x, y, at, free: tuple[bool, bool], corner: float) -> tuple[np.ndarra
         jacobian = np.stack(
             [np.ones_like(r), -(1 - here[:, 2:]) * falling * x / value, (1 - falling) / value], axis=2
         )
-        weighted = jacobian * _weights(r, corner)[:, :, None]
+        weighted = jacobian * weights_of(r, corner)[:, :, None]
         gradient = np.einsum("rpi,rp->ri", weighted, r)
         matrix = np.einsum("rpi,rpj->rij", weighted, jacobian)
         # A parameter at a bound that would go beyond it stays there.
@@ -219,15 +220,15 @@ def fit_many(n, values, *, offset: bool, corner: float = np.inf) -> Fits:
     return _natural(n.max(), at, converged)
 
 
-def _scatter(residuals, rung, n_parameters: int, corner: float) -> Scatter:
-    """Spread of runs about their curve; see `Scatter`.
+def scatter_of(residuals, rung, n_parameters: int, corner: float) -> Scatter:
+    """Spread of runs about their curve of `n_parameters`, from log residuals [P] and rungs [P]; see `Scatter`.
 
     With ψ the bounded residuals of the robust loss, mean squares are of ψ / mean(ψ'), which is the residual itself in
     least squares and has the variance of the robust estimate otherwise (Huber 1973).
     """
     from scipy.stats import f as f_distribution
 
-    weight = _weights(residuals, corner)
+    weight = weights_of(residuals, corner)
     pulled = residuals * weight / (weight**3).mean()
     runs, sizes = len(residuals), int(rung.max()) + 1
     counts = np.bincount(rung, minlength=sizes)
@@ -246,8 +247,18 @@ def _scatter(residuals, rung, n_parameters: int, corner: float) -> Scatter:
     return Scatter(float(np.sqrt((within + between) / dof)), dof, False, p)
 
 
-def _fit_one(n, values, offset: bool):
-    """(x, y, search parameters [3], residuals [P], corner, converged) of one robust fit."""
+def robust_fit(n, values, *, offset: bool) -> tuple[Fits, np.ndarray, np.ndarray, float]:
+    """One robust fit, without a verdict.
+
+    Args:
+        n, values, offset: as in `fit_power_law`.
+
+    Returns:
+        (curve, R = 1; its log value, exponent and share at the largest size; log residuals [P]; corner of the loss).
+    """
+    n, values = _checked(n, values)
+    if values.ndim != 1:
+        raise ValueError("one value for each size; fit_many takes rows of them")
     x, y = np.log(n / n.max()), np.log(values)
     spare = len(n) - 2 - offset
     corner, start = np.inf, _start(x, y[None], offset)
@@ -261,7 +272,7 @@ def _fit_one(n, values, offset: bool):
         before, corner = corner, max(CORNER * sd, MIN_CORNER)
         if abs(before - corner) < 1e-3 * corner:
             break
-    return at[0], residuals, corner, bool(converged[0])
+    return _natural(n.max(), at, converged), at[0], residuals, corner
 
 
 def _profile(x, y, at, residuals, corner, scatter: Scatter, which: int, offset: bool) -> np.ndarray:
@@ -274,7 +285,7 @@ def _profile(x, y, at, residuals, corner, scatter: Scatter, which: int, offset: 
 
     bound = (np.inf, MAX_EXPONENT, MAX_SHARE)[which]
     free = (which != 1, offset and which != 2)
-    slope = float((_weights(residuals, corner) ** 3).mean())
+    slope = float((weights_of(residuals, corner) ** 3).mean())
     limit = float(_cost(residuals, corner)) + slope * scatter.sd**2 * f_distribution.isf(0.05, 1, scatter.dof)
     # A sum of squares of rounding errors has no interval.
     limit += 1e-12 * len(y)
@@ -362,15 +373,12 @@ def fit_power_law(n, values, *, offset: bool) -> PowerLaw:
     Raises:
         ValueError: as in `fit_many`; or values of more than one row.
     """
+    fits, at, residuals, corner = robust_fit(n, values, offset=offset)
     n, values = _checked(n, values)
-    if values.ndim != 1:
-        raise ValueError("fit_power_law takes one value for each size; fit_many takes rows of them")
     rung = rungs_of(n)
     sizes = int(rung.max()) + 1
-    at, residuals, corner, converged = _fit_one(n, values, offset)
-    scatter = _scatter(residuals, rung, 2 + offset, corner)
-    fits = _natural(n.max(), at[None], np.array([converged]))
-    a, b, c = (float(each[0]) for each in fits[:3])
+    scatter = scatter_of(residuals, rung, 2 + offset, corner)
+    a, b, c, converged = (each[0].item() for each in fits)
     x, y = np.log(n / n.max()), np.log(values)
     if scatter.dof and sizes > 1:
         low, high = _profile(x, y, at, residuals, corner, scatter, 1, offset)[:, 1]

@@ -83,9 +83,9 @@ class ModelComparison(NamedTuple):
 
     candidates: tuple[Candidate, ...]
     best: str | None
-    """Smallest AICc, or the simplest within 2 of it; None where none is defined."""
+    """Smallest AICc, or the simplest within 2 of it; None where AICc cannot decide."""
     best_left_out: str | None
-    """Smallest error on rungs left out."""
+    """Smallest error on rungs left out, or the simplest within 10 % of it; None with too few rungs."""
     verdict: str
 
 
@@ -248,49 +248,114 @@ def predict_largest(
     return HeldOut(size, observed, predicted, predicted.point / observed - 1, inside, law, law.reason)
 
 
-_MODELS = (("no scaling", 1), ("power law", 2), ("power law with offset", 3))
+MODELS = ("no scaling", "power law", "power law with offset")
+
+
+def _log_curve(k: int, n, points, at) -> np.ndarray:
+    """Log values [M] at the sizes `at` of the model of k parameters fitted to points [P]."""
+    if k == 1:
+        return np.full(len(at), np.median(np.log(points)))
+    return np.log(power_law.robust_fit(n, points, offset=k == 3)[0].predict(at)[0])
+
+
+def _left_out_error(k: int, n, points, rung) -> float | None:
+    """Root mean square of the log mean of a rung less its prediction by the others; None with too few of those."""
+    sizes = int(rung.max()) + 1
+    if sizes - 1 < k:
+        return None
+    errors = []
+    for held in (rung == i for i in range(sizes)):
+        predicted = _log_curve(k, n[~held], points[~held], n[held])
+        errors.append(float((np.log(points[held]) - predicted).mean()))
+    return float(np.sqrt(np.mean(np.square(errors))))
 
 
 def compare_models(n, points) -> ModelComparison:
     """Compare no scaling, a power law and a power law with offset on the same runs.
 
+    AICc = m log(Σ w r² / m) + 2 K + 2 K (K + 1) / (m − K − 1) with K parameters, the spread being one, the weights w
+    of the robust fit of the richest model, and m runs; but m rungs, with the means of their residuals, where these lie
+    off the richest model further than their seeds explain, as then seeds do not count for more points (Hurvich & Tsai
+    1989). It is undefined for m <= K + 1. Patients are the same for all runs, so that other test recordings would move
+    all values alike: the comparison is over runs only.
+
     Args:
         n: [P], size of each run.
-        points: [P], its loss or error.
+        points: [P], its loss or its error on all test recordings.
+
+    Returns:
+        All models with their scores, the best by either and a sentence. `best` is the simplest model whose AICc is
+        within 2 of the smallest, `best_left_out` the simplest whose error is within 10 % of the smallest. Where AICc is
+        undefined for the latter model, there is no `best`.
 
     Raises:
         ValueError: as in `power_law.fit_power_law`.
     """
     n, points = np.asarray(n, dtype=np.float64), np.asarray(points, dtype=np.float64)
-    logs, rung = np.log(points), power_law.rungs_of(n)
+    laws = [None, *(power_law.fit_power_law(n, points, offset=offset) for offset in (False, True))]
+    rung = power_law.rungs_of(n)
     sizes = int(rung.max()) + 1
-
-    def predict(k: int, rows, at) -> np.ndarray:
-        if k == 1:
-            return np.full(len(at), np.median(logs[rows]))
-        return np.log(power_law.fit_power_law(n[rows], points[rows], offset=k == 3).predict(at))
-
+    richest = min(3, sizes - 1)
+    weights, by_rung = np.ones(len(n)), False
+    if richest > 1:
+        _, _, residuals, corner = power_law.robust_fit(n, points, offset=richest == 3)
+        weights = power_law.weights_of(residuals, corner)
+        by_rung = laws[richest - 1].scatter.together
+    unit = rung if by_rung else np.arange(len(n))
+    m = int(unit.max()) + 1
     candidates = []
-    everything = np.ones(len(n), dtype=bool)
-    for name, k in _MODELS:
-        residuals = logs - predict(k, everything, n)
-        square, p = float(residuals @ residuals), len(n)
+    for k, (name, law) in enumerate(zip(MODELS, laws, strict=True), start=1):
+        residuals = np.log(points) - _log_curve(k, n, points, n)
+        total = np.bincount(unit, weights)
+        squares = np.bincount(unit, weights * residuals) ** 2 / total**2 * total / np.bincount(unit)
+        # Residuals of exact values are rounding and tell no model from another.
+        variance = max(float(squares.sum()) / m, 1e-20)
+        K = k + 1
         aicc = None
-        if sizes >= k and p > k + 2:
-            aicc = p * np.log(max(square, 1e-16 * p) / p) + 2 * (k + 1) + 2 * (k + 1) * (k + 2) / (p - k - 2)
-        error = None
-        if sizes - 1 >= k:
-            errors = [
-                logs[rung == i].mean() - predict(k, rung != i, n[rung == i]).mean() for i in range(sizes)
-            ]
-            error = float(np.sqrt(np.mean(np.square(errors))))
-        remark = "" if aicc is not None else f"AICc is undefined for {p} runs and {k} parameters"
-        candidates.append(Candidate(name, k, aicc, error, remark))
+        if sizes > k and m > K + 1:
+            aicc = m * np.log(variance) + 2 * K + 2 * K * (K + 1) / (m - K - 1)
+        remark = "" if law is None else law.reason
+        if aicc is None:
+            why = f"needs more than {k} sizes" if sizes <= k else f"is undefined for {m} {_units(by_rung)}"
+            remark = "; ".join(filter(None, [f"AICc {why}", remark]))
+        error = _left_out_error(k, n, points, rung)
+        candidates.append(Candidate(name, k, None if aicc is None else float(aicc), error, remark))
+    best = best_left_out = None
     defined = [each for each in candidates if each.aicc is not None]
-    best = None
-    if defined:
-        least = min(each.aicc for each in defined)
-        best = next(each.name for each in defined if each.aicc <= least + 2)
     scored = [each for each in candidates if each.left_out_error is not None]
-    best_left_out = min(scored, key=lambda each: each.left_out_error).name if scored else None
-    return ModelComparison(tuple(candidates), best, best_left_out, f"best by AICc: {best}")
+    if len(scored) > 1:
+        least = min(each.left_out_error for each in scored)
+        best_left_out = next(each for each in scored if each.left_out_error <= 1.1 * least)
+    # AICc that cannot score the model that predicts best would choose among the others only.
+    if len(defined) > 1 and (best_left_out is None or best_left_out in defined):
+        least = min(each.aicc for each in defined)
+        best = next(each for each in defined if each.aicc <= least + 2)
+    verdict = _comparison_verdict(defined, best, best_left_out, laws, _units(by_rung), m)
+    names = [None if each is None else each.name for each in (best, best_left_out)]
+    return ModelComparison(tuple(candidates), *names, verdict)
+
+
+def _units(by_rung: bool) -> str:
+    return "rungs" if by_rung else "runs"
+
+
+def _comparison_verdict(defined, best, best_left_out, laws, units: str, m: int) -> str:
+    """The comparison in words."""
+    if best is None and best_left_out is None:
+        return f"too few points to compare models: {m} {units}"
+    parts = []
+    if best is None:
+        parts.append(
+            f"AICc cannot decide over {m} {units}; {best_left_out.name} predicts left-out rungs best"
+        )
+    else:
+        others = ", ".join(
+            f"{each.aicc - best.aicc:+.1f} for {each.name}" for each in defined if each is not best
+        )
+        parts.append(f"{best.name} is best supported (AICc over {m} {units}: {others})")
+        if best_left_out is not None and best_left_out.name != best.name:
+            parts.append(f"but {best_left_out.name} predicts left-out rungs better")
+    chosen = laws[(best or best_left_out).parameters - 1]
+    if chosen is not None and chosen.reason:
+        parts.append(chosen.reason)
+    return "; ".join(parts)
