@@ -1,4 +1,4 @@
-"""`ecg-jax report`: finished probes side by side with their baselines, as one page and as tables."""
+"""`ecg-jax report`: a study, or finished probes side by side with their baselines, as one page, tables and figures."""
 
 import argparse
 import csv
@@ -10,19 +10,29 @@ from pathlib import Path
 from ecg_jax.errors import UserError
 from ecg_jax.studies.report import export, html, load, rows
 from ecg_jax.studies.report import recordings as recordings_shown
+from ecg_jax.studies.report.kinds import is_study
 from ecg_jax.studies.report.page import GENERATOR, Page
 
 DESCRIPTION = """\
-Puts finished probes side by side: one self-contained page with tables, intervals, ranks, leakage verdicts and
-pictures, and the same tables as CSV and LaTeX in a folder beside it.
+Puts what was done onto one self-contained page, with its tables as CSV and LaTeX and its figures as PNG, SVG and CSV in
+a folder beside it. What the page holds depends on the folders given, of any kinds together:
 
-  ecg-jax report probes/cpc_linear probes/jepa_linear probes/s4_supervised --output=report.html
+  a sweep           every run with its config, cost and losses, every probe with intervals and ranks, and the
+                    figures in its studies/
+  a pretraining run the same of one run
+  figures           of `ecg-jax scaling`, `cka` or `efficiency` (a folder with figures.json), as they were drawn
+  a probe           its scores; of one task or of task=all, with a robustness.json or label_efficiency.json in it
 
-A WORKDIR is the --workdir of `ecg-jax probe`, of one task or of task=all; a robustness.json or label_efficiency.json
-in it is drawn too. Every task needs its baselines: a randomly initialised encoder, ECG features and the majority guess,
-which come with a probe, and an encoder trained from scratch (mode=supervised) among the folders.
+  ecg-jax report sweeps/mini_study --output=study.html
+  ecg-jax report sweeps/mini_study studies/efficiency --output=study.html
+  ecg-jax report probes/cpc_linear probes/jepa_linear probes/s4_supervised --output=probes.html
+
+Where all folders are probes, every task needs its baselines: a randomly initialised encoder, ECG features and the
+majority guess, which come with a probe, and an encoder trained from scratch (mode=supervised) among the folders. The
+page of a study says in a box what is missing.
 """
 INDEX = "index.csv"
+TITLE = "ECG encoders compared"
 SUFFIXES = (".csv", ".tex", ".png", ".svg")
 
 
@@ -32,8 +42,8 @@ def report(
     """Writes a report.
 
     Args:
-        workdirs: of finished probes.
-        output: the page, an .html file; its tables go to <name>_tables beside it.
+        workdirs: of sweeps, pretraining runs, figures of a study, or finished probes.
+        output: the page, an .html file; its tables and figures go to <name>_tables beside it.
         title: of the page.
         recordings: which to draw: "open" for those of corpora that may be passed on, "all", "none".
 
@@ -41,19 +51,36 @@ def report(
         The files written, the page first.
 
     Raises:
-        UserError: folders that are damaged, partial, do not belong together or lack a baseline, or an output that
-            cannot be written; nothing is written then.
+        UserError: folders that are damaged, or an output that cannot be written; of probes alone also such that are
+            partial, do not belong together or lack a baseline. Nothing is written then.
     """
     output = Path(output)
     _check_output(output)
-    collection = load.load(workdirs)
-    rows.check_baselines(collection)
-    scores = rows.score_tasks(collection, lambda task: print(f"  {task}", flush=True))
     options = (f"--output={output}", f"--title={title}", f"--recordings={recordings}")
     command = ["ecg-jax", "report", *map(str, workdirs), *options]
     now = datetime.datetime.now(datetime.UTC)
-    page = html.build(title, collection, scores, now, command, recordings, _tables_folder(output).name)
+    folder = _tables_folder(output).name
+
+    def say(task: str) -> None:
+        print(f"  {task}", flush=True)
+
+    if any(is_study(Path(workdir)) for workdir in workdirs):
+        page = _study_page(workdirs, title, now, command, recordings, folder, say)
+    else:
+        collection = load.load(workdirs)
+        rows.check_baselines(collection)
+        scores = rows.score_tasks(collection, say)
+        page = html.build(title, collection, scores, now, command, recordings, folder)
     return _write(output, page.html().encode(), _files(page))
+
+
+def _study_page(workdirs, title, now, command, recordings, folder, say) -> Page:
+    # Configs and formulas of runs need JAX, which probes alone do not.
+    from ecg_jax.studies.report import boards, study, study_page
+
+    found = study.gather(workdirs)
+    made = boards.make_boards(found, say)
+    return study_page.build(title, found, made, now, command, recordings, folder)
 
 
 def _files(page: Page) -> dict[str, bytes]:
@@ -141,9 +168,9 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="folder of a finished probe")
+    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="folder of a sweep, run, study or probe")
     parser.add_argument("--output", required=True, metavar="FILE.html", help="page to write")
-    parser.add_argument("--title", default="ECG encoders compared", help="of the page (default: %(default)s)")
+    parser.add_argument("--title", default=TITLE, help="of the page (default: %(default)s)")
     parser.add_argument(
         "--recordings",
         choices=recordings_shown.RECORDINGS,

@@ -34,6 +34,10 @@ class Cell:
     """"best", "tied" (not told from the best), "good", "warn", "bad", "mute" or ""."""
     shade: float | None = None
     """0 to 1: how dark the cell of a heat map is."""
+    anchor: str = ""
+    """Id on the page that other cells link to."""
+    link: str = ""
+    """Anchor that the text leads to."""
 
     @property
     def plain(self) -> str:

@@ -123,15 +123,7 @@ def load(workdirs: Sequence[str | Path]) -> Collection:
                 raise UserError(
                     f"{folder} is incomplete: it has no {RESULTS}; run its `ecg-jax probe` command again."
                 )
-            for name, read, into in (
-                (ROBUSTNESS, read_robustness, robustness),
-                (EFFICIENCY, read_efficiency, efficiency),
-            ):
-                path = folder / name
-                if path.is_file():
-                    content = read(path)
-                    into.append(Curves(path, "", content["task"], content, {}))
-                    found += 1
+            found += read_curves(folder, robustness, efficiency)
         if not found:
             raise UserError(
                 f"{workdir} holds no {RESULTS}, nor does a folder in it; give the --workdir of a finished "
@@ -142,11 +134,26 @@ def load(workdirs: Sequence[str | Path]) -> Collection:
             f"None of the folders holds a {RESULTS}; give the --workdir of a finished `ecg-jax probe`."
         )
     results = _named(results)
-    collection = Collection(results, _labelled(robustness, results), _distinct(efficiency))
+    collection = Collection(results, labelled(robustness, results), distinct(efficiency))
     for task in collection.tasks:
         _check_comparable(collection.of_task(task))
-    _check_intervals(results)
+    check_intervals(results)
     return collection
+
+
+def read_curves(folder: Path, robustness: list[Curves], efficiency: list[Curves]) -> int:
+    """Adds what a folder holds of robustness and label efficiency, and says how many files that were."""
+    found = 0
+    for name, read, into in (
+        (ROBUSTNESS, read_robustness, robustness),
+        (EFFICIENCY, read_efficiency, efficiency),
+    ):
+        path = folder / name
+        if path.is_file():
+            content = read(path)
+            into.append(Curves(path, "", content["task"], content, {}))
+            found += 1
+    return found
 
 
 def _folders(workdir: Path) -> list[Path]:
@@ -187,7 +194,7 @@ def _named(results: list[Result]) -> list[Result]:
     return named
 
 
-def _labelled(curves: list[Curves], results: list[Result]) -> list[Curves]:
+def labelled(curves: list[Curves], results: list[Result]) -> list[Curves]:
     """Robustness curves with the names of their probes, and of their folders where probes share one."""
     of_folder = {result.folder.resolve(): f"{result.model}, {result.mode}" for result in results}
     labelled, taken = [], set()
@@ -202,7 +209,7 @@ def _labelled(curves: list[Curves], results: list[Result]) -> list[Curves]:
     return labelled
 
 
-def _distinct(curves: list[Curves]) -> list[Curves]:
+def distinct(curves: list[Curves]) -> list[Curves]:
     """Label efficiency whose models have names of their own within a task: folders are added where files share one."""
     named = []
     for curve in curves:
@@ -224,35 +231,39 @@ def _check_comparable(results: Sequence[Result]) -> None:
     """
     first = results[0]
     for other in results[1:]:
-        differing = [
-            what
-            for what, same in (
-                ("kind", first.kind == other.kind),
-                ("group", first.results["group"] == other.results["group"]),
-                ("store.fingerprint", _fingerprint(first, "store") == _fingerprint(other, "store")),
-                ("test_store", _fingerprint(first, "test_store") == _fingerprint(other, "test_store")),
-                ("split.fingerprint", _fingerprint(first, "split") == _fingerprint(other, "split")),
-                ("classes", first.classes == other.classes),
-                ("record_id", np.array_equal(*(r.predictions["record_id"] for r in (first, other)))),
-                ("targets", _equal(first, other, "targets", _SAME_MAJORITY)),
-                ("probabilities_majority", _equal(first, other, "probabilities_majority", _SAME_MAJORITY)),
-                (
-                    "probabilities_ecg_features",
-                    _equal(first, other, "probabilities_ecg_features", _SAME_FEATURES),
-                ),
-                ("bootstrap", first.results["bootstrap"] == other.results["bootstrap"]),
-            )
-            if not same
-        ]
-        if differing:
+        if differ := differing(first, other):
             raise UserError(
                 f"{first.folder} and {other.folder} both hold task {first.task}, but differ in "
-                f"{', '.join(differing)}, so that they cannot stand in one table; probe them on the same store "
+                f"{', '.join(differ)}, so that they cannot stand in one table; probe them on the same store "
                 "with the same config."
             )
 
 
-def _check_intervals(results: Sequence[Result]) -> None:
+def differing(first: Result, other: Result) -> list[str]:
+    """Fields in which two results of one task were not trained and tested alike; [] where they can be compared."""
+    return [
+        what
+        for what, same in (
+            ("kind", first.kind == other.kind),
+            ("group", first.results["group"] == other.results["group"]),
+            ("store.fingerprint", _fingerprint(first, "store") == _fingerprint(other, "store")),
+            ("test_store", _fingerprint(first, "test_store") == _fingerprint(other, "test_store")),
+            ("split.fingerprint", _fingerprint(first, "split") == _fingerprint(other, "split")),
+            ("classes", first.classes == other.classes),
+            ("record_id", np.array_equal(*(r.predictions["record_id"] for r in (first, other)))),
+            ("targets", _equal(first, other, "targets", _SAME_MAJORITY)),
+            ("probabilities_majority", _equal(first, other, "probabilities_majority", _SAME_MAJORITY)),
+            (
+                "probabilities_ecg_features",
+                _equal(first, other, "probabilities_ecg_features", _SAME_FEATURES),
+            ),
+            ("bootstrap", first.results["bootstrap"] == other.results["bootstrap"]),
+        )
+        if not same
+    ]
+
+
+def check_intervals(results: Sequence[Result]) -> None:
     """Refuses tasks whose intervals mean different things, which one table would show alike.
 
     Raises:

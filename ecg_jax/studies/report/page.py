@@ -22,6 +22,8 @@ _DARKEST = (126, 178, 217)
 
 def _cell(cell: Cell, numeric: bool) -> str:
     text = escape(cell.text)
+    if cell.link:
+        text = f'<a href="#{escape(cell.link)}">{text}</a>'
     if cell.mark == "best":
         text = f"<b>{text}</b>"
     elif cell.mark == "tied":
@@ -38,7 +40,8 @@ def _cell(cell: Cell, numeric: bool) -> str:
         classes.append("n")
     elif len(cell.text) > 12:
         classes.append("long" if len(cell.text) > 40 else "t")
-    return (f' class="{" ".join(classes)}"' if classes else "") + style + f">{text}"
+    anchor = f' id="{escape(cell.anchor)}"' if cell.anchor else ""
+    return anchor + (f' class="{" ".join(classes)}"' if classes else "") + style + f">{text}"
 
 
 def _head_class(table: Table, i: int) -> str:

@@ -22,9 +22,9 @@ MAJORITY = "majority guess"
 _FEATURES_MODE = "linear"
 _BASELINES = (SUPERVISED, RANDOM_INIT, ECG_FEATURES, MAJORITY)
 
-# Largest difference between a score in results.json and the same computed from predictions.npz: predictions are
+#: Largest difference between a score in results.json and the same computed from predictions.npz: predictions are
 # stored as float32, which can join or part neighbours in a ranking.
-_SAME_SCORE = 1e-4
+SAME_SCORE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def _score(results: Sequence[Result], entries: Sequence[Entry]) -> list[Rank]:
         )
         if entry.result is not None:
             computed, _, _ = entry.scored.macros(settings["undefined"])
-            if not abs(computed - entry.point) <= _SAME_SCORE:
+            if not abs(computed - entry.point) <= SAME_SCORE:
                 raise UserError(
                     f"{entry.result.folder / RESULTS}: the field {first.metric} is {entry.point:.4f}, but the "
                     f"predictions beside it score {computed:.4f}; run its `ecg-jax probe` command again."

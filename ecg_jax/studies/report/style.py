@@ -50,6 +50,7 @@ figure img { display: block; max-width: 100%; height: auto; }
 figcaption { color: var(--mute); font-size: 0.875rem; max-width: 46rem; padding: 0.4rem 0; }
 details { margin: 0.5rem 0; }
 summary { cursor: pointer; padding: 0.3rem 0; color: var(--link); }
+figcaption p { margin: 0.25rem 0; color: var(--ink); }
 .examples { display: grid; grid-template-columns: minmax(0, 1fr); gap: 1rem; }
 .examples h4 { margin: 0.5rem 0; }
 @media (max-width: 40rem) {

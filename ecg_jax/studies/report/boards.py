@@ -1,0 +1,327 @@
+"""Groups of runs against each other: means over seeds, intervals over test patients and seeds, ranks, mean places.
+
+A board is one task in one mode. All its rows are scored on the same resamples of the same test records; a row of
+several seeds carries their scatter too, as Student's t with S - 1 degrees of freedom (`bootstrap.seed_deviations`).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ecg_jax.errors import UserError
+from ecg_jax.evaluation import bootstrap
+from ecg_jax.evaluation.bootstrap import Interval, Scored
+from ecg_jax.evaluation.probe_scores import SCORED_AS, mean_of
+from ecg_jax.evaluation.ranking import correct, rank_models
+from ecg_jax.evaluation.scoring import score
+from ecg_jax.studies.report.load import Result
+from ecg_jax.studies.report.read import MODES, RESULTS
+from ecg_jax.studies.report.rows import (
+    ECG_FEATURES,
+    MAJORITY,
+    RANDOM_INIT,
+    SAME_SCORE,
+    SUPERVISED,
+    Entry,
+    Row,
+    TaskScores,
+)
+from ecg_jax.studies.report.study import Member, Study
+
+_PERCENTILE = "percentile"
+# Fields of config.data that an encoder's input depends on.
+_INPUTS = ("window_s", "rate_hz", "normalisation", "leads")
+
+
+@dataclass
+class Board:
+    """One task in one mode.
+
+    Attributes:
+        task: name of its table.
+        mode: of the probes; "supervised" where there are no others.
+        scores: a row for each group of runs, and the baselines.
+        members: the runs of each row; a baseline has none but an encoder trained from scratch.
+        runs: a row for each run, ranked among themselves; the baselines are not in it.
+        resampled: label of a row of `scores` -> float64 [R] of its macro score, seeds included.
+        gains: label -> the group minus the random initialisations of its own encoders, paired.
+    """
+
+    task: str
+    mode: str
+    scores: TaskScores
+    members: dict[Row, list[Member]]
+    runs: TaskScores
+    resampled: dict[str, np.ndarray]
+    gains: dict[str, Interval]
+
+    @property
+    def name(self) -> str:
+        """Of its tables and figures."""
+        return f"{self.task}_{self.mode}"
+
+    def members_of(self, row: Row) -> list[Member]:
+        """Runs of a row; [] of a baseline that came with the probes."""
+        if row in self.members:
+            return self.members[row]
+        return []
+
+    @property
+    def regression(self) -> bool:
+        """Whether lower is better."""
+        return self.scores.first.regression
+
+
+def make_boards(study: Study, say: Callable[[str], None] = lambda line: None) -> list[Board]:
+    """All boards of a study, tasks in the order of the benchmark, modes in theirs.
+
+    Args:
+        study: with its members.
+        say: told what is going on, a line for each task.
+
+    Raises:
+        UserError: a score in results.json is not that of predictions.npz.
+    """
+    boards = []
+    for task in study.collection.tasks:
+        say(task)
+        members = [member for member in study.members if member.result.task == task]
+        modes = [m for m in MODES if any(member.result.mode == m for member in members)]
+        scorer = _Scorer(members[0].result)
+        for mode in [m for m in modes if m != "supervised"] or modes:
+            boards.append(_board(task, mode, members, scorer))
+    # All comparisons of the page are one family of tests.
+    ranks = {board.name: board.scores.ranks for board in boards}
+    for name, ranked in correct(ranks).items():
+        (board,) = (board for board in boards if board.name == name)
+        of_label = {entry.row.label: entry for entry in board.scores.entries.values()}
+        for rank in ranked:
+            of_label[rank.model].rank = rank
+    return boards
+
+
+class _Scorer:
+    """Scores predictions of one table on its resamples, each set of them once."""
+
+    def __init__(self, first: Result):
+        self.settings = first.results["bootstrap"]
+        self._metric = SCORED_AS[first.metric]
+        self._targets = first.predictions["targets"].astype(np.float64)
+        codes, _ = bootstrap.units(first.predictions["patient_id"].tolist(), len(self._targets))
+        self._counts = bootstrap.draw(codes, self.settings["resamples"], first.results["seed"])
+        self._known: dict[bytes, Scored] = {}
+
+    def __call__(self, predictions: np.ndarray) -> Scored:
+        key = np.ascontiguousarray(predictions).tobytes()
+        if key not in self._known:
+            array = np.asarray(predictions, dtype=np.float64)
+            self._known[key] = score(self._metric, self._targets, array, self._counts)
+        return self._known[key]
+
+    def of_probe(self, result: Result) -> Scored:
+        """A probe's score, checked against what it says of itself."""
+        scored = self(result.predictions["probabilities"])
+        said, computed = result.results[result.metric], scored.macros(self.settings["undefined"])[0]
+        if not abs(computed - said) <= SAME_SCORE:
+            raise UserError(
+                f"{result.folder / RESULTS}: the field {result.metric} is {said:.4f}, but the predictions beside it "
+                f"score {computed:.4f}; run its `ecg-jax probe` command again."
+            )
+        return scored
+
+    def twins_of(self, result: Result) -> list[Scored]:
+        """Scores of the randomly initialised encoders beside a probe; [] where there are none."""
+        name = "probabilities_random_init_seeds"
+        if result.mode == "supervised" or name not in result.predictions:
+            return []
+        return [self(array) for array in result.predictions[name]]
+
+    def over_seeds(self, macros: Sequence[tuple[float, np.ndarray]]) -> tuple[Interval, np.ndarray]:
+        """Mean over seeds with its interval, and its resampled values [R], seeds included."""
+        points, resampled = zip(*macros, strict=True)
+        # The same draws for every row: its interval does not depend on its company.
+        deviations = bootstrap.seed_deviations(points, self.settings["resamples"], np.random.default_rng(1))
+        values = np.mean(resampled, axis=0) + deviations
+        return bootstrap.interval(np.mean(points), values, self.settings["level"]), values
+
+    def macro(self, scored: Scored) -> tuple[float, np.ndarray]:
+        """Of one model, on the sample and the resamples [R]."""
+        return scored.macros(self.settings["undefined"])[:2]
+
+
+def _board(task: str, mode: str, members: Sequence[Member], scorer: _Scorer) -> Board:
+    probed = [member for member in members if member.result.mode == mode]
+    scratch = [m for m in members if m.result.mode == "supervised"] if mode != "supervised" else []
+    rows: dict[Row, list[Member]] = {}
+    for member in probed:
+        supervised = mode == "supervised"
+        row = Row(member.group, "from scratch", SUPERVISED) if supervised else Row(member.group, mode)
+        rows.setdefault(row, []).append(member)
+    for (name, _), own in _by_encoder(scratch, SUPERVISED).items():
+        rows[Row(name, "from scratch", SUPERVISED)] = own
+    entries: dict[Row, Entry] = {}
+    resampled: dict[str, np.ndarray] = {}
+    gains: dict[str, Interval] = {}
+    for row, own in rows.items():
+        entry, values = _group_entry(row, own, scorer)
+        entries[row], resampled[row.label] = entry, values
+        differences = [
+            (a[0] - b[0], a[1] - b[1])
+            for member in own
+            if (twins := scorer.twins_of(member.result))
+            for a, b in [(scorer.macro(scorer.of_probe(member.result)), scorer.macro(mean_of(twins)))]
+        ]
+        if len(differences) == len(own):
+            gains[row.label] = scorer.over_seeds(differences)[0]
+    for row, scored, seeds, results in _baselines(probed, scorer):
+        value, values = scorer.over_seeds([scorer.macro(each) for each in scored])
+        arrays = [np.asarray(array, dtype=np.float64) for array in results]
+        entry = Entry(row, value.point, value.low, value.high, arrays, None, seeds)
+        entry.scored = mean_of(scored)
+        entries[row], resampled[row.label] = entry, values
+    scores = TaskScores(f"{task}_{mode}", [member.result for own in rows.values() for member in own], entries)
+    metric, level = SCORED_AS[scores.first.metric], scorer.settings["level"]
+    as_one = {
+        entry.row.label: Scored(metric, np.array([entry.point]), resampled[entry.row.label][:, None])
+        for entry in entries.values()
+    }
+    of_label = {entry.row.label: entry for entry in entries.values()}
+    for rank in rank_models(as_one, "exclude", level, _PERCENTILE):
+        of_label[rank.model].rank = rank
+    runs = scores if all(len(own) == 1 for own in rows.values()) else _run_scores(scores.task, rows, scorer)
+    return Board(task, mode, scores, rows, runs, resampled, gains)
+
+
+def _group_entry(row: Row, members: Sequence[Member], scorer: _Scorer) -> tuple[Entry, np.ndarray]:
+    """A group's row, and its resampled macro scores [R]."""
+    scored = [scorer.of_probe(member.result) for member in members]
+    value, values = scorer.over_seeds([scorer.macro(each) for each in scored])
+    results = members[0].result.results
+    metric = members[0].result.metric
+    if len(members) == 1:
+        # As the probe wrote it, so that it can be found there.
+        value = Interval(results[metric], results["ci_low"], results["ci_high"])
+    merged = mean_of(scored)
+    own = replace(members[0].result, model=row.model)
+    if len(members) > 1:
+        own = replace(own, results=results | _mean_fields(members, merged, value, scorer.settings))
+    arrays = [member.result.predictions["probabilities"].astype(np.float64) for member in members]
+    seeds = len(members) if len(members) > 1 else None
+    return Entry(row, value.point, value.low, value.high, arrays, own, seeds, merged), values
+
+
+def _mean_fields(
+    members: Sequence[Member], merged: Scored, value: Interval, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Fields of results.json of a group of seeds: the score, and each class's mean with an interval over patients."""
+    first = members[0].result
+    of_class = merged.class_intervals(settings["level"])
+    name = "mae" if first.regression else "auroc"
+    means = ("r2",) if first.regression else ("average_precision", "brier", "ece")
+    per_class = {}
+    for (label, about), interval in zip(first.results["per_class"].items(), of_class, strict=True):
+        every = [member.result.results["per_class"][label] for member in members]
+        per_class[label] = about | {name: interval.point, "ci_low": interval.low, "ci_high": interval.high}
+        for field in means:
+            known = [entry[field] for entry in every if entry[field] is not None]
+            per_class[label][field] = float(np.mean(known)) if known else None
+    return {
+        first.metric: value.point, "ci_low": value.low, "ci_high": value.high, "per_class": per_class,
+        "metrics": {},
+    }  # fmt: skip
+
+
+def _run_scores(name: str, rows: dict[Row, list[Member]], scorer: _Scorer) -> TaskScores:
+    """Every run as a row of its own, ranked among the runs."""
+    entries: dict[Row, Entry] = {}
+    for row, members in rows.items():
+        for member in members:
+            result = member.result
+            own = Row(result.model, row.mode, row.baseline)
+            arrays = [result.predictions["probabilities"].astype(np.float64)]
+            triple = (result.results[name] for name in (result.metric, "ci_low", "ci_high"))
+            entries[own] = Entry(own, *triple, arrays, result, None, scorer.of_probe(result))
+    scored = {entry.row.label: entry.scored for entry in entries.values()}
+    of_label = {entry.row.label: entry for entry in entries.values()}
+    settings = scorer.settings
+    for rank in rank_models(scored, settings["undefined"], settings["level"], _PERCENTILE):
+        of_label[rank.model].rank = rank
+    return TaskScores(name, [m.result for members in rows.values() for m in members], entries)
+
+
+def _encoder_of(member: Member) -> str:
+    """What a randomly initialised encoder depends on beside its seed."""
+    config = member.run.config
+    if not config:
+        return member.run.name
+    model = {name: value for name, value in config["model"].items() if name not in ("conv", "remat")}
+    inputs = {name: value for name, value in config["data"].items() if name in _INPUTS}
+    return json.dumps([model, inputs], sort_keys=True)
+
+
+def _by_encoder(members: Sequence[Member], what: str) -> dict[tuple[str, str], list[Member]]:
+    """Members by the encoder they are of: (name for people, encoder) -> members."""
+    of_encoder: dict[str, list[Member]] = {}
+    for member in members:
+        of_encoder.setdefault(_encoder_of(member), []).append(member)
+    backbones = [own[0].run.backbone for own in of_encoder.values()]
+    named = {}
+    for encoder, own in of_encoder.items():
+        backbone = own[0].run.backbone
+        alike = backbones.count(backbone) > 1 or not backbone
+        name = f"{what} of {own[0].group if alike else backbone}"
+        named[(what if len(of_encoder) == 1 and what == RANDOM_INIT else name, encoder)] = own
+    return named
+
+
+def _baselines(members: Sequence[Member], scorer: _Scorer):
+    """(row, scores of each seed, number of seeds or None, predictions) of random initialisations, ECG features and the
+    majority guess, where the probes have them."""
+    with_twins = [member for member in members if scorer.twins_of(member.result)]
+    for (name, _), own in _by_encoder(with_twins, RANDOM_INIT).items():
+        seeds: dict[int, tuple[Scored, np.ndarray]] = {}
+        for member in own:
+            about = member.result.results["baselines"]["random_init"]
+            numbers = [entry["seed"] for entry in about["seeds"]] if "seeds" in about else range(99)
+            arrays = member.result.predictions["probabilities_random_init_seeds"]
+            for seed, scored, array in zip(numbers, scorer.twins_of(member.result), arrays, strict=False):
+                seeds.setdefault(seed, (scored, array))
+        mode = own[0].result.results["baselines"]["random_init"]["mode"]
+        scored, arrays = zip(*seeds.values(), strict=True)
+        yield Row(name, mode, RANDOM_INIT), scored, len(seeds), arrays
+    first = members[0].result.predictions
+    for name, mode, array in (
+        (ECG_FEATURES, "linear", "probabilities_ecg_features"),
+        (MAJORITY, "", "probabilities_majority"),
+    ):
+        if array in first:
+            yield Row(name, mode, name), [scorer(first[array])], None, [first[array]]
+
+
+def mean_places(boards: Sequence[Board]) -> dict[str, Interval]:
+    """Mean place of each row over boards of one mode, 1 for the best, with its interval, best first.
+
+    On every resample the rows are ordered anew by their scores, ties sharing the mean of their places; boards are
+    resampled each by itself, so that patients who are in two tasks count as two. A row that is not on every board has
+    no mean place, and takes none from the others.
+    """
+    from scipy.stats import rankdata
+
+    labels = [label for label in boards[0].resampled if all(label in board.resampled for board in boards)]
+    if not labels:
+        return {}
+    R = min(len(board.resampled[labels[0]]) for board in boards)
+    points, resampled = np.zeros(len(labels)), np.zeros((R, len(labels)))
+    for board in boards:
+        sign = 1 if board.regression else -1
+        of_label = {entry.row.label: entry.point for entry in board.scores.entries.values()}
+        points += rankdata([sign * of_label[label] for label in labels]) / len(boards)
+        values = np.stack([board.resampled[label][:R] for label in labels], axis=1)
+        places = rankdata(np.nan_to_num(sign * values), axis=1)
+        resampled += np.where(np.isnan(values).any(axis=1, keepdims=True), np.nan, places) / len(boards)
+    level = boards[0].scores.first.results["bootstrap"]["level"]
+    found = dict(zip(labels, bootstrap.intervals(points, resampled, level), strict=True))
+    return dict(sorted(found.items(), key=lambda item: item[1].point))

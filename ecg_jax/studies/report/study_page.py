@@ -1,0 +1,426 @@
+"""The page of `ecg-jax report` for a study: what was run, curves, results, and the figures of its commands."""
+
+import datetime
+from collections.abc import Sequence
+from html import escape
+
+from ecg_jax.studies.figure_folder import Figure, FigureFolder
+from ecg_jax.studies.report import board_tables, figures, run_tables, study_figures, tables, task_tables
+from ecg_jax.studies.report.boards import Board
+from ecg_jax.studies.report.cells import DASH, Cell, Table, number, texts
+from ecg_jax.studies.report.design import anchors, in_order, run_folder, shown_path
+from ecg_jax.studies.report.html import by_task, gallery, of_curves, verdict
+from ecg_jax.studies.report.page import Folded, Page, Part, box, command_html, paragraph
+from ecg_jax.studies.report.pictures import of_files
+from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, TaskScores
+from ecg_jax.studies.report.study import Study, sweep_of
+
+#: Commands whose figures a study is expected to have.
+_COMMANDS = ("scaling", "cka", "efficiency")
+_HEADINGS = {"scaling": "Scaling", "cka": "Similarity of representations (CKA)", "efficiency": "Efficiency"}
+_GALLERIES = 3  # tasks whose recordings are shown
+_LONGEST = 200  # rows of a figure folder's table on the page; its CSV has all
+
+
+def build(
+    title: str,
+    study: Study,
+    boards: Sequence[Board],
+    now: datetime.datetime,
+    command: Sequence[str],
+    shown: str,
+    folder: str,
+) -> Page:
+    """The page of a study.
+
+    Args:
+        title: of the page.
+        study: what was found.
+        boards: of `boards.make_boards`.
+        now: when the report is made.
+        command: that makes it, word by word.
+        shown: which recordings, one of `recordings.RECORDINGS`.
+        folder: of the files beside the page, as it links to them.
+    """
+    page = Page(title, folder)
+    tasks = _tasks(study, boards)
+    page.top(
+        paragraph(f"{_summary(study, boards)} Reported on {now:%Y-%m-%d}.", "about"),
+        command_html(command),
+        *_missing(study, boards),
+        *([verdict(tasks)] if tasks else []),
+        paragraph(
+            "Every number can be followed to the disk: folders are written from the folder given to the report on, "
+            "tables of probes name the one whose `results.json` holds the number, and each table and figure links to "
+            "its data.",
+            "about",
+        ),
+    )
+    if study.runs:
+        page.section("run", "What was run", _run_parts(study))
+        page.section("made-with", "What it was made with", _made_with_parts(study))
+        if curves := study_figures.loss_curves(study):
+            page.section("losses", "Loss curves", curves)
+    if boards:
+        looks = study_figures.objective_looks(study)
+        page.section("results", "Results", _results(study, boards, looks))
+        if modes := study_figures.modes(boards, looks, study):
+            page.section("modes", "Objectives, mode by mode", modes)
+        page.section("classes", "Class by class", _classes(boards))
+        page.section("layers", "Layers", _layers(study))
+        page.section(
+            "tasks-and-leakage", "Tasks and leakage", [tables.task_table(tasks), tables.leakage_table(tasks)]
+        )
+        page.section("left-out", "What was left out", [tables.exclusions(tasks)])
+    _curve_sections(page, study)
+    for kind in dict.fromkeys(each.kind for each in study.figures):
+        found = [each for each in study.figures if each.kind == kind]
+        heading = _HEADINGS[kind] if kind in _HEADINGS else kind.replace("_", " ").capitalize()
+        parts = [part for each in found for part in _figure_parts(each, study, page)]
+        page.section(f"figures-{kind}", heading, parts)
+    if boards:
+        page.section("examples", "Recordings", _recordings(boards, shown))
+    return page
+
+
+def _tasks(study: Study, boards: Sequence[Board]) -> dict[str, TaskScores]:
+    """Task -> all its results, of every mode."""
+    found: dict[str, TaskScores] = {}
+    for board in boards:
+        results = study.collection.of_task(board.task)
+        found.setdefault(board.task, TaskScores(board.task, results, board.scores.entries))
+    return found
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _summary(study: Study, boards: Sequence[Board]) -> str:
+    runs = study.runs
+    parts = []
+    if runs:
+        objectives, backbones = in_order(runs, "objective"), in_order(runs, "backbone")
+        parts.append(
+            f"{_count(len(runs), 'run')}, {len(study.finished)} finished, of {_count(len(objectives), 'objective')} on "
+            f"{_count(len(backbones), 'backbone')}"
+        )
+        flops = [run.train_flops for run in runs if run.train_flops is not None]
+        hours = [run.device_hours for run in runs if run.device_hours is not None]
+        cost = f"{run_tables.scaled(sum(flops))}FLOP of training by formula" if flops else ""
+        timed = f"{number(sum(hours), 2)} device-hours of pretraining" if hours else ""
+        parts += [part for part in (cost, timed) if part]
+    if boards:
+        n_tasks = len({board.task for board in boards})
+        parts.append(f"{_count(len(study.members), 'probe')} of {_count(n_tasks, 'task')}")
+    if study.figures:
+        parts.append(f"figures of {', '.join(dict.fromkeys(each.kind for each in study.figures))}")
+    return "; ".join(parts) + "."
+
+
+def _missing(study: Study, boards: Sequence[Board]) -> list[str]:
+    """What the study lacks, and what is made up, in boxes that are seen."""
+    lines, runs = [], study.runs
+    if behind := [run for run in runs if run not in study.finished]:
+        names = ", ".join(run.name for run in behind[:5]) + (" ..." if len(behind) > 5 else "")
+        lines.append(f"{len(behind)} of {_count(len(runs), 'run')} are not finished: {names}.")
+    if runs and not boards:
+        lines.append("No probe is among the folders: nothing here says how good the features are.")
+    elif without := [run for run in runs if run.objective and not run.probes]:
+        lines.append(f"{_count(len(without), 'run')} without a finished probe.")
+    lines += _without_baselines(boards)
+    seeds = [len(own) for board in boards for row, own in board.members.items() if not row.baseline]
+    if seeds and max(seeds) == 1:
+        lines.append(
+            "Every group is a single seed: differences between groups may be those between seeds, which no interval "
+            "here holds."
+        )
+    if absent := [name for name in _COMMANDS if name not in [each.kind for each in study.figures]]:
+        commands = ", ".join(f"`ecg-jax {name}`" for name in absent)
+        lines.append(f"Without figures of {commands}: give their folders too, or a sweep that ran them.")
+    parts = []
+    if lines:
+        parts.append(box("warn", [paragraph("What this study lacks", "warn"), *map(paragraph, lines)]))
+    made_up = study.synthetic
+    tested = dict.fromkeys(board.task for board in boards if board_tables.of_synthetic(board))
+    if made_up or tested:
+        said = []
+        if made_up:
+            said.append(
+                f"SYNTHETIC recordings: {len(made_up)} of {_count(len(runs), 'run')} were pretrained on them. Their "
+                "losses, and curves and fits through them, say nothing about ECGs."
+            )
+        if tested:
+            said.append(
+                f"SYNTHETIC recordings: {', '.join(tested)} {'are' if len(tested) > 1 else 'is'} tested on them. Such "
+                "scores check the machinery and say nothing about ECGs."
+            )
+        parts.append(box("bad", [paragraph(text, "bad") for text in said]))
+    return parts
+
+
+def _without_baselines(boards: Sequence[Board]) -> list[str]:
+    missing: dict[str, dict[str, None]] = {}
+    for board in boards:
+        there = {row.baseline for row in board.scores.entries}
+        for name in (SUPERVISED, RANDOM_INIT, ECG_FEATURES):
+            if name not in there and not (board.mode == "supervised" and name == RANDOM_INIT):
+                missing.setdefault(name, {})[board.task] = None
+    sentences = {
+        SUPERVISED: "No encoder trained from scratch (mode=supervised) on {}: whether pretraining pays at all is open "
+        "there.",
+        RANDOM_INIT: "No random initialisation beside the probes of {}.",
+        ECG_FEATURES: "No simple ECG features beside the probes of {}.",
+    }
+    return [sentences[name].format(", ".join(tasks)) for name, tasks in missing.items()]
+
+
+def _run_parts(study: Study) -> list[Part]:
+    parts: list[Part] = [run_tables.cost_table(study)]
+    if unfinished := run_tables.unfinished_table(study):
+        parts.append(unfinished)
+    parts += [run_tables.runs_table(study), run_tables.stores_table(study)]
+    for i, sweep in enumerate(study.sweeps, start=1):
+        where = shown_path(sweep.folder, study.folders)
+        parts.append(paragraph(f"Sweep `{where}` of the file `{sweep.file}`. {sweep.note}"))
+        if sweep.lines:
+            table = run_tables.sweep_table(sweep.lines, f"sweep_{i}_results", where)
+            parts.append(Folded(f"results.csv of {where}", [table]))
+    return parts
+
+
+def _made_with_parts(study: Study) -> list[Part]:
+    parts: list[Part] = [run_tables.made_with_table(study)]
+    revisions = {(run.revision, run.dirty) for run in study.runs if run.revision}
+    if len(revisions) > 1:
+        parts.append(
+            paragraph(
+                "The runs are of several revisions of the code: a difference may be one of code.", "warn"
+            )
+        )
+    parts.append(paragraph("Configs: what all runs share once, then what differs, objective by objective."))
+    return parts + [Folded(heading, found) for heading, found in run_tables.config_tables(study)]
+
+
+def _results(study: Study, boards: Sequence[Board], looks) -> list[Part]:
+    parts: list[Part] = []
+    compact = {board.name: board_tables.compact_table(board, study) for board in boards}
+    if places := board_tables.places_table(boards):
+        parts += ["<h3>Over all tasks</h3>", places]
+    for board in boards:
+        parts.append(f"<h3>{escape(board.task)}, {board.mode}</h3>")
+        if board_tables.of_synthetic(board):
+            parts.append(paragraph(board_tables.warning(board).strip(), "bad"))
+        if compact[board.name] is not None:
+            parts.append(compact[board.name])
+        parts += [
+            study_figures.forest(board, looks),
+            board_tables.groups_table(board, study),
+            Folded("Every run, as its results.json has it", [board_tables.single_table(board, study)]),
+        ]
+    resamples = sorted({board.scores.first.results["bootstrap"]["resamples"] for board in boards})
+    comparisons = sum(len(board.scores.entries) - 1 for board in boards)
+    least = 2 * comparisons / (resamples[-1] + 1)
+    few = (
+        f" With {resamples[-1]} resamples and {comparisons} comparisons no corrected p can be below "
+        f"{min(1.0, least):.2g}: use more resamples."
+        if least > 0.05
+        else ""
+    )
+    parts.append(
+        paragraph(
+            "All rows of a task are scored on the same resamples of its test records; a row of one run shows the "
+            "interval of its results.json, one of several seeds the percentile interval of their mean. Differences, "
+            f"ranks and p-values are from percentiles.{few}",
+            "about",
+        )
+    )
+    return parts
+
+
+def _classes(boards: Sequence[Board]) -> list[Part]:
+    parts: list[Part] = []
+    for board in boards:
+        scores = board.scores
+        looks = figures.looks_of({scores.task: scores})
+        inside: list[Part] = [board_tables.class_table(board)]
+        # Predictions are those of single runs: a mean over seeds is not what any of them said.
+        own = figures.looks_of({scores.task: board.runs})
+        inside.append(
+            figures.regression(board.runs) if board.regression else figures.calibration(board.runs, own)
+        )
+        what = "Predictions" if board.regression else "Calibration"
+        parts += [
+            f"<h3>{escape(board.task)}, {board.mode}</h3>",
+            figures.forest(scores, looks),
+            Folded(f"{what} of the best runs, and all groups by classes", inside),
+        ]
+    return parts
+
+
+def _layers(study: Study) -> list[Part]:
+    """The layer that each probe chose, a table for each mode."""
+    ids, found = anchors(study), []
+    modes: dict[str, list] = {}
+    for member in study.members:
+        if member.result.results["layers"] is not None:
+            modes.setdefault(member.result.mode, []).append(member)
+    for mode, members in modes.items():
+        names = list(dict.fromkeys(member.result.task for member in members))
+        chosen: dict[str, dict[str, Cell]] = {}
+        of_model = {}
+        for member in members:
+            layers = member.result.results["layers"]
+            value = layers["validation"].get(layers["chosen"])
+            chosen.setdefault(member.result.model, {})[member.result.task] = Cell(
+                layers["chosen"], f"({number(value)})"
+            )
+            of_model[member.result.model] = member
+        rows = [
+            [
+                Cell(run_folder(of_model[model].run, study.folders), link=ids[of_model[model].run.name]),
+                *(of[name] if name in of else Cell(DASH, mark="mute") for name in names),
+            ]
+            for model, of in chosen.items()
+        ]
+        found.append(
+            Table(
+                f"layers_{mode}",
+                f"{mode}: the layer that each probe chose by the score beside it, on the validation records (macro "
+                "AUROC; of regressions, mean absolute error). All layers' scores are in its results.json.",
+                ["folder", *names],
+                rows,
+                1 + len(names),
+            )
+        )
+    return found or [paragraph("No probe chose among layers.")]
+
+
+def _curve_sections(page: Page, study: Study) -> None:
+    collection = study.collection
+    if collection.efficiency:
+        parts = of_curves(
+            collection.efficiency,
+            lambda task, curves: figures.label_efficiency(task, curves, {}),
+            task_tables.efficiency_table,
+            task_tables.saving_table,
+        )
+        page.section("label-efficiency", "Label efficiency", parts)
+    if collection.robustness:
+        parts = of_curves(
+            collection.robustness,
+            lambda task, curves: figures.robustness(task, curves, {}),
+            task_tables.robustness_table,
+        )
+        page.section("robustness", "Robustness", parts)
+
+
+def _figure_parts(found: FigureFolder, study: Study, page: Page) -> list[Part]:
+    """What a command's folder holds: where, made of what, its figures and tables."""
+    about, where = found.about, shown_path(found.folder, study.folders)
+    parts: list[Part] = [paragraph(f"Of `{where}`{_of_date(about)}.", "about")]
+    older = _ended_after(study, about)
+    if older:
+        parts.append(
+            box(
+                "warn",
+                [paragraph(f"Older than {_count(older, 'run')} of this report: run the command again.")],
+            )
+        )
+    if study.synthetic and found.kind in ("scaling", "cka"):
+        parts.append(
+            paragraph(
+                f"{len(study.synthetic)} of {_count(len(study.runs), 'run')} of this study were pretrained on "
+                "SYNTHETIC recordings.",
+                "bad",
+            )
+        )
+    said = [
+        (name, about[name] if isinstance(about[name], str) else _words(about[name]))
+        for name in ("command", "runs", "versions", "device")
+        if about.get(name)
+    ]
+    if said:
+        name = _free_name(f"{found.kind}_about", page, parts)
+        rows = [texts(pair) for pair in said]
+        table = Table(name, f"What the figures of {where} were made of.", ["field", "value"], rows, 2)
+        parts.append(Folded("What these figures were made of", [table]))
+    for figure in found.figures:
+        parts += _figure(figure, found, page, parts)
+    return parts
+
+
+def _of_date(about: dict) -> str:
+    return f", made on {about['date'][:10]}" if "date" in about else ""
+
+
+def _words(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {each}" for name, each in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def _ended_after(study: Study, about: dict) -> int:
+    """How many runs a sweep ended after a command's figures were made."""
+    from ecg_jax.sweep_folder import read_status
+
+    if "date" not in about:
+        return 0
+    made, n = datetime.datetime.fromisoformat(about["date"]), 0
+    for run in study.runs:
+        status = None if sweep_of(run) is None else read_status(run.folder.parent)
+        if status is not None and status["ended"] is not None:
+            n += datetime.datetime.fromisoformat(status["ended"]) > made
+    return n
+
+
+def _free_name(name: str, page: Page, parts: Sequence[Part]) -> str:
+    """A name of files that the page, and what is to come onto it, has not."""
+    taken = {each.name for each in (*page.tables, *page.pictures, *_inside(parts))}
+    n, free = 1, name
+    while free in taken:
+        n += 1
+        free = f"{name}_{n}"
+    return free
+
+
+def _inside(parts: Sequence[Part]):
+    for part in parts:
+        if isinstance(part, Folded):
+            yield from _inside(part.parts)
+        elif not isinstance(part, str) and hasattr(part, "name"):
+            yield part
+
+
+def _figure(figure: Figure, found: FigureFolder, page: Page, parts: Sequence[Part]) -> list[Part]:
+    """A figure or table of a folder, as it was drawn there."""
+    name = _free_name(f"{found.kind}_{figure.name}", page, parts)
+    heading = f"<h3>{escape(figure.title)}</h3>"
+    words = {"shows": figure.shows, "does_not_show": figure.does_not_show}
+    if figure.picture is not None:
+        files = {
+            suffix: figure.picture.with_suffix(suffix).read_bytes() for suffix in (".png", ".svg", ".csv")
+        }
+        return [heading, of_files(name, files, alt=f"{figure.title}.", caption=figure.title, **words)]
+    cut = figure.rows[:_LONGEST]
+    more = f" The first {len(cut)} of {len(figure.rows)} rows." if len(cut) < len(figure.rows) else ""
+    rows = run_tables.figure_rows(name, f"{figure.title}.{more}", figure.columns, cut)
+    return [
+        heading,
+        rows,
+        paragraph(f"Shows. {figure.shows}"),
+        paragraph(f"Does not show. {figure.does_not_show}"),
+    ]
+
+
+def _recordings(boards: Sequence[Board], shown: str) -> list[Part]:
+    first = {board.task: board for board in reversed(boards) if not board.regression}
+    chosen = [board.runs for board in boards if board in list(first.values())][:_GALLERIES]
+    if not chosen:
+        return [paragraph("No task is a classification.")]
+    parts = by_task(chosen, lambda task: gallery(task, shown))
+    if len(first) > len(chosen):
+        parts.append(paragraph(f"The first {len(chosen)} of {len(first)} tasks."))
+    return parts
