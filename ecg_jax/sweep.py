@@ -2,44 +2,36 @@
 
 import argparse
 import contextlib
-import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from ecg_jax.errors import Stopped, UserError
-from ecg_jax.studies import comparison_tables
+from ecg_jax.sweep_declaration import check_folder, declare
 from ecg_jax.sweep_file import Run, Sweep, load_sweep, select
 from ecg_jax.sweep_folder import (
     FAILED,
     FINISHED,
     RUNNING,
-    Busy,
-    State,
-    check_folder,
-    declare,
-    is_finished,
+    WAITING,
+    is_pretrained,
+    may_begin,
     reason,
     state_of,
 )
-from ecg_jax.sweep_launch import (
-    ARRAY_SCRIPT,
-    COLLECT_SCRIPT,
-    TRY_AGAIN,
-    array_script,
-    check_slurm_options,
-    collect_script,
-    run_jobs,
-    still_queued,
-    submit,
-)
+from ecg_jax.sweep_launch import TRY_AGAIN, run_jobs
+from ecg_jax.sweep_listing import describe, describe_studies, print_tables, runs_text
+from ecg_jax.sweep_locks import Busy
+from ecg_jax.sweep_probes import is_done
 from ecg_jax.sweep_results import write_tables
-from ecg_jax.sweep_run import StoreChoice, check_stores, prepare_sample, pretrain_and_probe
-from ecg_jax.sweep_table import collect, loss_table
+from ecg_jax.sweep_run import pretrain_and_probe
+from ecg_jax.sweep_stores import StoreChoice, check_choice, check_stores, make_stores
+from ecg_jax.sweep_studies import all_finished, make_studies
+from ecg_jax.sweep_submit import arguments_of, launch
 
 DESCRIPTION = """\
 Pretrains and probes every run of a sweep file and writes tables of them: macro AUROC of each group of seeds with an
@@ -47,16 +39,18 @@ interval over test patients and seeds, beside random initialisation and the majo
 with its settings and results. Run the same command again after an interruption: finished runs are skipped, the
 interrupted ones go on. A run that fails is reported, and the others go on. Several processes may work in one DIR, on
 one host or many: each takes runs that no other works on. Runs take turns in this process, unless --jobs is given; one
-that hangs ends it with 75.
+that hangs ends it with 75. A run that begins with another waits until that one is pretrained. Studies that the file
+names follow when every run is finished.
 
   ecg-jax sweep configs/sweeps/objectives_quick.py --output=runs/objectives_quick
   ecg-jax sweep configs/sweeps/learning_rate.py:quick --output=runs/lr --launcher=slurm --jobs=4 \\
       --slurm='--partition=gpu --gpus=1 --time=24:00:00' --dry-run
 
-Writes into DIR: NAME/run, NAME/probe and NAME/status.json of each run; results.json, results.csv, results.md and
-results.png; results_table.parquet and results_table.csv. Exit code 0: every run asked for is finished, or submitted;
-or SIGTERM stopped it, and the same command goes on; 2: some failed, or files are damaged; 75: none failed, but some
-ended themselves or other processes still work on them: run the same command again; 130: Ctrl-C, the same.
+Writes into DIR: NAME/run, NAME/probe, NAME/probes/... and NAME/status.json of each run; results.json, results.csv,
+results.md and results.png; results_table.parquet and results_table.csv; studies/...; stores that the sweep makes. Exit
+code 0: every run asked for is finished, or submitted; or SIGTERM stopped it, and the same command goes on; 2: some
+failed, or a study did, or files are damaged; 75: none failed, but some ended themselves or other processes still work
+on them: run the same command again; 130: Ctrl-C, the same.
 """
 
 
@@ -76,16 +70,19 @@ def run_sweep(
         sweep: from `load_sweep`.
         output: folder of the sweep, made if needed.
         store: that runs are pretrained on, one folder or several separated by commas; None: runs that name none use
-            the PTB-XL sample that ships with the package.
+            the PTB-XL sample that ships with the package. Runs may name their own.
         only: names of runs or groups, separated by commas; None for all.
-        probe_store: the labelled store of the probes; None: the one that a run is pretrained on.
+        probe_store: the labelled store of the probes; None: the one that a run is pretrained on. Of several separated
+            by commas the first is that of the tables, and further probes take those that their tasks fit.
         jobs: 1: one run after another, in this process; else so many at a time, each in a process of its own.
         tables: False: leaves them to somebody else.
 
     Returns:
         What results.json holds, see `studies.comparison.compare` ({} while no probe is finished); "failed", run ->
-        reason; "damaged", run -> what cannot be read; "busy", names of runs that other processes work on; "again",
-        names of other runs that are not finished: their processes ended themselves, or were asked to.
+        reason; "damaged", run -> what cannot be read; "busy", names of runs that other processes work on; "waits", run
+        -> the one that it begins with, which is not pretrained; "blocked", those of them for whose first run nobody is
+        at work or was asked to be; "again", names of other runs that are not finished: their processes ended
+        themselves, or were asked to.
 
     Raises:
         UserError: the folder or a store does not fit. A run that fails, or is damaged, does not raise.
@@ -93,12 +90,13 @@ def run_sweep(
     """
     output, choice = Path(output), StoreChoice(store and str(store), probe_store and str(probe_store))
     chosen = select(sweep, only)
+    check_choice(choice, sweep.runs)
     check_folder(sweep, output)
     check_stores(choice, chosen, output)  # before anything is written
     declare(sweep, output)
-    if prepare_sample(choice, chosen, output):
+    if make_stores(choice, chosen, output):
         check_stores(choice, chosen, output)
-    waiting = [run for run in chosen if not is_finished(output, run)]
+    waiting = [run for run in chosen if not is_done(run, choice, output)]
     if len(waiting) < len(chosen):
         print(f"{len(chosen) - len(waiting)} of {len(chosen)} runs are finished already")
 
@@ -116,27 +114,46 @@ def run_sweep(
     if jobs > 1:
         write_meanwhile()
         failed = run_jobs(
-            waiting, output, [*_arguments(sweep, output, choice), "--no-tables"], jobs, write_meanwhile
+            waiting, output, [*arguments_of(sweep, output, choice), "--no-tables"], jobs, write_meanwhile
         )
     else:
         failed = _in_turn(waiting, output, choice, write_meanwhile)
     # Another process may have finished meanwhile what failed here, or be at it.
-    left = [run for run in waiting if not is_finished(output, run)]
-    busy = [run.name for run in left if state_of(output, run).kind == RUNNING]
-    left = [run.name for run in left if run.name not in busy]
+    left = [run for run in waiting if not is_done(run, choice, output)]
+    states = {run.name: state_of(output, run) for run in left}
+    busy = [name for name, state in states.items() if state.kind == RUNNING]
+    waits = {run.name: run for run in left if states[run.name].kind == WAITING and run.name not in failed}
+    rest = [name for name in states if name not in (*busy, *waits)]
     results, damaged = write_tables(sweep, output) if tables else ({}, {})
+    asked = {run.name for run in chosen}
+    first = {name: _first_missing(output, run) for name, run in waits.items()}
     return results | {
-        "failed": {name: failed[name] for name in left if name in failed},
+        "failed": {name: failed[name] for name in rest if name in failed},
         "damaged": {run.name: damaged[run.name] for run in chosen if run.name in damaged},
         "busy": busy,
-        "again": [name for name in left if name not in failed],
+        "waits": {name: run.init.name for name, run in waits.items()},
+        "blocked": [
+            name
+            for name, run in first.items()
+            if run.name not in asked and state_of(output, run).kind != RUNNING
+        ],
+        "again": [name for name in rest if name not in failed],
     }
+
+
+def _first_missing(output: Path, run: Run) -> Run:
+    """The run that must be pretrained first for one that waits."""
+    while run.init is not None and not is_pretrained(output, run.init):
+        run = run.init
+    return run
 
 
 def _in_turn(
     runs: Sequence[Run], output: Path, choice: StoreChoice, before: Callable[[], None]
 ) -> dict[str, str]:
     """Works on runs in this process, one after another; on those that another process held, again when it has died.
+
+    Runs that begin with another come after it, and are left out when that one is not pretrained.
 
     Args:
         before: called before each run.
@@ -147,16 +164,20 @@ def _in_turn(
     failed: dict[str, str] = {}
     waiting = list(runs)
     while waiting:
-        busy = []
+        later = []
         for number, run in enumerate(waiting, start=1):
             before()
             print(f"\n[{number}/{len(waiting)}] {run.name}: {run.declared}", flush=True)
+            if not may_begin(output, run):
+                later.append(run)
+                print(f"{run.name} waits for {run.init.name}", flush=True)
+                continue
             try:
                 pretrain_and_probe(run, choice, output)
             except Stopped:
                 raise
             except Busy as error:
-                busy.append(run)
+                later.append(run)
                 print(error, file=sys.stderr, flush=True)
                 continue
             except Exception as error:  # whatever it is, the other runs go on
@@ -164,116 +185,62 @@ def _in_turn(
                 print(f"{run.name} failed: {failed[run.name]}", file=sys.stderr, flush=True)
             jax.clear_caches()  # programs of a run that is over
         waiting = []
-        for run in busy:
+        for run in later:
             state = state_of(output, run)
             if state.kind == FAILED:
                 failed[run.name] = state.error
+            elif state.kind == WAITING:
+                # The run that it waits for comes earlier: it is taken up again, or nobody does here.
+                waiting += [run] * any(other.name == run.init.name for other in waiting)
             elif state.kind not in (FINISHED, RUNNING):
                 waiting.append(run)
     return failed
 
 
-def _arguments(sweep: Sweep, output: Path, choice: StoreChoice) -> list[str]:
-    """Of `ecg-jax` for another process that works on this sweep."""
-    arguments = ["sweep", sweep.path, f"--output={output}"]
-    arguments += [f"--store={choice.store}"] if choice.store else []
-    return arguments + ([f"--probe-store={choice.probe_store}"] if choice.probe_store else [])
-
-
-def describe(runs: Sequence[Run], output: Path | None) -> str:
-    """One line for each run: name, group, state, config; and those that failed or died with their last error."""
-    states = {run.name: state_of(output, run) for run in runs} if output else {}
-    rows = [(run.name, run.group, str(states[run.name]) if output else "", run.declared) for run in runs]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [
-        "  ".join([cell.ljust(w) for cell, w in zip(row[:3], widths, strict=True) if w] + [row[3]])
-        for row in rows
-    ]
-    errors = [f"{name}: {state.error}" for name, state in states.items() if state.error]
-    return "\n".join([*lines, *(["", "last errors:", *errors] if errors else [])])
-
-
-def _launch(
-    sweep: Sweep, output: Path, choice: StoreChoice, chosen: Sequence[Run], options: argparse.Namespace
-) -> None:
-    """Submits the runs that are neither finished, nor being worked on, nor waiting in SLURM's queue; or says how."""
-    slurm = check_slurm_options(options.slurm or "")
-    check_folder(sweep, output)
-    check_stores(choice, chosen, output)
-    states = {run.name: state_of(output, run) for run in chosen}
-    runs = [run for run in chosen if states[run.name].kind not in (FINISHED, RUNNING)]
-    queued = still_queued(output) if options.launcher == "slurm" else {}
-    names = {name for of_array in queued.values() for name in of_array.values()}
-    waiting, runs = [run for run in runs if run.name in names], [run for run in runs if run.name not in names]
-    if waiting:
-        print(
-            f"{_runs(waiting)} already in the queue, of the array {' and '.join(queued)}: "
-            + ", ".join(run.name for run in waiting)
-        )
-    arguments = _arguments(sweep, output, choice)
-    if options.dry_run:
-        print(describe(chosen, output))
-    if not runs:
-        print(
-            f"nothing to run: of {len(chosen)} runs {_count(states, FINISHED)} are finished and "
-            f"{_count(states, RUNNING)} being worked on, and {len(waiting)} wait in the queue"
-        )
-    elif options.launcher == "local":
-        print("\n" + "\n".join(shlex.join(["ecg-jax", *arguments, f"--only={run.name}"]) for run in runs))
-    elif options.dry_run:
-        print(f"\n# sbatch --parsable {output / ARRAY_SCRIPT}")
-        print(array_script(runs, output, arguments, slurm, options.jobs))
-        print(f"# sbatch --parsable --dependency=afterany:ARRAY {output / COLLECT_SCRIPT}")
-        print(collect_script(output, arguments, slurm), end="")
-    else:
-        declare(sweep, output)
-        array, last = submit(runs, output, arguments, slurm, options.jobs, queued)
-        print(f"submitted {_runs(runs)} as the array {array}, and job {last}, which then makes the tables")
-
-
-def _count(states: dict[str, State], kind: str) -> int:
-    return sum(state.kind == kind for state in states.values())
-
-
-def _conclude(sweep: Sweep, output: Path, results: dict[str, Any]) -> int:
-    """Prints the tables and what is not finished; the exit code.
+def _conclude(sweep: Sweep, output: Path, results: dict[str, Any], studies: bool, here: bool) -> int:
+    """Prints the tables and what is not finished, and makes the studies when all is; the exit code.
 
     Raises:
-        UserError: runs failed or are damaged.
+        UserError: runs or studies failed, are damaged, or wait for runs that nobody was asked to run.
     """
-    failed, damaged, busy, again = (results.pop(name) for name in ("failed", "damaged", "busy", "again"))
-    _print_tables(sweep, output, results)
+    failed, damaged, busy, waits, blocked, again = (
+        results.pop(name) for name in ("failed", "damaged", "busy", "waits", "blocked", "again")
+    )
+    print_tables(sweep, output, results)
     if busy:
         print(f"other processes are working on {', '.join(busy)}", file=sys.stderr)
     if again:
         print(f"not finished: {', '.join(again)}", file=sys.stderr)
+    for name, other in waits.items():
+        print(f"{name} waits for {other}, which is not pretrained", file=sys.stderr)
     if damaged := {name: what for name, what in damaged.items() if name not in failed}:
         print("\n".join(f"{name}: {what}" for name, what in damaged.items()), file=sys.stderr)
-    if wrong := [
-        f"{_runs(names)} {what}, see above: {', '.join(names)}"
+    broken = _studies(sweep, output, here) if studies else {}
+    wrong = [
+        f"{runs_text(names)} {what}, see above: {', '.join(names)}"
         for what, names in (("failed", failed), ("damaged", damaged))
         if names
-    ]:
+    ]
+    if blocked and not failed:
+        wrong.append(f"{', '.join(blocked)} cannot begin before runs that --only leaves out; name those too")
+    if broken:
+        wrong.append(f"studies failed, see above: {', '.join(broken)}")
+    if wrong:
         raise UserError("; ".join(wrong))
-    if busy or again:
+    if busy or again or waits:
         print("run the same command again to finish them, or to see that they are", file=sys.stderr)
         return TRY_AGAIN
     return 0
 
 
-def _runs(names: Sized) -> str:
-    return f"{len(names)} runs" if len(names) > 1 else "1 run"
-
-
-def _print_tables(sweep: Sweep, output: Path, results: dict[str, Any]) -> None:
-    if results:
-        print("\n" + "\n".join(comparison_tables.group_table(results)))
-        if results["note"]:
-            print(f"\n{results['note']}")
-        print(f"\nwritten to {output}: results.md, results.csv, results.json, results.png, results_table.*")
-    elif not sweep.probes and (lines := loss_table(collect(sweep, output))):
-        print("\n" + "\n".join(lines))
-        print(f"\nwritten to {output}: results.md, results_table.parquet, results_table.csv")
+def _studies(sweep: Sweep, output: Path, here: bool) -> dict[str, str]:
+    """Makes the studies if every run is finished; study -> why it failed."""
+    if not (names := [study.name for study in sweep.studies(output)]):
+        return {}
+    if not all_finished(sweep, output):
+        print(f"studies wait until every run is finished: {', '.join(names)}")
+        return {}
+    return make_studies(sweep, output, here=here)
 
 
 class _Terminated(BaseException):
@@ -313,9 +280,15 @@ def _parser() -> argparse.ArgumentParser:
         "ships with the package, unless the sweep asks for one)",
     )
     parser.add_argument(
-        "--probe-store", metavar="STORE", help="labelled store of the probes (default: the one of --store)"
+        "--probe-store",
+        metavar="STORE,...",
+        help="labelled store of the probes (default: the one of --store); of several the first is that of the tables, "
+        "and further probes take all that their tasks fit",
     )
     parser.add_argument("--only", metavar="NAME,...", help="only these runs or groups")
+    parser.add_argument(
+        "--no-studies", action="store_true", help="leaves out what the file has made of the finished runs"
+    )
     parser.add_argument(
         "--launcher",
         choices=("local", "slurm"),
@@ -342,7 +315,9 @@ def _parser() -> argparse.ArgumentParser:
         "--list", action="store_true", help="shows the runs, how far they are and their last errors"
     )
     what.add_argument(
-        "--collect", action="store_true", help="makes the tables of what there is, and runs nothing"
+        "--collect",
+        action="store_true",
+        help="makes the tables of what there is, and the studies if every run is finished; runs nothing",
     )
     what.add_argument("--no-tables", action="store_true", help="runs, and leaves the tables to --collect")
     return parser
@@ -363,31 +338,53 @@ def main(argv: list[str]) -> int:
     chosen = select(sweep, options.only)
     if options.list:
         print(describe(chosen, options.output))
+        if text := describe_studies(sweep, options.output):
+            print(text)
         return 0
     if options.output is None:
         raise UserError("give the folder of the sweep: --output=DIR")
     choice = StoreChoice(options.store, options.probe_store)
+    studies = not (options.no_studies or options.no_tables)
     if options.collect:
-        if not options.output.is_dir():
-            raise UserError(f"there is no folder {options.output}; --collect reads what a sweep wrote")
-        check_folder(sweep, options.output)
-        print(describe(chosen, options.output))
-        results, damaged = write_tables(sweep, options.output)
-        _print_tables(sweep, options.output, results)
-        if damaged:
-            print("\n".join(["", "damaged:", *(f"{name}: {what}" for name, what in damaged.items())]))
-        return 0
+        with _terminating():
+            return _collect(sweep, options.output, chosen, studies)
     if options.dry_run or options.launcher == "slurm":
-        _launch(sweep, options.output, choice, chosen, options)
+        launch(
+            sweep,
+            options.output,
+            choice,
+            chosen,
+            slurm=options.launcher == "slurm",
+            options=options.slurm or "",
+            jobs=options.jobs,
+            dry_run=options.dry_run,
+            studies=studies,
+        )
         return 0
     with _terminating():
+        jobs = options.jobs or 1
         results = run_sweep(
             sweep,
             options.output,
             options.store,
             options.only,
             options.probe_store,
-            jobs=options.jobs or 1,
+            jobs=jobs,
             tables=not options.no_tables,
         )
-        return _conclude(sweep, options.output, results)
+        return _conclude(sweep, options.output, results, studies, here=jobs == 1)
+
+
+def _collect(sweep: Sweep, output: Path, chosen: Sequence[Run], studies: bool) -> int:
+    """The tables of what there is, and the studies if every run is finished; the exit code."""
+    if not output.is_dir():
+        raise UserError(f"there is no folder {output}; --collect reads what a sweep wrote")
+    check_folder(sweep, output)
+    print(describe(chosen, output))
+    results, damaged = write_tables(sweep, output)
+    print_tables(sweep, output, results)
+    if damaged:
+        print("\n".join(["", "damaged:", *(f"{name}: {what}" for name, what in damaged.items())]))
+    if broken := _studies(sweep, output, here=False) if studies else {}:
+        raise UserError(f"studies failed, see above: {', '.join(broken)}")
+    return 0

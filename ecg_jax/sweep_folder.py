@@ -1,54 +1,46 @@
-"""The folder of a sweep: which sweep it belongs to, who works on which run, and how far each run is.
+"""The folders of a sweep's runs: who works on which run, and how far each run is.
 
-Several processes may work in one folder at a time, on one host or on many, each on a run of its own. A run is held by
-a lock on its folder's `.lock`, the declaration and the sample by a short one on the sweep's, the tables by one of their
-own. The file system must keep its locks between the hosts.
+Several processes may work in one sweep's folder at a time, on one host or on many, each on a run of its own.
 """
 
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import os
 import socket
-import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ecg_jax.errors import Stopped, UserError
 from ecg_jax.files import read_jsonl, write_atomic
 from ecg_jax.probe_provenance import made_with
-from ecg_jax.sweep_entry import SLURM, STORE
-from ecg_jax.sweep_file import Run, Sweep, differences, plain
+from ecg_jax.sweep_file import Run
+from ecg_jax.sweep_locks import LOCK, held, is_held
 from ecg_jax.training.checkpoint import finished_steps
 from ecg_jax.training.metric_writers import LOG_NAME
 
-LOCK = ".lock"
 STATUS = "status.json"
 ERROR = "error.txt"  # the traceback of a run that failed
 TIMES = "times.jsonl"  # seconds of each attempt at pretraining and probing
 
-_DECLARATION = "sweep.json"
-_TABLES_LOCK = ".tables.lock"
+#: Folders of a run: its pretraining, the probe that the sweep compares, and the others, each in one of its name.
+RUN, PROBE, FURTHER = "run", "probe", "probes"
+#: In the folder of a further probe, written last: store -> folders of its tasks.
+MADE = "finished.json"
+
 _BUSY_S = 2.0  # in which whoever only asks for the state of a run has let go of its lock
-_SHORT_S = 600.0  # for which the lock on declaration and sample may be held
 _TAIL = 65_536  # bytes at the end of a log that are looked at for its last step
 _STATUS_FIELDS = (
     "state", "error", "attempts", "host", "process", "began", "ended", "parameters", "recordings", "device", "versions",
 )  # fmt: skip
 VERSIONS = ("ecg-jax", "jax", "flax", "optax", "numpy")
 
-FINISHED, RUNNING, FAILED, STOPPED, DIED, BEGUN, NOT_BEGUN, DAMAGED = (
-    "finished", "running", "failed", "stopped", "died", "begun", "not begun", "damaged"
+FINISHED, RUNNING, FAILED, STOPPED, DIED, BEGUN, NOT_BEGUN, WAITING, DAMAGED = (
+    "finished", "running", "failed", "stopped", "died", "begun", "not begun", "waiting", "damaged"
 )  # fmt: skip
-
-
-class Busy(UserError):
-    """Another process works on the run."""
 
 
 class Damaged(UserError):
@@ -59,152 +51,19 @@ class State(NamedTuple):
     """How far a run is.
 
     `kind` is one of finished, running (a process holds it), failed (with `error`), stopped (asked to), died (its
-    process ended without a word, which `error` says), begun, not begun and damaged (which `error` says too). `step` is
-    the last one known, None before the first.
+    process ended without a word, which `error` says), begun, not begun, waiting (for the run that it begins with) and
+    damaged (which `error` says too). `step` is the last one known, None before the first. `more` says what it waits
+    for, or which of its probes are still to be made.
     """
 
     kind: str
     step: int | None
     error: str
+    more: str = ""
 
     def __str__(self) -> str:
         at = "" if self.step is None or self.kind == FINISHED else f" at step {self.step}"
-        return f"{self.kind}{at}"
-
-
-def declare(sweep: Sweep, output: Path) -> None:
-    """Makes the folder this sweep's, or refuses it.
-
-    A sweep may gain runs later; runs that are there already must not have changed.
-
-    Raises:
-        UserError: the folder holds something else; runs that differ, or are missing now, are named.
-    """
-    check_folder(sweep, output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into --output={output}: {error.strerror}") from error
-    with held_shortly(output):
-        check_folder(sweep, output)  # as it is now that nobody else writes it
-        text = (json.dumps({"sweep": sweep.path, "runs": _declared(sweep)}, indent=1) + "\n").encode()
-        path = output / _DECLARATION
-        if not path.exists() or path.read_bytes() != text:
-            write_atomic(path, text)
-
-
-def check_folder(sweep: Sweep, output: Path) -> None:
-    """Refuses a folder that is not this sweep's, see `declare`; writes nothing."""
-    path = output / _DECLARATION
-    # Listed before it is looked for: whatever else a sweep writes comes after its declaration.
-    entries = [entry.name for entry in output.iterdir()] if output.is_dir() else []
-    if not path.exists():
-        if any(n not in (STORE, LOCK, SLURM) and not n.startswith(f".{_DECLARATION}.") for n in entries):
-            raise UserError(f"{output} holds something else than a sweep; choose another --output")
-        return
-    runs = _declared(sweep)
-    try:
-        before = json.loads(_read(path))["runs"]
-        gone = [name for name in before if name not in runs]
-        changed = {name: differences(before[name], runs[name]) for name in before if name in runs}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged; choose another --output") from error
-    if gone:
-        raise UserError(
-            f"{output} belongs to another sweep: it has the runs {', '.join(gone[:5])}, which {sweep.path} has "
-            "not; choose another --output"
-        )
-    for name, differ in changed.items():
-        if differ:
-            raise UserError(
-                f"{output} belongs to another sweep: its run {name} differs in {', '.join(sorted(differ)[:5])}; "
-                "choose another --output, or give the run another name"
-            )
-
-
-def _declared(sweep: Sweep) -> dict[str, Any]:
-    return {
-        run.name: {
-            "group": run.group,
-            "config": plain(run.config),
-            "probe": run.probe_config and plain(run.probe_config),
-            "targets": run.targets,
-            "store": run.store,
-        }
-        for run in sweep.runs
-    }
-
-
-@contextlib.contextmanager
-def held_shortly(output: Path) -> Iterator[None]:
-    """Holds the lock on what all processes of a sweep begin with: declaration and sample store."""
-    refusal = (
-        f"another process has held {output / LOCK} for {_SHORT_S:g} s; end it, or choose another --output"
-    )
-    with _held(output / LOCK, lambda: refusal, _SHORT_S):
-        yield
-
-
-@contextlib.contextmanager
-def held_for_tables(output: Path, wait: bool) -> Iterator[None]:
-    """Holds the lock on the tables.
-
-    Raises:
-        Busy: another process writes them, and `wait` is False.
-    """
-    with _held(
-        output / _TABLES_LOCK,
-        lambda: f"another process writes the tables of {output}",
-        float("inf") if wait else 0.0,
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def held_long(path: Path) -> Iterator[None]:
-    """Holds a lock for as long as the work takes that only one process does for all; says so when it has to wait."""
-    with _held(path, lambda: f"another process holds {path}", float("inf")):
-        yield
-
-
-@contextlib.contextmanager
-def _held(path: Path, refusal: Callable[[], str], wait_s: float) -> Iterator[None]:
-    """Holds a lock file, for which it waits `wait_s` seconds.
-
-    Raises:
-        Busy: `refusal`; another process held it all the time.
-        UserError: the file cannot be made, or the file system has no locks.
-    """
-    until = time.monotonic() + wait_s
-    try:
-        file = path.open("w")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    with file:
-        waited = False
-        while not _lock(file, fcntl.LOCK_EX):
-            if time.monotonic() >= until:
-                raise Busy(refusal())
-            if wait_s == float("inf") and not waited:
-                print(f"{refusal()}; waiting for it", file=sys.stderr, flush=True)
-            waited = True
-            time.sleep(0.05)
-        yield
-
-
-def _lock(file: IO, how: int) -> bool:
-    """Locks an open file until it is closed; False when another process holds it.
-
-    Raises:
-        UserError: the file system has no locks.
-    """
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise UserError(f"cannot lock {file.name}: {error.strerror}; use another file system") from error
-    return True
+        return f"{self.kind}{at}{self.more}"
 
 
 class RunStatus:
@@ -242,8 +101,13 @@ class RunStatus:
 
 
 @contextlib.contextmanager
-def claimed(output: Path, run: Run) -> Iterator[RunStatus | None]:
-    """Holds a run and keeps its status, whatever ends the work on it; gives None when the run is finished by now.
+def claimed(output: Path, run: Run, is_done: Callable[[], bool]) -> Iterator[RunStatus | None]:
+    """Holds a run and keeps its status, whatever ends the work on it; gives None when nothing is to be done by now.
+
+    Args:
+        output: folder of the sweep.
+        run: to work on.
+        is_done: asked once the run is held.
 
     Raises:
         Busy: another process works on the run.
@@ -254,8 +118,8 @@ def claimed(output: Path, run: Run) -> Iterator[RunStatus | None]:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from error
-    with _held(folder / LOCK, lambda: f"the run {run.name} is being worked on by {_holder(folder)}", _BUSY_S):
-        if is_finished(output, run):
+    with held(folder / LOCK, lambda: f"the run {run.name} is being worked on by {_holder(folder)}", _BUSY_S):
+        if is_done():
             yield None
             return
         (folder / ERROR).unlink(missing_ok=True)
@@ -286,14 +150,60 @@ def reason(error: Exception, folder: Path) -> str:
 
 
 def is_finished(output: Path, run: Run) -> bool:
-    """results.json is the last thing a probe writes; of a run without probe its status says it."""
+    """Whether a run is pretrained, probed, and probed again as often as it asks for."""
+    return is_compared(output, run) and not lacking(output, run)
+
+
+def is_compared(output: Path, run: Run) -> bool:
+    """Whether a run has what the tables of the sweep compare.
+
+    results.json is the last thing a probe writes; of a run without that probe its status says it.
+    """
     if run.probe_config is not None:
-        return (output / run.name / "probe" / "results.json").exists()
+        return (output / run.name / PROBE / "results.json").exists()
+    status = _readable_status(output, run)
+    return status is not None and (status["state"] == FINISHED or (bool(run.further) and _has_ended(status)))
+
+
+def is_pretrained(output: Path, run: Run) -> bool:
+    """Whether another run may begin with its parameters."""
+    if run.probe_config is not None and is_compared(output, run):
+        return True
+    status = _readable_status(output, run)
+    return status is not None and _has_ended(status)
+
+
+def may_begin(output: Path, run: Run) -> bool:
+    """Whether the run that it begins with, if any, is there."""
+    return run.init is None or is_pretrained(output, run.init)
+
+
+def _has_ended(status: dict[str, Any]) -> bool:
+    """Whether its pretraining has, after which alone its parameters are counted."""
+    return status["parameters"] is not None
+
+
+def _readable_status(output: Path, run: Run) -> dict[str, Any] | None:
     try:
-        status = read_status(output / run.name)
+        return read_status(output / run.name)
     except UserError:  # damaged, which whoever takes the run up says
-        return False
-    return status is not None and status["state"] == FINISHED
+        return None
+
+
+def lacking(output: Path, run: Run) -> list[str]:
+    """Names of the further probes of a run that are not finished on all stores that they were begun with."""
+    folders = {further.name: output / run.name / FURTHER / further.name for further in run.further}
+    return [name for name, folder in folders.items() if read_made(folder) is None]
+
+
+def read_made(folder: Path) -> dict[str, list[str]] | None:
+    """Store -> folders of tasks, as the `MADE` of a further probe says; None where it, or a result, is missing."""
+    try:
+        made = json.loads((folder / MADE).read_text())["stores"]
+        tasks = [task for tasks in made.values() for task in tasks]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # it is made again, from results that are there
+    return made if all((folder / task / "results.json").exists() for task in tasks) else None
 
 
 def state_of(output: Path, run: Run) -> State:
@@ -303,28 +213,32 @@ def state_of(output: Path, run: Run) -> State:
         UserError: the file system has no locks.
     """
     folder = output / run.name
-    step = last_step(folder / "run")
+    step = last_step(folder / RUN)
+    left = lacking(output, run) if is_compared(output, run) else []
+    more = f", lacks the probe{'s' if len(left) > 1 else ''} {', '.join(left)}" if left else ""
     try:
         while True:
             status = read_status(folder)
-            held = status is not None and _is_held(folder / LOCK)
+            busy = status is not None and is_held(folder / LOCK)
             # A process that ended, or began, between the two looks has written another status.
-            if held or status == read_status(folder):
+            if busy or status == read_status(folder):
                 break
     except Damaged as error:
         return State(FINISHED if is_finished(output, run) else DAMAGED, step, str(error))
     if is_finished(output, run):
         return State(FINISHED, step, "")
+    if busy:
+        return State(RUNNING, step, "", more)
+    if step is None and not may_begin(output, run):
+        return State(WAITING, None, "", f" for {run.init.name}")
     if status is None:  # made before there were status files, or never
-        return State(NOT_BEGUN if step is None else BEGUN, step, "")
-    if held:
-        return State(RUNNING, step, "")
+        return State(NOT_BEGUN if step is None else BEGUN, step, "", more)
     if status["state"] == RUNNING:
         at = "before its first logged step" if step is None else f"at step {step}"
         error = f"ended without a word {at} ({_holder(folder)}, since {status['began']})"
-        return State(DIED, step, error)
-    # A probe whose results were removed to have it made anew.
-    return State(BEGUN if status["state"] == FINISHED else status["state"], step, status["error"])
+        return State(DIED, step, error, more)
+    # A probe that was asked for later, or whose results were removed to have it made anew.
+    return State(BEGUN if status["state"] == FINISHED else status["state"], step, status["error"], more)
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
@@ -335,7 +249,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / STATUS
     try:
-        value = json.loads(_read(path))
+        value = json.loads(read_shared(path))
         for name in _STATUS_FIELDS:
             value[name]
     except (FileNotFoundError, NotADirectoryError):
@@ -347,7 +261,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     return value
 
 
-def _read(path: Path) -> str:
+def read_shared(path: Path) -> str:
     """The text of a file that another host may be replacing, which NFS says once with ESTALE."""
     try:
         return path.read_text()
@@ -398,21 +312,6 @@ def _holder(folder: Path) -> str:
     except UserError:
         status = None
     return f"process {status['process']} on {status['host']}" if status else "another process"
-
-
-def _is_held(path: Path) -> bool:
-    """Whether a process holds a lock file.
-
-    Raises:
-        UserError: the file system has no locks, or the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return not _lock(file, fcntl.LOCK_SH)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _now() -> str:

@@ -11,15 +11,20 @@ from ecg_jax.evaluation import plots
 from ecg_jax.files import write_atomic
 from ecg_jax.studies import comparison, comparison_tables
 from ecg_jax.studies.comparison import FinishedRun
-from ecg_jax.sweep_entry import STORE
+from ecg_jax.sweep_entry import STORE, STORES
 from ecg_jax.sweep_file import Run, Sweep
-from ecg_jax.sweep_folder import DAMAGED, FINISHED, damage, held_for_tables, is_finished, spent
+from ecg_jax.sweep_folder import DAMAGED, damage, is_compared, lacking, spent
+from ecg_jax.sweep_locks import held_for_tables
 from ecg_jax.sweep_table import collect, loss_table, write_table
 from ecg_jax.training.metric_writers import read_log, read_warnings
 
 OF_THE_SAMPLE = (
     "Pretrained on the {recordings} recordings of the sample that ships with the package: a check that everything "
     "runs, and no comparison."
+)
+OF_SYNTHETIC = (
+    "Pretrained or probed on synthetic recordings, all or some of its runs: it shows that everything runs, and nothing "
+    "about ECG."
 )
 
 
@@ -61,17 +66,16 @@ def write_tables(sweep: Sweep, output: Path, wait: bool = True) -> Tables:
         if not finished:
             return Tables({}, damaged)
         done = {run.name for run in finished}
-        rows = [row for row in table.to_pylist() if row["state"] == FINISHED]
+        rows = [row for row in table.to_pylist() if row["name"] in done]
         read = {row["recordings"] for row in rows}
         recordings = read.pop() if len(read) == 1 else None
-        note = sweep.note
-        if not note and {row["store"] and Path(row["store"]) for row in rows} == {output / STORE}:
-            note = OF_THE_SAMPLE
+        note = sweep.note or _own_note(rows, output)
         results = {
             "sweep": sweep.path,
             "note": note.replace("{recordings}", str(recordings or "differing numbers of")),
             "recordings": recordings,
             "missing": [run.name for run in sweep.runs if run.name not in done],
+            "lacking": {run.name: left for run in sweep.runs if (left := lacking(output, run))},
             **comparison.compare(finished),
         }
         write_atomic(
@@ -86,11 +90,22 @@ def write_tables(sweep: Sweep, output: Path, wait: bool = True) -> Tables:
     return Tables(results, damaged)
 
 
+def _own_note(rows: list[dict[str, Any]], output: Path) -> str:
+    """What has to be said of results on the stores that the sweep made, where its file says nothing."""
+    pretrained = [[Path(store) for store in (row["store"] or "").split(",")] for row in rows]
+    if all(stores == [output / STORE] for stores in pretrained):
+        return OF_THE_SAMPLE
+    probed = [Path(row["probe_store"]) for row in rows if row["probe_store"]]
+    every = [*(store for stores in pretrained for store in stores), *probed]
+    made = (output / STORES).resolve()
+    return OF_SYNTHETIC if any(store.resolve().parent == made for store in every) else ""
+
+
 def read_finished(sweep: Sweep, output: Path) -> tuple[list[FinishedRun], dict[str, str]]:
-    """The finished runs of a sweep, in its order; and run -> what is damaged, of those that are."""
+    """The runs of a sweep that can be compared, in its order; and run -> what is damaged, of those that are."""
     finished, damaged = [], {}
     for run in sweep.runs:
-        if is_finished(output, run):
+        if is_compared(output, run):
             try:
                 finished.append(_read(run, output / run.name))
             except UserError as error:
@@ -114,7 +129,15 @@ def _read(run: Run, folder: Path) -> FinishedRun:
         for name, length in (lengths | {"probabilities_random_init_seeds": twins.shape[1]}).items():
             if length != n:
                 raise ValueError(f"predictions.npz has {length} of {name}, not {n}")
-        for name in ("macro_auroc", "bootstrap", "baselines", "pretraining_config", "n_patients"):
+        needed = (
+            "macro_auroc",
+            "bootstrap",
+            "baselines",
+            "pretraining_config",
+            "n_patients",
+            "encoder_parameters",
+        )
+        for name in needed:
             results[name]
     return FinishedRun(
         name=run.name,
@@ -124,6 +147,7 @@ def _read(run: Run, folder: Path) -> FinishedRun:
         log=read_log(folder / "run"),
         warnings=read_warnings(folder / "run"),
         seconds=spent(folder)["pretrain"],
+        init=run.init.group if run.init else "",
     )
 
 

@@ -3,6 +3,7 @@
 | column | meaning |
 |---|---|
 | name, group, state | of the run; state as in `sweep_folder.State` |
+| init | name of the run whose parameters it begins with |
 | error | why it failed, or what is known of a process that ended without a word |
 | seed | of pretraining |
 | config.FIELD | each field in which configs differ, of its own type (lists: JSON); null where a config has none |
@@ -14,6 +15,9 @@
 | attempts | how often a process took the run up |
 | parameters, encoder_parameters | trainable ones of the whole objective, and of the encoder alone |
 | recordings | in the store, or stores, that it was pretrained on |
+| train_windows | crops that it was trained on so far: step times batch size |
+| train_flops | operations of those by formula (`studies.flops`), forward and backward; null where there is none |
+| device_hours | seconds times the number of devices of the last attempt, in hours |
 | task, n_records, n_patients | of the probe's test set |
 | macro_auroc, ci_low, ci_high | of the probe with its interval |
 | difference_to_random_init and _ci_low, _ci_high | paired, on the same patients |
@@ -25,6 +29,7 @@
 | version_PACKAGE | of ecg-jax, jax, flax, optax and numpy at the last attempt |
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -34,6 +39,7 @@ import numpy as np
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
 from ecg_jax.run_setup import flatten
+from ecg_jax.studies.flops import training_flops
 from ecg_jax.sweep_file import Run, Sweep, plain
 from ecg_jax.sweep_folder import DAMAGED, STATUS, VERSIONS, damage, read_status, spent, state_of
 from ecg_jax.training.metric_writers import read_log, read_warnings
@@ -42,14 +48,15 @@ TABLE = "results_table"
 
 _TEXT, _INT, _FLOAT = "string", "int64", "float64"
 _BASELINES = ("random_init", "ecg_features", "majority")
-_BEFORE = {"name": _TEXT, "group": _TEXT, "state": _TEXT, "error": _TEXT, "seed": _INT}
+_BEFORE = {"name": _TEXT, "group": _TEXT, "state": _TEXT, "error": _TEXT, "seed": _INT, "init": _TEXT}
 _INTERVALS = ("difference_to_random_init", *_BASELINES)
 _AFTER = {
     "step": _INT,
     **dict.fromkeys(("loss", "best_loss", "val_loss", "best_val_loss", "windows_per_s"), _FLOAT),
     "seconds": _FLOAT,
     "probe_seconds": _FLOAT,
-    **dict.fromkeys(("attempts", "parameters", "encoder_parameters", "recordings"), _INT),
+    **dict.fromkeys(("attempts", "parameters", "encoder_parameters", "recordings", "train_windows"), _INT),
+    **dict.fromkeys(("train_flops", "device_hours"), _FLOAT),
     "task": _TEXT,
     "n_records": _INT,
     "n_patients": _INT,
@@ -108,10 +115,12 @@ def _column(values: list[Any]):
 def _row(output: Path, run: Run) -> dict[str, Any]:
     folder = output / run.name
     row = dict.fromkeys(_BEFORE | _AFTER) | {"name": run.name, "group": run.group, "seed": run.config.seed}
+    row["init"] = run.init and run.init.name
     try:
         state = state_of(output, run)
         row |= {"state": state.kind, "error": state.error or None, "step": state.step}
         row |= _of_status(folder) | _of_pretraining(folder) | (_of_probe(folder) if run.probe_config else {})
+        row |= _cost(run, row)
     except UserError as error:
         row |= {"state": DAMAGED, "error": str(error)}
     return row
@@ -146,6 +155,18 @@ def _of_pretraining(folder: Path) -> dict[str, Any]:
     row["windows_per_s"] = float(np.median(rates)) if rates else None
     row["collapse_warnings"] = len(read_warnings(folder / "run"))
     return row
+
+
+def _cost(run: Run, row: dict[str, Any]) -> dict[str, Any]:
+    """What pretraining took, as far as the other columns and the config tell."""
+    cost: dict[str, Any] = {}
+    if row["step"] is not None:
+        cost["train_windows"] = row["step"] * run.config.batch_size
+        with contextlib.suppress(ValueError):  # no formula
+            cost["train_flops"] = float(training_flops(run.config) * cost["train_windows"])
+    if row["seconds"] is not None and row["device"]:
+        cost["device_hours"] = row["seconds"] * int(row["device"].partition(" x ")[0]) / 3600
+    return cost
 
 
 def _of_probe(folder: Path) -> dict[str, Any]:

@@ -15,17 +15,19 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from ecg_jax import cli, sweep, sweep_folder, sweep_run, sweep_table
+from ecg_jax import cli, sweep, sweep_folder, sweep_locks, sweep_run, sweep_table
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, metrics
 from ecg_jax.pretrain import pretrain
 from ecg_jax.studies import comparison, comparison_tables
 from ecg_jax.studies.comparison import FinishedRun, hierarchical_interval, seed_deviations
+from ecg_jax.sweep_declaration import declare
 from ecg_jax.sweep_file import load_sweep
-from ecg_jax.sweep_folder import Busy, RunStatus, declare, held_for_tables, held_long, state_of
+from ecg_jax.sweep_folder import RunStatus, state_of
+from ecg_jax.sweep_locks import Busy, held_for_tables, held_long
 from ecg_jax.sweep_results import write_tables
-from ecg_jax.sweep_run import StoreChoice, check_stores
+from ecg_jax.sweep_stores import StoreChoice, check_stores
 from ecg_jax.sweep_table import collect
 from ecg_jax.training.metric_writers import read_log, read_warnings
 from tiny_sweep import FAILS, status, write_sweep
@@ -495,7 +497,7 @@ def test_state_is_that_of_one_moment(tmp_path, monkeypatch):
         theirs.end("failed", "out of luck")
         return False
 
-    monkeypatch.setattr(sweep_folder, "_is_held", ends)
+    monkeypatch.setattr(sweep_folder, "is_held", ends)
     assert state_of(tmp_path, run)[::2] == ("failed", "out of luck")
 
 
@@ -508,7 +510,7 @@ def test_file_system_without_locks_is_one_sentence(tmp_path, capsys, monkeypatch
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(sweep_folder.fcntl, "flock", no_locks)
+    monkeypatch.setattr(sweep_locks.fcntl, "flock", no_locks)
     assert cli.main(["sweep", str(path), f"--output={tmp_path / 'out'}", "--list"]) == 2
     assert capsys.readouterr().err.endswith(".lock: No locks available; use another file system\n")
 
@@ -617,6 +619,7 @@ def planted(group: str, noises: list[float], twin_noise: float | None = 3.0) -> 
             "preprocessing": {},
             "baselines": {"random_init": values, "majority": values},
             "difference_to_random_init": values,
+            "encoder_parameters": 1000,
             "bootstrap": {"resamples": 400, "level": 0.95, "undefined": "exclude", "unit": "patient"},
         }
         predictions = {
@@ -749,7 +752,7 @@ def test_runs_of_other_windows_are_compared_on_common_records():
         {"data.window_s": 2.5},
         {"data.window_s": 10.0},
     ]
-    results = {"sweep": "s", "note": "", "missing": [], **found}
+    results = {"sweep": "s", "note": "", "missing": [], "lacking": {}, **found}
     markdown = comparison_tables.to_markdown(results)
     assert re.search(r"\| group +\| window_s \| seeds \|", markdown)
     assert "tested on up to 80 records" in markdown
@@ -769,7 +772,7 @@ def test_many_differing_settings_stand_below_the_table():
     runs[0] = runs[0]._replace(
         results=runs[0].results | {"pretraining_config": first | dict.fromkeys("abcd", 0)}
     )
-    results = {"sweep": "s", "note": "", "missing": [], **comparison.compare(runs)}
+    results = {"sweep": "s", "note": "", "missing": [], "lacking": {}, **comparison.compare(runs)}
     assert "Groups differ in model.width, a, b, c, d; results_table.csv has" in comparison_tables.to_markdown(
         results
     )

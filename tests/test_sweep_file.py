@@ -7,16 +7,12 @@ import pytest
 from ecg_jax.config_flags import shipped_configs
 from ecg_jax.errors import UserError
 from ecg_jax.sweep_file import GIVEN, derived_name, load_sweep, parse_sweep_arg
-from ecg_jax.sweep_run import StoreChoice
+from ecg_jax.sweep_stores import StoreChoice, check_choice
 from tiny_sweep import write_sweep
 
-SHIPPED = sorted(
-    path.stem
-    for path in (shipped_configs() / "configs" / "sweeps").glob("[a-z]*.py")
-    if path.stem != "common"
-)
 loaded = functools.cache(load_sweep)
-QUICK = [name for name in SHIPPED if name != "objectives_quick"]
+#: Those that need no argument of their own; tests/test_sweep_files.py has the others.
+QUICK = ("backbone_objective", "data_ladder", "input_size", "learning_rate", "s4_width", "seeds")
 
 
 def test_derived_name_says_config_and_overrides():
@@ -90,8 +86,10 @@ def test_stores_of_runs(tmp_path):
     assert one.pretraining(given, tmp_path) == one.pretraining(sample, tmp_path) == "s"
     with pytest.raises(UserError, match="the run b needs a store; give it as --store=STORE"):
         nothing.pretraining(given, tmp_path)
+    assert one.pretraining(own, tmp_path) == "x,y"
+    check_choice(one, [own, given])
     with pytest.raises(UserError, match="the run a names its own store, x,y; leave out --store"):
-        one.pretraining(own, tmp_path)
+        check_choice(one, [own])
     assert nothing.probing(own, tmp_path) is None  # it has no probe
 
 

@@ -15,7 +15,8 @@ from ecg_jax import cli, sweep_launch
 from ecg_jax.errors import UserError
 from ecg_jax.sweep_file import load_sweep
 from ecg_jax.sweep_folder import RunStatus
-from ecg_jax.sweep_launch import array_script, device_shares
+from ecg_jax.sweep_launch import device_shares
+from ecg_jax.sweep_slurm import array_script
 from ecg_jax.training.metric_writers import read_log
 from tiny_sweep import FAILS, LONG, status, write_sweep
 

@@ -3,7 +3,7 @@ and a picture.
 
 A group's figure is the mean over its seeds of macro AUROC. Two things make it uncertain: which patients were tested
 on, and which seeds were drawn. Every resample draws the patients once for all runs of the comparison, and for each
-group a deviation of its few seeds from all seeds.
+group a deviation of its few seeds from all seeds. The first group is the one that the others are set against.
 """
 
 import json
@@ -38,6 +38,8 @@ class FinishedRun(NamedTuple):
     """(step, sentence) of what looked like a collapse."""
     seconds: float | None
     """That pretraining took; None when it was not measured."""
+    init: str = ""
+    """Group of the run that it began with, "" for none."""
 
     @property
     def seed(self) -> int:
@@ -80,7 +82,11 @@ def on_common_records(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
 
 def _settings(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
     """Group -> the fields of pretraining in which groups differ, None where a group's config has no such field."""
-    configs = {run.group: flatten(run.results["pretraining_config"]) for run in runs}
+    # Of a first checkpoint the path says nothing that its group does not, and differs from seed to seed.
+    configs = {
+        run.group: flatten(run.results["pretraining_config"]) | {"init.checkpoint": None, "init": run.init}
+        for run in runs
+    }
     names = dict.fromkeys(name for config in configs.values() for name in config)
     values = {name: [config.get(name) for config in configs.values()] for name in names}
     differ = [
@@ -135,7 +141,27 @@ def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     for run in runs:
         members.setdefault(run.group, []).append(run)
 
+    def minus(own: list[FinishedRun], other: list[FinishedRun]) -> dict[str, float]:
+        """Of the means of two groups: on the same patients, seed by seed where both have the same seeds."""
+        if {run.seed for run in own} == {run.seed for run in other}:
+            of_seed = {run.seed: ours[run.name] for run in other}
+            return over_seeds(
+                [[a - b for a, b in zip(ours[run.name], of_seed[run.seed], strict=True)] for run in own]
+            )
+        mine, theirs = (
+            [np.array(values) for values in zip(*(ours[run.name] for run in each), strict=True)]
+            for each in (own, other)
+        )
+        deviations = [
+            seed_deviations(points, settings["resamples"], np.random.default_rng(1 + number))
+            for number, (points, _) in enumerate((mine, theirs))
+        ]
+        resampled = mine[1].mean(axis=0) - theirs[1].mean(axis=0)
+        point = mine[0].mean() - theirs[0].mean()
+        return _interval(bootstrap.interval(point, resampled + deviations[0] - deviations[1], level))
+
     groups, baselines, of_encoder = [], [], {}
+    reference = next(iter(members.values()))
     for group, own in members.items():
         differences = [
             (ours[run.name][0] - twins[run.name][0], ours[run.name][1] - twins[run.name][1]) for run in own
@@ -149,6 +175,8 @@ def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
                 **over_seeds([ours[run.name] for run in own]),
                 "each_seed": [points[run.name] for run in own],
                 "difference_to_random_init": over_seeds(differences),
+                "difference_to_first": None if own is reference else minus(own, reference),
+                "parameters": own[0].results["encoder_parameters"],
                 **{name: _mean([entry[name] for entry in logged]) for name in ("step", *LOGGED)},
                 "seconds": _mean([run.seconds for run in own]),
             }

@@ -13,7 +13,8 @@ def to_csv(results: dict[str, Any]) -> str:
     """One line for each run, group and baseline; the first column says which."""
     columns = [
         "kind", "group", "name", "seeds", "macro_auroc", "ci_low", "ci_high", "difference_to_random_init",
-        "difference_ci_low", "difference_ci_high", "step", *LOGGED, "seconds",
+        "difference_ci_low", "difference_ci_high", "difference_to_first", "difference_to_first_ci_low",
+        "difference_to_first_ci_high", "parameters", "step", *LOGGED, "seconds",
     ]  # fmt: skip
     rows = []
     for kind, entries in (
@@ -25,6 +26,12 @@ def to_csv(results: dict[str, Any]) -> str:
             row = {"kind": kind} | {key: value for key, value in entry.items() if key in columns}
             row["seeds"] = " ".join(map(str, [entry["seed"]] if kind == "run" else entry["seeds"]))
             row.pop("difference_to_random_init", None)
+            if (first := row.pop("difference_to_first", None)) is not None:
+                row |= {
+                    "difference_to_first": first["macro_auroc"],
+                    "difference_to_first_ci_low": first["ci_low"],
+                    "difference_to_first_ci_high": first["ci_high"],
+                }
             if kind == "baseline":
                 row |= {"name": entry["baseline"], "group": " ".join(entry["groups"])}
             else:
@@ -53,6 +60,11 @@ def _setting(value: Any) -> str:
 def _with_interval(entry: dict[str, float], sign: str = "") -> str:
     low, high = (_number(entry[name], f"{sign}.3f") for name in ("ci_low", "ci_high"))
     return f"{_number(entry['macro_auroc'], f'{sign}.3f')} ({low} to {high})"
+
+
+def _difference(entry: dict[str, float] | None) -> str:
+    """To the first group, whose own place is empty."""
+    return "" if entry is None else _with_interval(entry, "+")
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -84,13 +96,12 @@ def _shown_settings(results: dict[str, Any]) -> list[str]:
 
 def group_table(results: dict[str, Any]) -> list[str]:
     """Lines of the table of groups and baselines."""
-    header = [
-        "group", "seeds", "macro AUROC", "each seed", f"minus {RANDOM_INIT}", "steps", "loss", "seconds"
-    ]  # fmt: skip
     logged = [
         name for name in ("rankme", "feature_std") if any(g[name] is not None for g in results["groups"])
     ]
-    header[7:7] = logged
+    several = len(results["groups"]) > 1
+    header = ["group", "seeds", "macro AUROC", *[f"minus {results['groups'][0]['group']}"] * several]
+    header += ["each seed", f"minus {RANDOM_INIT}", "parameters", "steps", "loss", *logged, "seconds"]
     shown = _shown_settings(results)
     shown = shown if len(shown) <= MOST_SETTINGS else []
     header[1:1] = [name.rpartition(".")[2] if name != "objective.name" else "objective" for name in shown]
@@ -104,8 +115,10 @@ def group_table(results: dict[str, Any]) -> list[str]:
             *(_setting(entry["settings"][name]) for name in shown),
             str(len(entry["seeds"])),
             _with_interval(entry),
+            *[_difference(entry["difference_to_first"])] * several,
             each(entry),
             _with_interval(entry["difference_to_random_init"], "+"),
+            _number(entry["parameters"], ",").replace(",", " "),
             _number(entry["step"], ".0f"),
             *(_number(entry[name]) for name in ("loss", *logged)),
             _number(entry["seconds"], ".0f"),
@@ -119,6 +132,7 @@ def group_table(results: dict[str, Any]) -> list[str]:
             *("" for _ in shown),
             seeds,
             _with_interval(entry),
+            *[""] * several,
             each(entry),
         ]
         rows.append(cells + [""] * (len(header) - len(cells)))
@@ -136,10 +150,17 @@ def to_markdown(results: dict[str, Any]) -> str:
         "",
         f"Macro AUROC of {results['task']} ({len(results['classes'])} classes) on {results['n_records']} test "
         f"records{patients}: mean over seeds with its {level:g} % interval over test patients and seeds. The "
-        f"difference is paired: each seed against a {RANDOM_INIT} of the same encoder, on the same patients. Steps, "
-        "loss (the last one logged) and seconds (of pretraining) are means over seeds; losses of different objectives "
-        "have different units.",
+        f"difference is paired: each seed against a {RANDOM_INIT} of the same encoder, on the same patients. "
+        "Parameters are those of the encoder. Steps, loss (the last one logged) and seconds (of pretraining) are means "
+        "over seeds; losses of different objectives have different units.",
     ]
+    if len(results["groups"]) > 1:
+        lines += [
+            "",
+            f"The difference to {results['groups'][0]['group']}, the first group, is paired too: on the same "
+            "patients, and seed by seed where both groups have the same seeds. Each interval is for one comparison: of "
+            "many, some exclude zero by chance.",
+        ]
     differ = _shown_settings(results)
     if len(differ) > MOST_SETTINGS:
         lines += ["", f"Groups differ in {', '.join(differ)}; results_table.csv has their values."]
@@ -162,6 +183,9 @@ def to_markdown(results: dict[str, Any]) -> str:
         lines += ["", f"Warned of a collapse during pretraining, see log.jsonl: {', '.join(warned)}."]
     if results["missing"]:
         lines += ["", f"Not finished: {', '.join(results['missing'])}."]
+    if results["lacking"]:
+        left = (f"{run} ({', '.join(names)})" for run, names in results["lacking"].items())
+        lines += ["", f"Probed as in the table, but with other probes still to be made: {', '.join(left)}."]
     if results["note"]:
         lines += ["", f"**{results['note']}**"]
     names = [
