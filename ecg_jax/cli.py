@@ -25,6 +25,8 @@ COMMANDS = {
     "robustness": "probe -> its scores with fewer leads, noise, other rates, shorter recordings",
     "report": "probes -> one page with tables, pictures and example ECGs",
     "sweep": "many runs, each pretrained and probed -> one table with intervals",
+    "scaling": "finished runs -> losses and errors over recordings and compute, with fitted power laws",
+    "cka": "checkpoints + store -> how alike the features of layers and models are",
     "embed": "checkpoint + recordings -> one embedding for each",
     "efficiency": "what backbones and objectives cost on this device, beside its roofline",
     "capacity": "windows per second -> what disks and network must deliver, and hours of each rung",

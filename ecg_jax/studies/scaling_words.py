@@ -1,0 +1,98 @@
+"""What the figures of a scaling study say, and what they do not."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ecg_jax.evaluation.bootstrap import Interval
+from ecg_jax.studies.scaling_fits import Fitted
+from ecg_jax.studies.scaling_points import ERROR, populations
+
+
+def shown(value: Interval) -> str:
+    """A number with its interval."""
+    if not np.isfinite([value.low, value.high]).all():
+        return f"{value.point:.3g} (no interval)"
+    return f"{value.point:.3g} ({value.low:.3g} to {value.high:.3g})"
+
+
+def one_by_one(fit: Fitted) -> str:
+    """A curve in a sentence, without its full stop."""
+    name = fit.curve.family.label
+    if fit.drawn is None:
+        return f"{name}: {fit.verdict}"
+    found = fit.forms[fit.drawn]
+    text = f"{name}: b = {shown(found.b)}"
+    if found.c is not None:
+        text += f", c = {shown(found.c)}"
+    text += f" from {len(fit.curve.runs)} runs of {fit.curve.n_rungs} sizes"
+    if fit.drawn != fit.described:
+        text += f", without offset, as with one it is {fit.forms[fit.described].law.reason}"
+    elif found.law.reason:
+        text += f" ({found.law.reason})"
+    if fit.comparison is not None and fit.comparison.best is not None:
+        text += f"; best by AICc: {fit.comparison.best}"
+    if fit.drawn in fit.held_out and fit.held_out[fit.drawn].predicted is not None:
+        held = fit.held_out[fit.drawn]
+        text += (
+            f"; without the largest size the curve predicts {shown(held.predicted)} there, "
+            f"and {held.observed:.3g} was found ({100 * held.error:+.1f} %)"
+        )
+    return text
+
+
+def limits(fits: Sequence[Fitted]) -> str:
+    """What curves do not show, from what is known of their runs."""
+    runs = [run for fit in fits for run in fit.curve.runs]
+    said = []
+    if any(fit.curve.quantity != ERROR for fit in fits):
+        said.append(
+            "Losses of different objectives have different scales and targets (of teachers, of codes) and are not "
+            "comparable: neither their heights nor, strictly, their exponents."
+        )
+    said.append(_of_updates(fits))
+    fewest = min((fit.curve.n_rungs for fit in fits), default=0)
+    seeds = min((len({run.seed for run in fit.curve.runs}) for fit in fits), default=0)
+    said.append(
+        f"A curve through {fewest} sizes is a description of those; what is dashed has been measured by nobody."
+    )
+    if seeds == 1:
+        said.append(
+            "With one seed a size, how much seeds differ is read off the scatter about the curve, which is right only "
+            "if the curve is."
+        )
+    if warned := {run.name for run in runs if run.warnings}:
+        said.append(f"{len(warned)} of these runs warned of a collapse while they trained.")
+    if moving := list(
+        dict.fromkeys(name for fit in fits for name in fit.curve.family.moving if _is_told(name))
+    ):
+        said.append(f"Settings move with the size, and cannot be told from it: {', '.join(moving[:6])}.")
+    said += [f"{text[0].upper()}{text[1:]}." for text in populations(runs)]
+    return " ".join(said)
+
+
+def _is_told(name: str) -> bool:
+    """Whether a field that moves with the size is not said otherwise."""
+    return name not in ("store_fingerprint", "steps", "epochs")
+
+
+def _of_updates(fits: Sequence[Fitted]) -> str:
+    """How training windows go with recordings."""
+    ratios, constant = [], True
+    for fit in fits:
+        windows = np.array([run.windows for run in fit.curve.runs], float)
+        ratios.append(windows / fit.curve.recordings)
+        constant &= np.ptp(windows) <= 0.01 * windows.mean()
+    every = np.concatenate(ratios)
+    if np.ptp(every) <= 0.05 * every.mean():
+        return (
+            f"Every run saw {every.mean():.3g} windows of each recording, so the number of updates grows with the "
+            "number of recordings, and the effects of data and of training cannot be told apart."
+        )
+    if constant:
+        return (
+            "Every size was trained for the same number of windows, so that small sizes saw each recording more often "
+            f"({every.max():.3g} to {every.min():.3g} times): these are exponents at this length of training."
+        )
+    times = f"{every.min():.3g} to {every.max():.3g} times"
+    return f"Runs saw each recording {times}: data and training move together in part."
