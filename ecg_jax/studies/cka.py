@@ -151,9 +151,10 @@ def _hsic(sums: dict[str, np.ndarray], n: np.ndarray) -> tuple[np.ndarray, np.nd
     """(HSIC₁, biased HSIC), float64 [W, M, M], from sums over n [W] examples, see the head of this file."""
     n = n[:, None, None]
     traces = sums["traces"][:, :, None] * sums["traces"][:, None, :]
-    unbiased = sums["products"] - n / (n - 2) * sums["diagonals"] + traces / ((n - 1) * (n - 2))
+    products = (sums["products"] + sums["products"].swapaxes(1, 2)) / 2  # the same but for the order of sums
+    unbiased = products - n / (n - 2) * sums["diagonals"] + traces / ((n - 1) * (n - 2))
     scale = np.square(sums["factors"][:, :, None] * sums["factors"][:, None, :])
-    return scale * unbiased / (n * (n - 3)), scale * sums["products"] / (n - 1) ** 2
+    return scale * unbiased / (n * (n - 3)), scale * products / (n - 1) ** 2
 
 
 class HsicSums:

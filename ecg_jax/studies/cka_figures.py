@@ -43,6 +43,11 @@ def summary(study: Study) -> str:
     return "\n".join([lines[0], "  last layers, one row and column for each model:", *lines[1:]])
 
 
+def _paragraph(*sentences: str) -> str:
+    """Sentences in a row, without those that have nothing to say."""
+    return " ".join(filter(None, sentences))
+
+
 def _made_of(study: Study) -> str:
     """What was compared, for the beginning of every paragraph."""
     found = study.cka
@@ -118,11 +123,11 @@ def _within(study: Study) -> Figure:
         for i, model in enumerate(study.models)
     ]
     told = [_depth_in_words(study, i) for i in models] if len(study.models) <= MOST_PANELS else []
-    many = "" if told else " A bright square along the diagonal is a run of layers that change little."
+    many = "" if told else "A bright square along the diagonal is a run of layers that change little."
     return Figure(
         "within_models",
         "Layers within each model",
-        f"{_made_of(study)} {' '.join(told)}{many} {_noise(study)}",
+        _paragraph(_made_of(study), *told, many, _noise(study)),
         f"{_LIMITS} Layers that are alike are not thereby redundant: a small change may be the one that matters.",
         _COLUMNS,
         _rows(study, [pair for i in models for pair in _block(study, i, i)]),
@@ -161,7 +166,7 @@ def _between(study: Study) -> Figure:
     return Figure(
         "between_models",
         "Layers of each pair of models",
-        f"{_made_of(study)} {told} {_floor(study)} {_noise(study)}",
+        _paragraph(_made_of(study), told, _floor(study), _noise(study)),
         f"{_LIMITS} A bright cell is no sign that the two models found the same by training: {_no_floor(study)}",
         _COLUMNS,
         _rows(study, [pair for a, b in pairs for pair in _block(study, a, b)]),
@@ -189,8 +194,8 @@ def _floor(study: Study) -> str:
     if np.isnan(cells).all():
         return ""
     return (
-        f"Last layers of pretrained models and of networks that were never trained have up to {np.nanmax(cells):.2f}: "
-        "what two pretrained models share beyond that was learnt."
+        f"Between last layers of pretrained models and of networks that were never trained it is "
+        f"{np.nanmin(cells):.2f} to {np.nanmax(cells):.2f}: that much comes of architecture and input alone."
     )
 
 
@@ -198,7 +203,7 @@ def _no_floor(study: Study) -> str:
     if any(model.random for model in study.models):
         return (
             "networks that were never trained are not at 0, since architecture and input alone make layers alike; "
-            "read each cell against those of the random twin, of which one initialisation was drawn."
+            "read each cell beside those of the random twins, of which one initialisation was drawn each."
         )
     return (
         "networks that were never trained are not at 0, since architecture and input alone make layers alike; "
@@ -211,8 +216,12 @@ def _all_layers(study: Study) -> Figure:
     return Figure(
         "all_layers",
         "All layers of all models",
-        f"{_made_of(study)} One block for each pair of models, within it the layers from the input to the output. "
-        f"{_floor(study)} {_noise(study)}",
+        _paragraph(
+            _made_of(study),
+            "One block for each pair of models, within it the layers from the input to the output.",
+            _floor(study),
+            _noise(study),
+        ),
         f"{_LIMITS} A bright block is no sign that the two models found the same by training: {_no_floor(study)}",
         _COLUMNS,
         _rows(study, [(i, j) for i in range(n) for j in range(i, n)]),
@@ -243,7 +252,7 @@ def _final(study: Study) -> Figure:
     return Figure(
         "final_layers",
         "Last layers of the models",
-        f"{_made_of(study)} {told} {_floor(study)} {_noise(study)}",
+        _paragraph(_made_of(study), told, _floor(study), _noise(study)),
         f"{_LIMITS} {_no_floor(study).capitalize()}",
         _COLUMNS,
         _rows(study, [(last[i], last[j]) for i in range(len(last)) for j in range(i, len(last))]),

@@ -51,7 +51,7 @@ def _bar(figure, image, axes) -> None:
 
 def panels_of(study: Study, panels: Sequence[tuple], title: str):
     """A grid of heat maps: (title, rows, columns, labels of both) each."""
-    columns = min(len(panels), 3)
+    columns = min(len(panels), 3 if len(panels) <= 6 else 4)
     n_rows = -(-len(panels) // columns)
     most = max(max(len(p[3]), len(p[4])) for p in panels)
     cell = 0.36 if most <= MOST_WITH_VALUES else 0.17
@@ -63,7 +63,7 @@ def panels_of(study: Study, panels: Sequence[tuple], title: str):
         image = _heat(axes, study.cka.debiased[rows, cols], _colours())
         axes.set_xticks(range(len(column_words)), column_words, rotation=90)
         axes.set_yticks(range(len(row_words)), row_words)
-        axes.set_title(name, fontsize=8)
+        axes.set_title(name, fontsize=8, pad=8)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     _bar(figure, image, grid)
