@@ -6,9 +6,13 @@ different objectives are not comparable (spec §8), so across objectives only de
 are correlated. Loss and error both fall with the number of recordings, which alone makes them correlate; whether a
 lower loss goes with a lower error at the same rung is what the seeds within rungs say.
 
-Intervals: with Fisher's z = artanh r, draws tanh(z + (z_patients − z) + normal / sqrt(m − 3 − k)) for m units of which k
-means are taken off, z_patients on a resample of the patients; for ranks the variance is (1 + r²/2) times that (Bonett
-& Wright 2000).
+Intervals: with Fisher's z = artanh r, draws tanh(z + (z_p − mean z_p) + normal / sqrt(m − 3 − k)) for m units of
+which k means beyond the first are taken off, z_p on resamples of the patients; for ranks the variance is (1 + r²/2)
+times that (Bonett & Wright 2000). Drawing runs with replacement instead has intervals that are too short: of normal
+points with one objective, 5 rungs and a single seed, 95 % percentile intervals of Pearson's r held 83 to 91 % of the
+time, with each point there three times as if it were three runs 52 to 58 %, these 94 to 97 % (ranks 98 to 100 %); over
+several objectives with 3 to 5 rungs 93 to 95 % (ranks 92 to 97 %, and 83 to 90 % where r is 0.9, which ranks of so few
+understate).
 """
 
 from collections.abc import Sequence
@@ -74,8 +78,11 @@ def _interval(x, y, resampled, codes, dof: int, ranks: bool, n_resamples: int, g
     draws = z + generator.normal(size=n_resamples) * np.sqrt((1 + point**2 / 2 if ranks else 1) / dof)
     if resampled is not None:
         others = _correlation(x, _centred(arrange(resampled, codes), codes))
-        draws = draws + np.arctanh(np.clip(others, -edge, edge)) - z
+        z_others = np.arctanh(np.clip(others, -edge, edge))
+        # Resampling adds noise to noise and so weakens every correlation: only how it spreads counts.
+        draws = draws + z_others - np.nanmean(z_others)
     found = interval(point, np.tanh(draws), LEVEL)
+    # A perfect order was taken half a swap back, and its interval ends there.
     return Interval(point, min(found.low, point), max(found.high, point))
 
 
