@@ -101,7 +101,7 @@ def scaling(
     _check_curves(curves, chosen, tasks, modes)
     if not any(curve.quantity == ERROR for curve in curves):
         note("no run has a finished probe of these tasks and modes: losses only")
-    fits = _fit(curves, ["recordings", *(axis for axis in axes if axis != "recordings")], hold_out, resamples)
+    fits = _fit(curves, [axis for axis in AXES if axis in axes and axis != "recordings"], hold_out, resamples)
     of_recordings = [fit for fit in fits if fit.axis == "recordings"]
     correlated = scaling_fits.correlations(of_recordings)
     about = {
@@ -157,13 +157,16 @@ def _check_curves(curves: Sequence[Curve], runs: Sequence[StudyRun], tasks, mode
 
 
 def _fit(curves: Sequence[Curve], axes: Sequence[str], hold_out: bool, resamples: int) -> list[Fitted]:
-    fits = []
-    for axis in axes:
-        for curve in curves:
-            # The lowest loss stands beside the last one over recordings; more of it would say the same again.
-            if axis == "recordings" or curve.quantity != BEST_LOSS:
-                fits.append(fit_curve(curve, axis, hold_out=hold_out, resamples=resamples))
-    return fits
+    settings = {"hold_out": hold_out, "resamples": resamples}
+    first = [fit_curve(curve, "recordings", **settings) for curve in curves]
+    # The lowest loss stands beside the last one over recordings; more of it would say the same again.
+    others = [
+        fit_curve(fit.curve, axis, over_recordings=fit, **settings)
+        for axis in axes
+        for fit in first
+        if fit.curve.quantity != BEST_LOSS
+    ]
+    return first + others
 
 
 def _draw(fits: Sequence[Fitted], correlated, grouped, runs: Sequence[StudyRun]) -> list[Figure]:
@@ -178,9 +181,11 @@ def _draw(fits: Sequence[Fitted], correlated, grouped, runs: Sequence[StudyRun])
     means = {(mode, metric) for _, _, task, mode, metric in kinds if task == MEAN}
     figures: list[Figure | None] = [training_figure(grouped)]
     for (axis, quantity, task, mode, metric), own in kinds.items():
-        # Over other axes, of the errors only the mean over tasks, where there is one; nothing without a fit of its own.
+        # Over other axes of the errors only the mean over tasks, where there is one. Windows in proportion to the
+        # recordings would be the same picture again; operations are not, as they differ between backbones.
         single = quantity == ERROR and task != MEAN and (mode, metric) in means
-        if axis == "recordings" or (not single and any(fit.forms for fit in own)):
+        same = axis == "windows" and all(fit.remark for fit in own)
+        if axis == "recordings" or not (single or same):
             figures.append(curves_figure(own, looks))
     figures.append(exponents_figure(fits))
     chosen = [each for each in correlated if each.task == MEAN or (each.mode, each.metric) not in means]
@@ -254,7 +259,10 @@ def main(argv: list[str]) -> int:
 def summary(results: dict[str, Any]) -> str:
     """The fits over recordings in a line each, for the console."""
     lines = []
+    means = {(fit["mode"], fit["metric"]) for fit in results["fits"] if fit["task"] == MEAN}
     for fit in results["fits"]:
+        if fit["task"] not in ("", MEAN) and (fit["mode"], fit["metric"]) in means:
+            continue
         if fit["axis"] != "recordings" or fit["quantity"] == BEST_LOSS:
             continue
         what = "validation loss" if fit["quantity"] == LOSS else f"error of {fit['task']}, {fit['mode']}"

@@ -11,7 +11,7 @@ from ecg_jax.evaluation.plots import GREY
 from ecg_jax.studies.figure_folder import Figure
 from ecg_jax.studies.scaling_fits import PUBLISHED_IN, WITHOUT, Fitted, published
 from ecg_jax.studies.scaling_points import AXES, BEST_LOSS, ERROR, LOSS, MEAN, Family
-from ecg_jax.studies.scaling_words import limits, one_by_one, shown
+from ecg_jax.studies.scaling_words import in_short, limits, one_by_one, shown
 
 _QUANTITIES = {LOSS: "validation loss", BEST_LOSS: "lowest validation loss"}
 ERRORS = {"macro_auroc": "1 - macro AUROC", "mae": "mean absolute error (SD)"}
@@ -60,26 +60,26 @@ def count(value: float) -> str:
     return f"{value:.3g}"
 
 
-def log_axes(axes, axis: str, sizes: np.ndarray) -> None:
-    """Logarithmic axes whose ticks can be read, also over less than a decade."""
+def log_axes(axes, sizes: Sequence[float] = ()) -> None:
+    """Logarithmic axes whose ticks can be read, also over less than a decade; ticks of x at `sizes`, if any."""
     from matplotlib import ticker
 
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
-    low, high = axes.get_ylim()
-    if high / low < 12:
-        axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axes.set_ylim(low, high)
-    if axis == "recordings":
+    for each, limits_of in ((axes.xaxis, axes.get_xlim), (axes.yaxis, axes.get_ylim)):
+        each.set_minor_locator(ticker.NullLocator())
+        low, high = limits_of()
+        if high / low < 12:
+            each.set_major_locator(ticker.MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+            each.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
+            each.set_view_interval(low, high, ignore=True)
+        elif high / low < 100:
+            each.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            each.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
+    if len(sizes):
         ticks = [size for size, following in pairwise([*sizes, np.inf]) if following > 1.25 * size]
         axes.xaxis.set_major_locator(ticker.FixedLocator(ticks))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: count(value)))
-    elif axes.get_xlim()[1] / axes.get_xlim()[0] < 30:
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.2g}"))
 
 
 def curves_figure(fits: Sequence[Fitted], looks) -> Figure | None:
@@ -102,7 +102,8 @@ def curves_figure(fits: Sequence[Fitted], looks) -> Figure | None:
         axes.set_title(objective, fontsize=10, loc="left", fontweight="bold")
         axes.set_ylabel(quantity_of(own[0]), fontsize=9)
         axes.set_xlabel(AXES[own[0].axis], fontsize=9)
-        log_axes(axes, own[0].axis, np.unique(np.concatenate([fit.x for fit in own])))
+        places = np.unique(np.concatenate([fit.x for fit in own]))
+        log_axes(axes, places if own[0].axis == "recordings" else ())
         plain_axes(axes)
         lines = [_in_panel(fit) for fit in own]
         for i, (fit, text) in enumerate(zip(reversed(own), reversed(lines), strict=True)):
@@ -115,6 +116,10 @@ def curves_figure(fits: Sequence[Fitted], looks) -> Figure | None:
         low, high = axes.get_ylim()
         axes.set_ylim(low * (low / high) ** (0.06 + 0.06 * len(own)), high)
     first = fits[0]
+    if first.curve.quantity == ERROR:  # errors compare between objectives, losses do not
+        ends = np.array([axes.get_ylim() for axes in grid])
+        for axes in grid:
+            axes.set_ylim(ends[:, 0].min(), ends[:, 1].max())
     used = {short_label(fit.curve.family): looks[short_label(fit.curve.family)] for fit in fits}
     extra = [
         {"color": GREY, "linestyle": "-", "label": "fitted, with 95 % band"},
@@ -230,7 +235,7 @@ def _shows(fits: Sequence[Fitted]) -> str:
     )
     if first.curve.quantity == ERROR:
         text += " Thin bars are the 95 % intervals of single runs over other patients."
-    sentences = [one_by_one(fit) for fit in fits]
+    sentences = [one_by_one(fit) for fit in fits] if len(fits) <= 4 else in_short(fits)
     if first.curve.quantity == LOSS and any(published(fit) for fit in fits):
         known = {fit.curve.family.objective: published(fit) for fit in fits if published(fit)}
         stated = ", ".join(f"{value} for {name}" for name, value in known.items())

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ecg_jax.evaluation.bootstrap import Interval
 from ecg_jax.studies.correlation import Correlation, correlate
-from ecg_jax.studies.power_law import SAME_SIZE
+from ecg_jax.studies.power_law import SAME_SIZE, fit_many
 from ecg_jax.studies.scaling_bootstrap import (
     HeldOut,
     ModelComparison,
@@ -39,7 +40,7 @@ class Fitted:
         forms: form -> fit; {} where there is none.
         held_out: form -> prediction of the largest rung.
         comparison: of models; None on other axes than recordings, and for a single rung.
-        remark: why there is no fit, "" if there is one.
+        remark: why there is no fit, or none of its own; "" if there is one.
     """
 
     curve: Curve
@@ -67,21 +68,24 @@ class Fitted:
     @property
     def verdict(self) -> str:
         """What the points say, in a sentence."""
-        if self.remark:
+        if not self.forms:
             return self.remark
         law = self.forms[self.described].law
         text = law.reason or "identifiable"
         if not law.identifiable and self.drawn:
             text += "; without offset the points determine the curve"
-        return f"{self.described}: {text}"
+        return f"{self.described}: {text}" + (f"; {self.remark}" if self.remark else "")
 
 
-def fit_curve(curve: Curve, axis: str, *, hold_out: bool, resamples: int) -> Fitted:
+def fit_curve(
+    curve: Curve, axis: str, *, hold_out: bool, resamples: int, over_recordings: Fitted | None = None
+) -> Fitted:
     """Fits both forms over one axis.
 
     Args:
         curve: the points.
         axis: of `AXES`.
+        over_recordings: the same curve over recordings, which is not fitted again over what is in proportion to them.
         hold_out: predict the largest rung from the others.
         resamples: simulated studies where a curve has no resamples of patients.
     """
@@ -98,13 +102,9 @@ def fit_curve(curve: Curve, axis: str, *, hold_out: bool, resamples: int) -> Fit
         return nothing("no fit: all runs are of one size", x)
     at = x if axis == "recordings" else _of_rungs(x, curve.rungs)
     if axis != "recordings":
-        ratio = at / curve.recordings
-        if np.ptp(ratio) <= 0.01 * ratio.mean():
-            return nothing(
-                f"no fit of its own: {AXES[axis]} are {ratio.mean():.4g} times the recordings at every size, so that "
-                "the exponent is that over recordings and the two cannot be told apart",
-                x,
-            )
+        ratio = float((at / curve.recordings).mean())
+        if over_recordings is not None and np.ptp(at / curve.recordings) <= 0.01 * ratio:
+            return _stretched(over_recordings, axis, x, at, ratio)
         if np.ptp(at) <= SAME_SIZE * at.min():
             return nothing(f"no fit: {AXES[axis]} are the same at every size", x)
     sizes = np.geomspace(at.min(), BEYOND * at.max(), 80)
@@ -121,6 +121,29 @@ def fit_curve(curve: Curve, axis: str, *, hold_out: bool, resamples: int) -> Fit
         }
     comparison = compare_models(at, curve.values) if axis == "recordings" else None
     return Fitted(curve, axis, x, at, forms, held, comparison, "")
+
+
+def _stretched(fit: Fitted, axis: str, x: np.ndarray, at: np.ndarray, ratio: float) -> Fitted:
+    """A fit over recordings, as it is over what is `ratio` times them: a' = a ratio^b."""
+
+    def law(old):
+        return old._replace(a=old.a * ratio**old.b)
+
+    forms = {}
+    for form, old in fit.forms.items():
+        new = law(old.law)
+        # The ends of a' would need b of every simulated study.
+        a = Interval(new.a, np.nan, np.nan)
+        forms[form] = old._replace(law=new, a=a, sizes=old.sizes * ratio)
+    held = {
+        form: old._replace(size=old.size * ratio, law=old.law and law(old.law))
+        for form, old in fit.held_out.items()
+    }
+    remark = (
+        f"{AXES[axis]}: {ratio:.4g} times the recordings at every size, so the exponent is that over recordings, and "
+        "the two cannot be told apart"
+    )
+    return Fitted(fit.curve, axis, x, at, forms, held, None, remark)
 
 
 def _of_rungs(x: np.ndarray, rungs: np.ndarray) -> np.ndarray:
@@ -184,13 +207,24 @@ def _residuals(fit: Fitted) -> np.ndarray:
     return np.log(fit.curve.values / fit.forms[fit.drawn].law.predict(fit.at))
 
 
+def _resampled_residuals(fit: Fitted) -> np.ndarray:
+    """The same [P, R] on resamples of the patients, each after a curve of its own; NaN where there is none."""
+    resampled = fit.curve.resampled
+    residuals = np.full(resampled.shape, np.nan)
+    usable = (np.isfinite(resampled) & (resampled > 0)).all(axis=0)
+    if fit.drawn is not None and usable.any():
+        curves = fit_many(fit.at, resampled[:, usable].T, offset=fit.drawn == WITH)
+        residuals[:, usable] = np.log(resampled[:, usable] / curves.predict(fit.at).T)
+    return residuals
+
+
 def _correlated(key, fits: Sequence[Fitted], losses: dict[str, Fitted]) -> Correlated | None:
     """None where no run has both."""
     rows: list[dict[str, Any]] = []
     without = []
     for fit in fits:
         curve, of_loss = fit.curve, losses[fit.curve.family.label]
-        residuals = _residuals(fit)
+        residuals, resampled_residuals = _residuals(fit), _resampled_residuals(fit)
         loss_of = {
             run.name: (value, residual)
             for run, value, residual in zip(
@@ -207,23 +241,22 @@ def _correlated(key, fits: Sequence[Fitted], losses: dict[str, Fitted]) -> Corre
                         "label": curve.family.label, "name": run.name, "recordings": run.recordings,
                         "rung": int(curve.rungs[i]), "loss": loss, "error": curve.values[i],
                         "residual": residuals[i], "loss_residual": loss_residual, "resampled": curve.resampled[i],
+                        "resampled_residual": resampled_residuals[i],
                     }
                 )  # fmt: skip
     if not rows:
         return None
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "resampled"}
-    resampled = np.stack([row["resampled"] for row in rows])
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     with np.errstate(divide="ignore", invalid="ignore"):
-        log_resampled = np.log(resampled)
+        log_resampled = np.log(columns["resampled"])
     logs = {"loss": np.log(columns["loss"]), "error": np.log(columns["error"])}
-    shift = (columns["residual"] - logs["error"])[:, None]  # the fit is the same for every resample
     x_y = dict(
         zip(
             PAIRS,
             (
                 (logs["loss"], logs["error"], log_resampled),
-                (logs["loss"], columns["residual"], log_resampled + shift),
-                (columns["loss_residual"], columns["residual"], log_resampled + shift),
+                (logs["loss"], columns["residual"], columns["resampled_residual"]),
+                (columns["loss_residual"], columns["residual"], columns["resampled_residual"]),
             ),
             strict=True,
         )

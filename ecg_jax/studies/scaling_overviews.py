@@ -53,7 +53,9 @@ def training_figure(families: Sequence[Family]) -> Figure | None:
         axes.set_title(family.label, fontsize=9, loc="left", fontweight="bold")
         axes.set_xlabel("training windows", fontsize=8)
         axes.set_ylabel("validation loss", fontsize=8)
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=5))
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3) if len(sizes) < 5 else (1,)))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: count(value)))
         plain_axes(axes)
     handles = [
@@ -70,8 +72,8 @@ def training_figure(families: Sequence[Family]) -> Figure | None:
         "training",
         "Validation loss over training",
         f"Every line is one of {len(runs)} pretraining runs, coloured by the number of its recordings: its validation "
-        "loss each time it was measured, over the training windows seen so far. Of "
-        f"{unfinished} of them the last value is the lowest, so that they may have gone on falling.",
+        "loss each time it was measured, over the training windows seen so far. In "
+        f"{unfinished} of them the last value is the lowest, so that they might have gone on falling.",
         "Panels have axes of their own, and losses of different objectives are not comparable. A curve that still "
         "falls at its end says that the fitted losses are those of this length of training, not of the objective. "
         + " ".join(f"{text[0].upper()}{text[1:]}." for text in populations(runs)),
@@ -96,12 +98,13 @@ def exponents_figure(fits: Sequence[Fitted]) -> Figure:
         own = [fit for fit in fits if (fit.curve.quantity, fit.curve.task, fit.curve.mode) == kind]
         for fit in own:
             y = labels.index(fit.curve.family.label)
-            if reference := published(fit):
+            reference = published(fit)
+            if reference and fit.drawn:
                 axes.plot(reference, y, linestyle="", marker="*", markersize=9, color="#E69F00", zorder=2)
             if fit.drawn is None:
                 axes.annotate(
-                    "no curve is determined", (0.02, y), xycoords=("axes fraction", "data"), fontsize=7,
-                    color=GREY, va="center",
+                    "no curve is determined", (0, y), (5, 0), textcoords="offset points", fontsize=7, color=GREY,
+                    va="center",
                 )  # fmt: skip
                 rows.append([fit.curve.family.label, *kind, "", None, None, None, reference])
                 continue
@@ -175,7 +178,7 @@ def correlation_figure(found: Correlated) -> Figure:
         for objective, (color, marker) in looks.items():
             own = np.array([label.split(" ")[0] == objective for label in found.labels])
             axes.plot(x[own], y[own], linestyle="", marker=marker, markersize=5, color=color, alpha=0.85)
-        log_axes(axes, "", np.array([]))
+        log_axes(axes)
         axes.set_xlabel(x_name, fontsize=9)
         axes.set_ylabel(y_name, fontsize=9)
         axes.set_title(_best_line(found, pair), fontsize=8, loc="left")
@@ -192,7 +195,8 @@ def correlation_figure(found: Correlated) -> Figure:
             found.residuals, strict=True,
         )
     ]  # fmt: skip
-    sentences = [_best_line(found, pair).replace("\n", ": ") for pair in PAIRS if found.against[pair]]
+    lines = [_best_line(found, pair).split("\n") for pair in PAIRS if found.against[pair]]
+    sentences = [f"{line[0].capitalize()}: {'; '.join(line[1:])}" for line in lines]
     task = MEAN if found.task == MEAN else found.task
     return Figure(
         file_name("correlation", found.mode, task),
@@ -201,9 +205,9 @@ def correlation_figure(found: Correlated) -> Figure:
         "is left of the error when the curve fitted over the number of recordings is divided out; right: the same of "
         "both. The axes are logarithmic, and correlations are of logarithms. " + ". ".join(sentences) + ".",
         "Losses of different objectives have different scales, so that a trend across colours means nothing; the "
-        "correlations named are within objectives (each with its backbone), of cell means over seeds. Loss and error "
-        "both fall with the number of recordings, which alone correlates them: only the middle and the right panel "
-        "look past it, and a curve fitted to a handful of sizes takes off part of what it should leave."
+        "correlations named are within curves (objective and backbone), of the means over seeds at each size. Loss and "
+        "error both fall with the number of recordings, which alone correlates them: only the middle and the right "
+        "panel look past it, and a curve fitted to a handful of sizes takes off part of what it should leave."
         + (
             f" No curve is determined for {', '.join(found.without_fit)}: left out there."
             if found.without_fit
@@ -223,5 +227,7 @@ def _best_line(found: Correlated, pair: str) -> str:
     each = named["within objectives"] if "within objectives" in named else named["all runs"]
     if each.pearson is None or each.spearman is None:
         return f"{pair}\n{each.remark}"
-    where = "within objectives" if each.name == "within objectives" else "one objective"
-    return f"{pair}\nr = {shown(each.pearson)}, rank {shown(each.spearman)}; {where}, {each.n_units} cells"
+    where = "within curves" if each.name == "within objectives" else "one curve"
+    return (
+        f"{pair}\nr = {shown(each.pearson)}, of ranks {shown(each.spearman)}\n{where}, {each.n_units} cells"
+    )

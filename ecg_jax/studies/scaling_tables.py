@@ -39,7 +39,7 @@ def _exponents(fits: Sequence[Fitted]) -> Figure:
     names = [f"{p}{end}" for p in "abc" for end in ("", "_low", "_high")]
     rows = []
     for fit in fits:
-        if fit.remark:
+        if not fit.forms:
             rows.append(
                 [*_curve(fit), "", False, len(fit.curve.runs), fit.curve.n_rungs, *[None] * 9, False, fit.remark,
                  "", "", published(fit)]
@@ -48,7 +48,7 @@ def _exponents(fits: Sequence[Fitted]) -> Figure:
             rows.append(
                 [*_curve(fit), form, form == fit.drawn, len(fit.curve.runs), fit.curve.n_rungs,
                  *_triple(found.a), *_triple(found.b), *_triple(found.c), found.law.identifiable, found.law.reason,
-                 " and ".join(found.over), "; ".join(found.remarks), published(fit)]
+                 " and ".join(found.over), "; ".join(filter(None, (fit.remark, *found.remarks))), published(fit)]
             )  # fmt: skip
     return Figure(
         "fits",

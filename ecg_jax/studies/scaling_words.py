@@ -41,6 +41,33 @@ def one_by_one(fit: Fitted) -> str:
     return text
 
 
+def in_short(fits: Sequence[Fitted]) -> list[str]:
+    """Many curves in a few sentences, without their full stops; each with its interval is in the table of fits."""
+    drawn = [fit for fit in fits if fit.drawn]
+    said = []
+    for objective in dict.fromkeys(fit.curve.family.objective for fit in drawn):
+        own = [fit for fit in drawn if fit.curve.family.objective == objective]
+        b = [fit.forms[fit.drawn].b for fit in own]
+        names = ", ".join(fit.curve.family.label.removeprefix(f"{objective} ") for fit in own)
+        each = ", ".join(f"{value.point:.3g} ({value.low:.3g} to {value.high:.3g})" for value in b)
+        said.append(f"Exponents b of {objective} ({names}): {each}")
+    if missing := [fit for fit in fits if fit.drawn is None]:
+        names = ", ".join(fit.curve.family.label for fit in missing)
+        said.append(f"No curve is determined for {names} ({missing[0].verdict})")
+    plain = [fit.curve.family.label for fit in drawn if fit.drawn != fit.described]
+    if plain:
+        said.append(f"Drawn without offset, as three parameters are not identifiable: {', '.join(plain)}")
+    held = [fit.held_out[fit.drawn] for fit in drawn if fit.drawn in fit.held_out]
+    if held := [each for each in held if each.predicted is not None]:
+        errors = [100 * each.error for each in held]
+        inside = sum(each.inside for each in held)
+        said.append(
+            f"Without the largest size the curves predict it {min(errors):+.1f} to {max(errors):+.1f} % off, and in "
+            f"{inside} of {len(held)} cases it lies in the predicted interval"
+        )
+    return said
+
+
 def limits(fits: Sequence[Fitted]) -> str:
     """What curves do not show, from what is known of their runs."""
     runs = [run for fit in fits for run in fit.curve.runs]
@@ -51,11 +78,13 @@ def limits(fits: Sequence[Fitted]) -> str:
             "comparable: neither their heights nor, strictly, their exponents."
         )
     said.append(_of_updates(fits))
-    fewest = min((fit.curve.n_rungs for fit in fits), default=0)
-    seeds = min((len({run.seed for run in fit.curve.runs}) for fit in fits), default=0)
-    said.append(
-        f"A curve through {fewest} sizes is a description of those; what is dashed has been measured by nobody."
-    )
+    drawn = [fit for fit in fits if fit.drawn]
+    if drawn:
+        fewest = min(fit.curve.n_rungs for fit in drawn)
+        said.append(
+            f"A curve through {fewest} sizes is a description of those; what is dashed has been measured by nobody."
+        )
+    seeds = min((len({run.seed for run in fit.curve.runs}) for fit in drawn), default=0)
     if seeds == 1:
         said.append(
             "With one seed a size, how much seeds differ is read off the scatter about the curve, which is right only "
