@@ -227,7 +227,7 @@ def scatter_of(residuals, rung, n_parameters: int, corner: float) -> Scatter:
     With ψ the bounded residuals of the robust loss, mean squares are of ψ / mean(ψ'), which is the residual itself in
     least squares and has the variance of the robust estimate otherwise (Huber 1973).
     """
-    from scipy.stats import f as f_distribution
+    from scipy.special import fdtrc
 
     weight = weights_of(residuals, corner)
     pulled = residuals * weight / (weight**3).mean()
@@ -242,7 +242,7 @@ def scatter_of(residuals, rung, n_parameters: int, corner: float) -> Scatter:
         square = (between if repeats <= 0 else within) / dof if dof else 0.0
         return Scatter(float(np.sqrt(square)), dof, False, None)
     ratio = (between / spare) / (within / repeats) if within > 0 else (np.inf if between > 0 else 0.0)
-    p = float(f_distribution.sf(ratio, spare, repeats))
+    p = float(fdtrc(spare, repeats, ratio))
     if p < POOLING[spare > 1]:
         return Scatter(float(np.sqrt(between / spare)), spare, True, p)
     return Scatter(float(np.sqrt((within + between) / dof)), dof, False, p)
@@ -282,12 +282,12 @@ def _profile(x, y, at, residuals, corner, scatter: Scatter, which: int, offset: 
     {θ: min over the others of cost(θ) <= cost + σ² F(0.95; 1, ν)}, its ends found on a grid that is made finer once
     in the cells where they lie (Bates & Watts 1988, §6.1). An end beyond a bound is the bound.
     """
-    from scipy.stats import f as f_distribution
+    from scipy.special import fdtri
 
     bound = (np.inf, MAX_EXPONENT, MAX_SHARE)[which]
     free = (which != 1, offset and which != 2)
     slope = float((weights_of(residuals, corner) ** 3).mean())
-    limit = float(_cost(residuals, corner)) + slope * scatter.sd**2 * f_distribution.isf(0.05, 1, scatter.dof)
+    limit = float(_cost(residuals, corner)) + slope * scatter.sd**2 * fdtri(1, scatter.dof, 0.95)
     # A sum of squares of rounding errors has no interval.
     limit += 1e-12 * len(y)
 
