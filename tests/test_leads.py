@@ -25,10 +25,12 @@ from ecg_jax.models.inputs import ALL_LEADS, NORMALISATIONS, to_model_input
 from ecg_jax.objectives.masking import Masking
 from ecg_jax.pretrain import pretrain
 from ecg_jax.probe import probe, summary
+from ecg_jax.run_data import open_data
 from ecg_jax.run_setup import build_masking
 from ecg_jax.token_features import of_checkpoint
 from ecg_jax.training.metric_writers import read_log
-from ecg_jax.training.pretrained import encode_fn, pooled_fn, restore_encoder
+from ecg_jax.training.pretrained import encode_fn, restore_encoder
+from ecg_jax.workdir import claim_workdir
 from test_online_probe import as_ptbxl
 from tiny_probes import MODEL, one_device, tiny_encoder, tiny_examples
 
@@ -177,33 +179,50 @@ def test_the_encoder_of_a_checkpoint_sees_what_its_run_saw(runs, stores):
         changed[..., lead] = changed[..., lead] // 2 + 300
         moved = np.abs(encode_fn(encoder)(changed) - features).max()
         assert moved > 1e-3 if lead in NUMBERS else moved == 0, CANONICAL_LEADS[lead]
-    # Layers, as `ecg-jax cluster` and `ecg-jax cka` read them.
-    layer = of_checkpoint(runs[0], "tokens", store)
-    few = crops.copy()
+    # A layer, as `ecg-jax cluster` reads it.
+    layer, few = of_checkpoint(runs[0], "stem", store), crops.copy()
     few[..., DROPPED] = 0
-    np.testing.assert_array_equal(layer.encode(layer.variables, crops), layer.encode(layer.variables, few))
-    pooled = pooled_fn(encoder, ["stem", "tokens"])
-    np.testing.assert_array_equal(pooled(crops)["stem"], pooled(few)["stem"])
+    encode = jax.jit(layer.encode)
+    np.testing.assert_array_equal(encode(layer.variables, crops), encode(layer.variables, few))
     everything = dataclasses.replace(
         encoder, preprocessing=dataclasses.replace(encoder.preprocessing, kept_leads=CANONICAL_LEADS)
     )
     assert entry_key(everything, store) != entry_key(encoder, store)  # features are kept apart
 
 
+def test_a_run_from_before_there_was_a_choice_has_all_leads(runs, stores, tmp_path):
+    """Its config.json and its checkpoints lack the field."""
+    old = tmp_path / "old"
+    shutil.copytree(runs[1], old)
+    (meta,) = old.glob("checkpoints/*/meta/metadata")
+    for path, names in ((old / "config.json", ["data"]), (meta, ["config", "data"])):
+        content = data = json.loads(path.read_text())
+        for name in names:
+            data = data[name]
+        assert data.pop("leads") == ""
+        path.write_text(json.dumps(content))
+    assert restore_encoder(old).preprocessing.kept_leads == CANONICAL_LEADS
+    same, other = (tiny_config(stores[1], leads) for leads in ("", "I"))
+    with claim_workdir(old, same, open_data(same, old)):
+        pass
+    with (
+        pytest.raises(UserError, match=r"holds another run: it differs in data.leads \('' there, 'I' now\)"),
+        claim_workdir(old, other, open_data(other, old)),
+    ):
+        pass
+
+
 def test_a_linear_probe_says_which_leads_its_numbers_are_of(runs, stores, tmp_path):
     config = load_config("configs/probe.py:mode=linear,task=ptbxl_rhythm")
-    for name, value in {"features": tmp_path / "kept", "baseline_seeds": 1, "near_duplicates": False,
-                        "bootstrap.resamples": 20, "min_count": 1}.items():  # fmt: skip
+    fields = {
+        "features": tmp_path / "kept", "baseline_seeds": 1, "near_duplicates": False, "min_count": 1,
+        "bootstrap.resamples": 20, "linear.l2_grid": (0.1,), "linear.max_steps": 20,
+    }  # fmt: skip
+    for name, value in fields.items():
         override(config, name, str(value))
-    results = [probe(config, tmp_path / store.name, str(runs[0]), str(store)) for store in stores]
-    assert results[0]["preprocessing"]["kept_leads"] == list(KEPT)
-    # Of the store that has the other leads, or of the one without them.
-    probabilities = [np.load(tmp_path / s.name / "predictions.npz")["probabilities"] for s in stores]
-    np.testing.assert_allclose(*probabilities, rtol=0, atol=1e-6)
-    assert results[0]["baselines"]["random_init"] == results[1]["baselines"]["random_init"]
-    assert "every encoder here sees the leads I, V2 alone, the simple ECG features all 12" in summary(
-        results[0]
-    )
+    results = probe(config, tmp_path / "probe", str(runs[0]), str(stores[0]))
+    assert results["preprocessing"]["kept_leads"] == list(KEPT)
+    assert "every encoder here sees the leads I, V2 alone, the simple ECG features all 12" in summary(results)
 
 
 @pytest.mark.parametrize("mode", ["frozen", "finetune", "supervised"])

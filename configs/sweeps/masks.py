@@ -10,9 +10,8 @@ configs/common.py, and `span-sparse`, which differs from span in its probability
 6 % of the tokens are hidden instead of half (spec §5.4). At the defaults 21 runs of 180 000 windows, 3.8 million in
 all. `ecg-jax show-masks` draws each.
 
-The table compares what the features are worth, and not losses: val_loss is another task's in each group, and says
-nothing about which is better. Strategies differ in how much they hide as well as in how; a table of one ratio each
-cannot part the two.
+The table can tell which of these the features are better for, at one probe. It cannot tell by losses: val_loss is
+another task's in each group. Nor can it part how from how much: strategies hide different shares, and have one each.
 """
 
 from configs.common import STRATEGIES
