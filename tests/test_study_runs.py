@@ -3,6 +3,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -36,9 +37,9 @@ def test_a_sweep_is_read_with_its_probes(sweep):
     assert (first.steps, first.step, first.windows) == (25, 25, 200), "2 epochs of 100 in batches of 8"
     assert first.train_flops == training_flops(ConfigDict(first.config)) * 200
     assert first.device_hours == pytest.approx(2 * 60 / 3600)
-    assert first.val_loss == pytest.approx(0.5) and first.best_val_loss == first.val_loss
+    assert (first.val_loss, first.best_val_loss) == pytest.approx((0.5, 0.5))
     assert (first.revision, first.dirty, first.parameters) == ("a" * 40, False, 1234)
-    assert first.synthetic and not second.synthetic
+    assert (first.synthetic, second.synthetic) == (True, False)
     assert first.fingerprints["store"] == second.fingerprints["store"] == "5" * 64
     assert first.fingerprints["selection"] != second.fingerprints["selection"]
     assert [(p.name, p.task, p.mode) for p in first.probes] == [
@@ -131,9 +132,7 @@ def test_damaged_files_are_named(tmp_path):
         )
         (sweep / name).write_text(text)
         with pytest.raises(UserError) as error:
-            for run in find_runs([sweep]):
-                for probe in run.probes:
-                    probe.predictions()
+            [probe.predictions() for run in find_runs([sweep]) for probe in run.probes]
         assert name in str(error.value)
         return str(error.value)
 
@@ -160,9 +159,11 @@ def test_every_start_of_a_run_is_noted(tmp_path):
     with pytest.raises(RuntimeError), run_starts.noted_start(tmp_path, 3, 7, time.monotonic()):
         raise RuntimeError
     first, second = run_starts.read_starts(tmp_path)
-    assert 5 <= first["seconds"] < 60 and 0 <= second["seconds"] < 60
+    assert first["seconds"] >= 5
+    assert second["seconds"] >= 0
     assert (first["step"], second["step"], first["parameters"]) == (0, 3, 7)
-    assert first["devices"] >= 1 and first["processes"] == 1 and "jax" in first["versions"]
+    assert (first["devices"], first["processes"]) == (len(jax.devices()), 1)
+    assert "jax" in first["versions"]
 
 
 def test_the_revision_is_that_of_a_checkout_and_no_other(tmp_path):

@@ -1,0 +1,272 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ecg_jax import scaling
+from ecg_jax.cli import main
+from ecg_jax.errors import UserError
+from ecg_jax.evaluation import metrics
+from ecg_jax.studies.figure_folder import read_figures
+from ecg_jax.studies.scaling_fits import fit_curve
+from ecg_jax.studies.scaling_points import error_curves, families, loss_curves, populations, usable
+from ecg_jax.studies.study_runs import find_runs
+from study_folder import write_sweep
+
+SIZES = (250, 600, 1500, 4000)
+EXPONENTS = {"cpc": 0.189, "jepa": 0.062}
+
+
+def entries(sizes=SIZES, seeds=(0, 1), objectives=("cpc", "jepa"), noise=0.005, **more):
+    """Runs whose losses are 2 N^-b with noise, and whose time goes as N^0.8."""
+    generator = np.random.default_rng(0)
+    for objective in objectives:
+        for n in sizes:
+            for seed in seeds:
+                yield {
+                    "name": f"{objective}-{n}-{seed}", "recordings": n, "objective": objective, "seed": seed,
+                    "loss": 2 * n ** -EXPONENTS[objective] * np.exp(noise * generator.normal()),
+                    "seconds": 5 * n**0.8, "errors": {}, **more,
+                }  # fmt: skip
+
+
+def with_errors(found, **laws):
+    """The same with errors a N^-b + c by task, laws as (a, b, c)."""
+    for entry in found:
+        n = entry["recordings"]
+        yield entry | {"errors": {task: a * n**-b + c for task, (a, b, c) in laws.items()}}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study through the command: (sweep, output, what it printed)."""
+    folder = tmp_path_factory.mktemp("scaling")
+    runs = [*with_errors(entries(), ptbxl_super=(1.2, 0.3, 0.0), ptbxl_sub=(1.0, 0.25, 0.0))]
+    sweep = write_sweep(folder / "ladder", runs)
+    log = sweep / "jepa-250-0/run/log.jsonl"
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
+    return sweep, folder / "out"
+
+
+@pytest.fixture(scope="module")
+def result(study):
+    sweep, output = study
+    assert main(["scaling", f"--runs={sweep}", f"--output={output}", "--resamples=200"]) == 0
+    return json.loads((output / "scaling.json").read_text())
+
+
+def fit_of(result, curve, quantity="loss", task="", axis="recordings"):
+    (found,) = [
+        fit for fit in result["fits"]
+        if (fit["curve"], fit["quantity"], fit["task"], fit["axis"]) == (curve, quantity, task, axis)
+    ]  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("objective", EXPONENTS)
+def test_exponents_that_went_in_come_out(result, objective):
+    fit = fit_of(result, f"{objective} s4")
+    b = fit["fits"]["power law"]["b"]
+    assert b["point"] == pytest.approx(EXPONENTS[objective], abs=0.006)
+    assert b["low"] <= EXPONENTS[objective] <= b["high"]
+    assert fit["drawn_form"] == "power law"
+    assert fit["model_comparison"]["best"] == "power law"
+    assert fit["published_exponent"] == EXPONENTS[objective]
+    held = fit["largest_held_out"]["power law"]
+    assert held["size"] == pytest.approx(4000)
+    assert held["inside"]
+    assert abs(held["error"]) < 0.02
+
+
+def test_errors_are_fitted_with_their_patients(result):
+    fit = fit_of(result, "cpc s4", "error", "ptbxl_super")
+    without = fit["fits"]["power law"]
+    assert without["intervals_over"] == ["runs", "recordings"]
+    assert without["b"]["low"] <= 0.3 <= without["b"]["high"]
+    assert fit["published_exponent"] is None, "the paper gives exponents of losses"
+    mean = fit_of(result, "cpc s4", "error", "mean")
+    parts = [fit_of(result, "cpc s4", "error", task) for task in mean["tasks"]]
+    assert len(parts) == 2
+    for i, point in enumerate(mean["points"]):
+        assert point["value"] == pytest.approx(np.mean([part["points"][i]["value"] for part in parts]))
+
+
+def test_every_point_leads_to_its_files(result):
+    for fit in result["fits"]:
+        for point in fit["points"]:
+            for folder, single in (
+                (Path(each), "," not in point["folder"]) for each in point["folder"].split(",")
+            ):
+                assert folder.is_dir()
+                if fit["quantity"] == "error" and single:
+                    assert (
+                        1 - json.loads((folder / "results.json").read_text())["macro_auroc"] == point["value"]
+                    )
+                if fit["quantity"] == "loss":
+                    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+                    assert last["val_loss"] == point["value"]
+
+
+def test_compute_is_an_axis_of_its_own_only_where_it_is(result):
+    b = fit_of(result, "cpc s4")["fits"]["power law"]["b"]["point"]
+    flops = fit_of(result, "cpc s4", axis="flops")
+    assert flops["fits"]["power law"]["b"]["point"] == b
+    assert "cannot be told apart" in flops["verdict"]
+    for point in flops["points"]:
+        band = flops["fits"]["power law"]["band"]
+        drawn = np.interp(np.log(point["x"]), np.log(band["x"]), band["curve"])
+        assert drawn == pytest.approx(point["value"], rel=0.03), "the curve lies where the points are"
+    hours = fit_of(result, "cpc s4", axis="device_hours")
+    assert hours["fits"]["power law"]["b"]["point"] == pytest.approx(b / 0.8, rel=0.02), "hours go as N^0.8"
+    assert "cannot" not in hours["verdict"]
+
+
+def test_unfinished_runs_are_left_out_aloud(study, result, capsys):
+    assert any(line.startswith("jepa-250-0 is left out: at step ") for line in result["left_out"])
+    names = {point["run"] for fit in result["fits"] for point in fit["points"]}
+    assert "jepa-250-0" not in names
+    assert len(names) == 15
+
+
+def test_figures_say_what_they_show_and_what_not(study, result):
+    folder = read_figures(study[1])
+    assert folder.kind == "scaling"
+    assert folder.about["command"][:2] == ["ecg-jax", "scaling"]
+    assert len(folder.about["runs"]) == 15
+    by_name = {figure.name: figure for figure in folder.figures}
+    assert {
+        "training", "loss_recordings", "error_linear_mean_recordings", "error_linear_ptbxl_sub_recordings",
+        "loss_flops", "loss_device_hours", "exponents_over_recordings", "correlation_linear_mean", "fits", "models",
+        "largest_size_predicted", "correlations", "points", "runs",
+    } <= set(by_name)  # fmt: skip
+    loss = by_name["loss_recordings"]
+    for words in ("15 runs", "0.189 for cpc", "not ours"):
+        assert words in loss.shows
+    for words in ("not comparable", "SYNTHETIC", "number of updates grows with the number of recordings"):
+        assert words in loss.does_not_show
+    fit = fit_of(result, "cpc s4")["fits"]["power law"]["b"]
+    assert f"b = {fit['point']:.3g}" in loss.shows
+    runs = [row for row in loss.rows if row[0] == "run"]
+    assert len(runs) == 15
+    assert all(figure.shows and figure.does_not_show and figure.rows for figure in folder.figures)
+
+
+def read(folder, **more):
+    chosen, left_out = usable(find_runs([folder]))
+    assert not left_out
+    return families(chosen)
+
+
+def test_three_sizes_do_not_carry_three_parameters(tmp_path):
+    runs = with_errors(entries(SIZES[:3], objectives=["cpc"]), ptbxl_super=(1.2, 0.3, 0.05))
+    found = read(write_sweep(tmp_path / "s", list(runs)))
+    (curve,) = error_curves(found, tasks=(), modes=(), resamples=100, note=pytest.fail)
+    fit = fit_curve(curve, "recordings", hold_out=True, resamples=100)
+    assert fit.drawn == "power law"
+    assert "not identifiable" in fit.verdict
+    assert not fit.forms["power law with offset"].law.identifiable
+    assert fit.held_out["power law with offset"].predicted is None
+
+
+def test_patients_are_drawn_once_for_all_runs(tmp_path):
+    runs = with_errors(entries(SIZES[:2], objectives=["cpc"], noise=0), ptbxl_super=(1.2, 0.3, 0.0))
+    found = read(write_sweep(tmp_path / "s", list(runs)))
+    (curve,) = error_curves(found, tasks=(), modes=(), resamples=150, note=pytest.fail)
+    assert curve.resampled.shape == (4, 150)
+    # What the runs share in their test patients makes their resampled errors go together.
+    assert np.corrcoef(curve.resampled)[0, 1:].min() > 0.9
+    # The spread is that of an AUROC over so many patients, here by drawing pairs of records anew.
+    arrays = curve.runs[0].probes[0].predictions()
+    generator = np.random.default_rng(5)
+    drawn = []
+    for _ in range(150):
+        patients = generator.integers(0, 200, 200)
+        rows = np.concatenate([2 * patients, 2 * patients + 1])
+        drawn.append(1 - metrics.auroc(arrays["targets"][rows], arrays["probabilities"][rows]).mean())
+    assert curve.resampled[0].std() == pytest.approx(np.std(drawn), rel=0.35)
+
+
+def test_what_differs_at_one_size_parts_curves(tmp_path):
+    small = list(entries(SIZES[:2], [0], ["cpc"]))
+    wide = [entry | {"name": f"wide-{entry['name']}", "model__width": 32} for entry in small]
+    # Every run of a size has its own number of steps: that goes with the size.
+    found = read(write_sweep(tmp_path / "s", small + wide))
+    assert [(family.label, len(family.runs)) for family in found] == [
+        ("cpc s4, width=16", 2), ("cpc s4, width=32", 2),
+    ]  # fmt: skip
+    warm = [entry | {"optimiser__learning_rate": 1 / entry["recordings"]} for entry in small]
+    (family,) = read(write_sweep(tmp_path / "t", warm))
+    assert family.moving == ("optimiser.learning_rate",)
+
+
+def test_other_populations_are_told(tmp_path):
+    runs = list(entries(SIZES[:2], [0], ["cpc"]))
+    runs[1] |= {"store": "6" * 64, "corpus": "ptbxl"}
+    (family,) = read(write_sweep(tmp_path / "s", runs))
+    assert family.moving == ("store_fingerprint",)
+    said = " ".join(populations(family.runs))
+    for words in ("held-out recordings", "stores are not the same", "SYNTHETIC"):
+        assert words in said
+
+
+def refused(folder, **options):
+    with pytest.raises(UserError) as error:
+        scaling.scaling([folder], folder.parent / "out", resamples=100, **options)
+    assert not (folder.parent / "out").exists(), "nothing is written"
+    return str(error.value)
+
+
+def test_runs_that_make_no_curve_are_refused(tmp_path):
+    one = write_sweep(tmp_path / "a/s", list(entries([250], [0], ["cpc"])))
+    assert "at least two" in refused(one)
+
+    runs = list(entries(SIZES[:2], [0], ["cpc"]))
+    windows = write_sweep(tmp_path / "b/s", [runs[0], runs[1] | {"data__window_s": 5.0}])
+    assert "cpc-250-0 and cpc-600-0" in refused(windows)
+    assert "data.window_s (2.5 and 5.0)" in refused(windows)
+
+    twice = write_sweep(tmp_path / "c/s", [*runs, runs[0] | {"name": "again"}])
+    assert "same settings, size and seed" in refused(twice)
+
+    tested = write_sweep(tmp_path / "d/s", list(with_errors(runs, ptbxl_super=(1.2, 0.3, 0.0))))
+    path = tested / "cpc-600-0/probe/predictions.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | {"record_id": arrays["record_id"][::-1]})
+    assert "differ in test records" in refused(tested)
+    assert "no run has a finished probe of --tasks=ptbxl_all" in refused(tested, tasks=["ptbxl_all"])
+
+    unfinished = write_sweep(tmp_path / "e/s", runs)
+    for run in runs:
+        (unfinished / run["name"] / "run/log.jsonl").unlink()
+    assert "no run is finished" in refused(unfinished)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--x=recordings,parameters"], "--x=parameters is not among"),
+        (["--modes=zero-shot"], "--modes=zero-shot is not among"),
+        (["--resamples=10"], "give 100 or more"),
+        ([], "there is no folder"),
+    ],
+)
+def test_bad_options_are_told(options, words, tmp_path, capsys):
+    arguments = ["scaling", "--runs", str(tmp_path / "none"), f"--output={tmp_path / 'out'}", *options]
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_output_with_other_things_is_left_alone(tmp_path):
+    sweep = write_sweep(tmp_path / "s", list(entries(SIZES[:2], [0], ["cpc"])))
+    with pytest.raises(UserError, match="holds something else"):
+        scaling.scaling([sweep], sweep)
+
+
+def test_losses_without_logarithm_are_left_out(tmp_path):
+    runs = list(entries(SIZES[:2], [0], ["cpc"]))
+    runs[0]["loss"] = -1.0
+    notes = []
+    (curve,) = loss_curves(read(write_sweep(tmp_path / "s", runs)), "loss", notes.append)
+    assert len(curve.runs) == 1
+    assert notes == ["cpc-250-0 is left out of the losses: its validation loss is -1.0"]
