@@ -1,9 +1,13 @@
 """A sweep that only pretrains, in a second or two a run, for tests that look at how sweeps are run."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 _TEXT = """
+from ecg_jax.sweep_file import synthetic_store
+
+KEYS = ("probe", "store", "probes", "init")
 SMALL = {
     "model.width": 16, "model.state": 4, "model.layers": 1, "model.l_max": 60, "data.window_s": 0.5,
     "objective.steps_ahead": 4, "objective.negatives": 8, "batch_size": 8, "log_every": 1, "checkpoint_every": 2,
@@ -11,9 +15,10 @@ SMALL = {
 }
 
 def run(name, seed=0, **fields):
+    keys = {"probe": None, "store": "--store"} | {key: fields.pop(key) for key in KEYS if key in fields}
     fields = {key.replace("__", "."): value for key, value in fields.items()}
     return {"name": name, "group": name, "config": "configs/cpc.py",
-            "overrides": {**SMALL, "steps": 4, "seed": seed, **fields}, "probe": None, "store": "--store"}
+            "overrides": {**SMALL, "steps": 4, "seed": seed, **fields}} | keys
 
 def sweep():
 """
@@ -28,6 +33,13 @@ def write_sweep(folder: Path, *runs: str) -> Path:
     path = folder / "tiny.py"
     path.write_text(_TEXT + "".join(f"    yield {run}\n" for run in runs))
     return path
+
+
+def write_studies(path: Path, studies: Sequence[tuple[str, list[str]]]) -> None:
+    """Gives a sweep file these studies, in the place of those it had; {output} in a word is the sweep's folder."""
+    text = path.read_text().split("\ndef STUDIES")[0]
+    made = f"[(name, [word.replace('{{output}}', output) for word in words]) for name, words in {studies!r}]"
+    path.write_text(f"{text}\ndef STUDIES(output):\n    return {made}\n" if studies else text)
 
 
 def status(output: Path, run: str) -> dict:

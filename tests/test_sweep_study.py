@@ -1,0 +1,551 @@
+"""Sweeps that make their stores, probe further, begin runs with others of their own, and end in studies."""
+
+import fcntl
+import functools
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from ecg_jax import cli, sweep_launch, sweep_probes, sweep_run, sweep_stores, sweep_studies
+from ecg_jax.data.store import Store
+from ecg_jax.errors import UserError
+from ecg_jax.studies.flops import training_flops
+from ecg_jax.sweep_declaration import check_folder
+from ecg_jax.sweep_file import load_sweep
+from ecg_jax.sweep_folder import RunStatus, is_finished, state_of
+from ecg_jax.sweep_stores import StoreChoice, check_stores
+from ecg_jax.sweep_table import collect
+from tiny_sweep import FAILS, status, write_studies, write_sweep
+
+#: A probe of few numbers, beside a sweep file.
+QUICK_PROBE = """
+from ecg_jax.config_flags import load_config
+
+def get_config(arg=""):
+    config = load_config(f"configs/probe.py:{arg}")
+    config.linear.l2_grid, config.linear.tolerance, config.linear.max_steps = (1.0,), 1e-3, 20
+    config.baseline_seeds, config.bootstrap.resamples = 1, 50
+    return config
+"""
+BASE = """run("base", probe=f"{PROBE}:task=synthetic_rhythm", store=synthetic_store(64))"""
+CHILD = """run("child", init="base", probe=f"{PROBE}:task=synthetic_rhythm", store=synthetic_store(64),
+    probes={"axis": {"probe": f"{PROBE}:mode=frozen,task=synthetic_axis", "overrides": {"frozen.epochs": 1}},
+            "noise": f"{PROBE}:task=synthetic_noise"})"""
+STUDIES = [("listed", ["tasks"]), ("wrong", ["tasks", "/nowhere"])]
+
+
+def sweep_file(folder, *runs, studies=()):
+    """A sweep file with a quick probe beside it."""
+    (folder / "quick_probe.py").write_text(QUICK_PROBE)
+    path = write_sweep(folder, *runs)
+    text = path.read_text().replace(
+        "def run(name", f"PROBE = {str(folder / 'quick_probe.py')!r}\ndef run(name"
+    )
+    path.write_text(text)
+    write_studies(path, studies)
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A finished sweep: its file, its folder, and the exit code of the command."""
+    folder = tmp_path_factory.mktemp("study")
+    path, output = sweep_file(folder, BASE, CHILD, studies=STUDIES), folder / "out"
+    return path, output, cli.main(["sweep", str(path), f"--output={output}"])
+
+
+def copied(study, tmp_path):
+    """A copy of the finished sweep beside the store that it was made with, and arguments of the command."""
+    path, whole, _ = study
+    output = tmp_path / "out"
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns("stores"))
+    (output / "stores").symlink_to(whole / "stores")
+    return output, ["sweep", str(path), f"--output={output}"]
+
+
+def test_stores_runs_probes_and_studies_are_made(study):
+    _, output, code = study
+    assert code == 2  # of the study that fails alone
+    store = Store(output / "stores" / "synthetic-64-0")
+    assert len(store) == 64
+    assert store.synthetic
+    child = json.loads((output / "child" / "run" / "config.json").read_text())
+    assert child["init"]["checkpoint"] == str(output / "base" / "run")
+    assert (child["origin"]["run"], child["origin"]["step"]) == (str((output / "base" / "run").resolve()), 4)
+    further = {
+        name: json.loads((output / "child" / "probes" / name / "results.json").read_text())
+        for name in ("axis", "noise")
+    }
+    assert {name: (each["task"], each["mode"]) for name, each in further.items()} == {
+        "axis": ("synthetic_axis", "frozen"),
+        "noise": ("synthetic_noise", "linear"),
+    }
+    assert further["axis"]["config"]["frozen"]["epochs"] == 1
+    assert further["axis"]["checkpoint"]["run"] == str((output / "child" / "run").resolve())
+    assert not (output / "base" / "probes").exists()
+    made_of = json.loads((output / "studies" / "listed" / "made_of.json").read_text())
+    assert made_of["command"] == ["tasks"]
+    assert (
+        "There is no store at /nowhere"
+        in json.loads((output / "studies" / "wrong" / "failed.json").read_text())["error"]
+    )
+
+
+def test_tables_say_what_it_cost_and_what_it_began_with(study):
+    path, output, _ = study
+    loaded = load_sweep(str(path))
+    rows = {row["name"]: row for row in collect(loaded, output).to_pylist()}
+    assert [(row["state"], row["init"]) for row in rows.values()] == [
+        ("finished", None),
+        ("finished", "base"),
+    ]
+    for run in loaded.runs:
+        row = rows[run.name]
+        assert row["train_windows"] == 4 * 8
+        assert row["train_flops"] == 4 * 8 * training_flops(run.config)
+        assert row["device_hours"] == pytest.approx(row["seconds"] * 8 / 3600)  # the devices of the tests
+    results = json.loads((output / "results.json").read_text())
+    base, child = results["groups"]
+    assert base["difference_to_first"] is None
+    assert child["difference_to_first"]["macro_auroc"] == pytest.approx(
+        child["macro_auroc"] - base["macro_auroc"]
+    )
+    assert child["settings"] == {"init": "base"}
+    assert base["parameters"] == rows["base"]["encoder_parameters"]
+    markdown = (output / "results.md").read_text()
+    assert re.search(r"\| group +\| init +\| seeds +\| macro AUROC +\| minus base +\|", markdown)
+    assert "nothing about ECG" in markdown
+
+
+def test_again_makes_only_what_is_missing(study, tmp_path, capsys, monkeypatch):
+    """Also from a folder that was moved."""
+    output, args = copied(study, tmp_path)
+
+    def never(*args, **kwargs):
+        raise AssertionError("made twice")
+
+    monkeypatch.setattr(sweep_run, "pretrain", never)
+    monkeypatch.setattr(sweep_run, "probe", never)
+    monkeypatch.setattr(sweep_probes, "probe_one", never)
+    assert cli.main(args) == 2
+    printed = capsys.readouterr()
+    assert "2 of 2 runs are finished already" in printed.out
+    assert "study listed: is made already" in printed.out
+    assert printed.err.splitlines()[-1] == "ecg-jax sweep: error: studies failed, see above: wrong"
+    assert cli.main([*args, "--no-studies"]) == 0
+    # Another result of a run makes its studies out of date.
+    times = output / "base" / "times.jsonl"
+    times.write_text(times.read_text() + '{"pretrain": 1.0}\n')
+    capsys.readouterr()
+    assert cli.main([*args, "--no-studies"]) == 0
+    assert cli.main([*args, "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "study listed: out of date\nstudy wrong: failed: There is no store at /nowhere" in out
+    assert re.search(r"child +child +finished .*\(init: base; probes: axis, noise\)", out)
+
+
+def test_probe_that_fails_is_named_and_made_by_the_same_command(study, tmp_path, capsys, monkeypatch):
+    output, args = copied(study, tmp_path)
+    args.append("--no-studies")
+    shutil.rmtree(output / "child" / "probes")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_probes, "probe_one", fails_on("frozen", sweep_probes.probe_one))
+        assert cli.main(args) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == "ecg-jax sweep: error: 1 run failed, see above: child"
+    assert "the probe axis failed: RuntimeError: out of memory" in status(output, "child")["error"]
+    assert "in fails" in (output / "child" / "error.txt").read_text()
+    assert (output / "child" / "probes" / "noise" / "finished.json").exists()
+    assert cli.main([*args, "--list"]) == 0
+    assert "failed at step 4, lacks the probe axis" in capsys.readouterr().out
+    # What the tables compare is there, and stands in them.
+    results = json.loads((output / "results.json").read_text())
+    assert (results["missing"], results["lacking"]) == ([], {"child": ["axis"]})
+    assert "other probes still to be made: child (axis)" in (output / "results.md").read_text()
+    assert cli.main([*args, "--collect"]) == 0
+    whole = study[1] / "child" / "probes" / "axis" / "results.json"
+    monkeypatch.setattr(sweep_probes, "probe_one", copies(whole))
+    assert cli.main(args) == 0
+    assert status(output, "child")["state"] == "finished"
+    assert not (output / "child" / "error.txt").exists()
+
+
+def fails_on(mode, probe):
+    def fails(config, *rest):
+        if config.mode == mode:
+            raise RuntimeError("out of memory")
+        return copies_beside(config, *rest)
+
+    return fails
+
+
+def copies_beside(config, workdir, *rest):
+    """A result that says no more than its task and mode."""
+    workdir.mkdir(parents=True)
+    results = {
+        "task": config.task,
+        "mode": config.mode,
+        "metric": "m",
+        "m": None,
+        "ci_low": None,
+        "ci_high": None,
+    }
+    (workdir / "results.json").write_text(json.dumps(results))
+    return results
+
+
+def copies(file):
+    def copy(config, workdir, *rest):
+        workdir.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, workdir)
+        return json.loads(file.read_text())
+
+    return copy
+
+
+def test_changed_further_probe_is_refused_and_a_new_one_is_made(study, tmp_path, capsys, monkeypatch):
+    output, _ = copied(study, tmp_path)
+    changed = CHILD.replace('"frozen.epochs": 1', '"frozen.epochs": 2')
+    args = ["sweep", str(same_probe(study, tmp_path, changed)), f"--output={output}", "--no-studies"]
+    assert cli.main(args) == 2
+    assert "its run child differs in probes.axis.config.frozen.epochs" in capsys.readouterr().err
+    added = CHILD.replace('"noise":', '"more": f"{PROBE}:task=synthetic_axis", "noise":')
+    args[1] = str(same_probe(study, tmp_path, added))
+    monkeypatch.setattr(sweep_probes, "probe_one", copies_beside)
+    assert cli.main([*args, "--list"]) == 0
+    assert "begun at step 4, lacks the probe more" in capsys.readouterr().out
+    assert cli.main(args) == 0
+    assert (output / "child" / "probes" / "more" / "results.json").exists()
+
+
+def same_probe(study, folder, child):
+    """A sweep file with another child, whose probes are those of the finished sweep."""
+    path = sweep_file(folder, BASE, child)
+    path.write_text(
+        path.read_text().replace(str(folder / "quick_probe.py"), str(study[0].with_name("quick_probe.py")))
+    )
+    return path
+
+
+def test_folder_of_an_older_version_goes_on(study, tmp_path):
+    """Its declaration knows neither the keys of today nor fields that configs have gained since."""
+    output, _ = copied(study, tmp_path)
+    path = output / "sweep.json"
+    declared = json.loads(path.read_text())
+    for run in declared["runs"].values():
+        for key in ("probe_store", "init", "probes"):
+            del run[key]
+        del run["config"]["stop_on_collapse"], run["probe"]["near_duplicates"]
+    del declared["runs"]["child"]  # which begins with another
+    path.write_text(json.dumps(declared))
+    loaded = load_sweep(str(study[0]))
+    check_folder(loaded, output)
+    declared["runs"]["base"]["config"]["epochs"] = 3.0
+    path.write_text(json.dumps(declared))
+    with pytest.raises(UserError, match=r"its run base differs in config\.epochs"):
+        check_folder(loaded, output)
+    # A field that was not there had its default, and no other value.
+    del declared["runs"]["base"]["config"]["steps"]
+    path.write_text(json.dumps(declared))
+    with pytest.raises(UserError, match=r"config\.steps"):
+        check_folder(loaded, output)
+
+
+# Runs that wait, without training anything.
+
+
+def trained(config, workdir):
+    """Pretraining as far as another run can tell."""
+    return SimpleNamespace(params={})
+
+
+CHAIN = ('run("a")', 'run("b", init="a")', 'run("c", init="b")', 'run("d")')
+
+
+def test_run_waits_for_the_one_that_it_begins_with(tmp_path, synthetic_store, capsys, monkeypatch):
+    path, output = write_sweep(tmp_path, *CHAIN), tmp_path / "out"
+    args = ["sweep", str(path), f"--output={output}", f"--store={synthetic_store}"]
+    monkeypatch.setattr(sweep_run, "pretrain", trained)
+    assert cli.main([*args, "--only=c,d"]) == 2
+    err = capsys.readouterr().err
+    assert "c waits for b, which is not pretrained" in err
+    assert err.splitlines()[-1].endswith(
+        "error: c cannot begin before runs that --only leaves out; name those too"
+    )
+    assert status(output, "d")["state"] == "finished"
+    assert cli.main([*args, "--list"]) == 0
+    listed = capsys.readouterr().out
+    assert re.search(
+        r"a +a +not begun +.*\nb +b +waiting for a .*\nc +c +waiting for b .*\nd +d +finished", listed
+    )
+    with (output / "sweep.json").open() as file:
+        assert json.load(file)["runs"]["b"]["init"] == "a"
+    # What a run waits for fails: it is not begun, and nothing else is.
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_run, "pretrain", lambda config, workdir: 1 / 0)
+        assert cli.main(args) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == "ecg-jax sweep: error: 1 run failed, see above: a"
+    assert [state_of(output, run).kind for run in load_sweep(str(path)).runs] == [
+        "failed",
+        "waiting",
+        "waiting",
+        "finished",
+    ]
+    begun = []
+
+    def records(config, workdir):
+        begun.append((workdir.parent.name, config.init.checkpoint))
+        return trained(config, workdir)
+
+    monkeypatch.setattr(sweep_run, "pretrain", records)
+    assert cli.main(args) == 0
+    assert begun == [("a", ""), ("b", f"{output}/a/run"), ("c", f"{output}/b/run")]
+
+
+def test_run_whose_first_one_another_process_works_on_is_left_for_later(
+    tmp_path, synthetic_store, capsys, monkeypatch
+):
+    path, output = write_sweep(tmp_path, *CHAIN), tmp_path / "out"
+    args = ["sweep", str(path), f"--output={output}", f"--store={synthetic_store}", "--only=b"]
+    monkeypatch.setattr(sweep_run, "pretrain", trained)
+    (output / "a").mkdir(parents=True)
+    assert cli.main([*args[:-1], "--only=d"]) == 2  # the folder of something else
+    shutil.rmtree(output)
+    assert cli.main([*args[:-1], "--only=d"]) == 0
+    (output / "a").mkdir()
+    RunStatus(output / "a")
+    with (output / "a" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert cli.main(args) == 75
+        assert "run the same command again" in capsys.readouterr().err
+
+
+def test_jobs_run_in_waves(tmp_path, synthetic_store, monkeypatch):
+    """Each process writes down when it begins and ends; none begins before the one that it waits for has ended."""
+    path, output = write_sweep(tmp_path, *CHAIN), tmp_path / "out"
+    (tmp_path / "done").mkdir()
+    finished = RunStatus(tmp_path / "done")
+    finished.note(parameters=3)
+    finished.end("finished")
+    order = tmp_path / "order"
+    command = f"""for word; do [[ $word != --only=* ]] || name=${{word#--only=}}; done
+    echo begin $name >> {order}; sleep 0.3; echo end $name >> {order}; cp {tmp_path}/done/status.json {output}/$name"""
+    monkeypatch.setattr(sweep_launch, "COMMAND", ("bash", "-c", command, "bash"))
+    assert cli.main(["sweep", str(path), f"--output={output}", f"--store={synthetic_store}", "--jobs=3"]) == 0
+    lines = order.read_text().split("\n")
+    for first, then in (("a", "b"), ("b", "c")):
+        assert lines.index(f"end {first}") < lines.index(f"begin {then}")
+    assert lines.index("begin d") < lines.index("end a")
+
+
+@pytest.mark.parametrize("queue", ["nothing", "the first"])
+def test_slurm_arrays_wait_for_each_other(tmp_path, synthetic_store, capsys, monkeypatch, queue):
+    path, output = write_sweep(tmp_path, *CHAIN), tmp_path / "out"
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (
+        ("sbatch", f'echo "$*" >> {folder}/calls; echo 100$(wc -l < {folder}/calls)'),
+        ("squeue", "echo 0"),
+    ):
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    args = ["sweep", str(path), f"--output={output}", f"--store={synthetic_store}", "--launcher=slurm"]
+    if queue == "the first":
+        assert cli.main([*args, "--only=a"]) == 0
+    capsys.readouterr()
+    assert cli.main([*args, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert cli.main(args) == 0
+    said = capsys.readouterr().out
+    calls = [line.replace(str(output), "OUT") for line in (folder / "calls").read_text().splitlines()]
+    if queue == "nothing":
+        assert calls == [
+            "--parsable OUT/sweep.sbatch",
+            "--parsable --dependency=afterok:1001_0 --kill-on-invalid-dep=yes OUT/sweep.2.sbatch",
+            "--parsable --dependency=afterok:1002_0 --kill-on-invalid-dep=yes OUT/sweep.3.sbatch",
+            "--parsable --dependency=afterany:1001:1002:1003 OUT/collect.sbatch",
+        ]
+        assert "submitted 4 runs as the arrays 1001, 1002, 1003, and job 1004" in said
+        assert "--dependency=afterok:ARRAY1_0 " in printed
+        assert "    a\n    d\n" in (output / "sweep.sbatch").read_text()
+    else:  # its task stands in for what it began
+        assert calls[2:4] == [
+            "--parsable OUT/sweep.sbatch",
+            "--parsable --dependency=afterok:1001_0 --kill-on-invalid-dep=yes OUT/sweep.2.sbatch",
+        ]
+        assert "1 run already in the queue, of the array 1001: a" in said
+        assert "--dependency=afterok:1001_0 " in printed
+
+
+def test_dry_run_tells_the_order(tmp_path, synthetic_store, capsys):
+    path, output = write_sweep(tmp_path, *CHAIN), tmp_path / "out"
+    args = ["sweep", str(path), f"--output={output}", f"--store={synthetic_store}", "--dry-run"]
+    assert cli.main(args) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"--only=a\n.*--only=d\n\n# when a are finished\n.*--only=b\n\n# when b are", out)
+    assert cli.main([*args, "--only=c"]) == 0
+    assert (
+        "c waits for b, which is waiting for a and not among these\nnothing to run" in capsys.readouterr().out
+    )
+    assert not output.exists()
+
+
+# Stores.
+
+
+def test_synthetic_store_cut_short_is_made_by_the_next(tmp_path, monkeypatch):
+    path, output = (
+        write_sweep(tmp_path, 'run("a", store=synthetic_store(8, seed=3, shuffle_labels=False))'),
+        tmp_path / "out",
+    )
+    args = ["sweep", str(path), f"--output={output}"]
+    made = []
+
+    def killed(folder, **arguments):
+        made.append((folder, arguments))
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_run, "pretrain", trained)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_stores, "synthesize", killed)
+        assert cli.main(args) == 130
+    assert made == [
+        (
+            output / "stores" / "synthetic-8-3",
+            {"records": 8, "seed": 3, "shuffle_labels": False, "progress": True},
+        )
+    ]
+    monkeypatch.setattr(sweep_stores, "synthesize", functools.partial(sweep_stores.synthesize, workers=1))
+    assert cli.main(args) == 0
+    assert len(Store(output / "stores" / "synthetic-8-3")) == 8
+    assert status(output, "a")["recordings"] == 8
+
+
+def test_further_probes_take_every_store_that_they_fit(study, tmp_path, synthetic_store, capsys, monkeypatch):
+    """The first store is that of the tables; one that comes later is added, and nothing is made twice."""
+    whole = study[1] / "stores" / "synthetic-64-0"
+    runs = """run("a", probe=f"{PROBE}:task=synthetic_rhythm",
+        probes={"further": f"{PROBE}:task=synthetic_axis", "all": f"{PROBE}:task=all"})"""
+    path, output = sweep_file(tmp_path, runs), tmp_path / "out"
+    made = []
+
+    def one(config, workdir, checkpoint, store):
+        made.append((config.task, str(workdir.relative_to(output / "a"))))
+        return copies_beside(config, workdir)
+
+    def every(config, workdir, checkpoint, store):
+        names = ["x", "y"]
+        for name in names:
+            one(config, workdir / name, checkpoint, store)
+        return dict.fromkeys(names)
+
+    monkeypatch.setattr(sweep_run, "pretrain", trained)
+    main = {
+        "macro_auroc": 0.5,
+        "ci_low": 0.5,
+        "ci_high": 0.5,
+        "baselines": {"random_init": {"macro_auroc": 0.5}},
+    }
+
+    def compared(config, workdir, checkpoint, store):
+        made.append(store)
+        workdir.mkdir()
+        (workdir / "results.json").write_text("{}")
+        return main
+
+    monkeypatch.setattr(sweep_run, "probe", compared)
+    monkeypatch.setattr(sweep_probes, "probe_one", one)
+    monkeypatch.setattr(sweep_probes, "probe_all", every)
+    monkeypatch.setattr(sweep_stores, "check_probed", lambda *args: None)  # of results that say nothing
+    args = ["sweep", str(path), f"--output={output}", f"--store={synthetic_store}", "--no-tables"]
+    assert cli.main([*args, f"--probe-store={whole}"]) == 0
+    assert made == [
+        str(whole),
+        ("synthetic_axis", "probes/further"),
+        ("all", "probes/all/x"),
+        ("all", "probes/all/y"),
+    ]
+    other = tmp_path / "other"
+    other.symlink_to(whole)
+    made.clear()
+    assert cli.main([*args, f"--probe-store={whole},{other}"]) == 0
+    assert made == [
+        ("synthetic_axis", "probes/further/other"),
+        ("all", "probes/all/other/x"),
+        ("all", "probes/all/other/y"),
+    ]
+    assert json.loads((output / "a/probes/all/finished.json").read_text())["stores"] == {
+        "synthetic-64-0": ["x", "y"],
+        "other": ["other/x", "other/y"],
+    }
+    (output / "a/probes/all/other/y/results.json").unlink()
+    run = load_sweep(str(path)).runs[0]
+    assert not is_finished(output, run)
+    assert state_of(output, run).more == ", lacks the probe all"
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    (twin / "other").symlink_to(whole)
+    assert cli.main([*args, f"--probe-store={other},{twin / 'other'}"]) == 2
+    assert "have folders of one name" in capsys.readouterr().err
+
+
+def test_probe_that_no_store_fits_is_refused_before_anything_runs(tmp_path, synthetic_store):
+    runs = 'run("a", probes={"x": "configs/probe.py:task=ptbxl_super"})'
+    run = load_sweep(str(write_sweep(tmp_path, runs))).runs[0]
+    with pytest.raises(UserError, match="needs a store of corpus .ptbxl."):
+        check_stores(StoreChoice(str(synthetic_store), None), [run], tmp_path)
+
+
+# Studies.
+
+
+def test_studies_follow_when_every_run_is_finished(tmp_path, synthetic_store, capsys, monkeypatch):
+    """A failing run holds them up; then they run in processes of their own where this one left the devices alone."""
+    path, output = write_sweep(tmp_path, FAILS.replace("60.0", "LENGTH"), 'run("a")'), tmp_path / "out"
+    text = path.read_text()
+    path.write_text(text.replace("LENGTH", "60.0"))
+    write_studies(path, [("one", ["tasks", "--output={output}/studies/one/x"]), ("two", ["tasks"])])
+    args = ["sweep", str(path), f"--output={output}", f"--store={synthetic_store}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_run, "pretrain", lambda config, workdir: 1 / 0)
+        assert cli.main(args) == 2
+    printed = capsys.readouterr()
+    assert "studies wait until every run is finished: one, two" in printed.out
+    assert not (output / "studies").exists()
+    monkeypatch.setattr(sweep_run, "pretrain", trained)
+    assert cli.main([*args, "--no-studies"]) == 0
+    script = f"""case $2 in --output=*) mkdir -p {output}/studies/one && touch {output}/studies/one/x;;
+    *) echo 'ecg-jax tasks: error: no luck' >&2; exit 2;; esac"""
+    monkeypatch.setattr(sweep_studies, "COMMAND", ("bash", "-c", script, "bash"))
+    assert cli.main([*args, "--collect"]) == 2
+    printed = capsys.readouterr()
+    assert "study two failed: no luck (exit code 2)" in printed.err
+    made_of = json.loads((output / "studies" / "one" / "made_of.json").read_text())
+    assert made_of["files"] == ["x"]
+    assert made_of["command"] == ["tasks", "--output=OUTPUT/studies/one/x"]
+    assert cli.main([*args, "--collect"]) == 2
+    assert "study one: is made already" in capsys.readouterr().out
+    (output / "studies" / "one" / "x").unlink()
+    assert cli.main([*args, "--list"]) == 0
+    assert "study one: out of date\nstudy two: failed: no luck" in capsys.readouterr().out
+
+
+def test_report_follows_what_it_gathers(tmp_path, synthetic_store):
+    path, output = write_sweep(tmp_path, 'run("a")'), tmp_path / "out"
+    output.mkdir()
+    states = {}
+    for first in ("--one", "--two"):
+        write_studies(path, [("first", ["tasks", first]), ("page", ["report", "x"]), ("other", ["cka"])])
+        loaded = load_sweep(str(path))
+        made, earlier = [], []
+        for each in loaded.studies(output):
+            made.append(sweep_studies._made_of(loaded, each, output, earlier))
+            earlier.append(made[-1])
+        states[first] = [each["runs"] for each in made]
+    assert [one == two for one, two in zip(*states.values(), strict=True)] == [True, False, True]
