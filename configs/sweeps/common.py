@@ -24,8 +24,9 @@ OBJECTIVES = {
 }
 #: Those that hide a part of the window.
 MASKED = tuple(name for name in OBJECTIVES if name != "cpc")
-#: As `objective` of `run`: HuBERT-ECG, whose clusters are made beforehand. Its runs need `targets`.
+#: As `objective` of `run`: HuBERT-ECG, whose clusters are made beforehand. Its runs need `offline_targets`.
 OFFLINE = "hubert"
+CONFIGS = OBJECTIVES | {OFFLINE: f"{OBJECTIVES['hubertpp']}:variant=offline"}
 BACKBONES = ("s4", "transformer", "net1d")
 RUNGS = ("18k", "45k", "106k", "753k", "11m")
 #: How many seeds a sweep file may be asked for; intervals over seeds need at least two.
@@ -56,7 +57,6 @@ _QUICK_EPOCHS = {"linear": {}} | {
 }
 
 
-_CONFIGS = OBJECTIVES | {OFFLINE: f"{OBJECTIVES['hubertpp']}:variant=offline"}
 _ARGUMENTS = ("data", "ladder", "recipe", "mask")  # of the configs
 
 
@@ -70,7 +70,7 @@ def run(group, objective, seed, *, quick, backbone="s4", **overrides):
 
     Args:
         group: its name.
-        objective: one of `OBJECTIVES`.
+        objective: one of `CONFIGS`.
         seed: of the run.
         quick: whether it is tiny and on the sample.
         backbone: one of `BACKBONES`.
@@ -81,7 +81,7 @@ def run(group, objective, seed, *, quick, backbone="s4", **overrides):
     return {
         "name": f"{group}-seed={seed}",
         "group": group,
-        "config": with_argument(_CONFIGS[objective], backbone=backbone, **arguments),
+        "config": with_argument(CONFIGS[objective], backbone=backbone, **arguments),
         "overrides": small
         | {name.replace("__", "."): value for name, value in overrides.items()}
         | {"seed": seed},
@@ -111,6 +111,11 @@ def modes(objective, seed, *, quick):
         }
         for mode in names
     }
+
+
+def offline_targets(codes):
+    """As `targets` of a run: k-means clusters of spectra, made beside its store before it begins."""
+    return {"features": "spectrum", "codes": codes}
 
 
 def given(arg, name, meaning):

@@ -30,4 +30,4 @@ def sweep(arg=""):
     for codes in QUICK_CODES if arg.quick else CODES:
         for seed in common.seeds(arg):
             run = common.run(f"offline-{codes}", common.OFFLINE, seed, **settings, objective__codes=codes)
-            yield run | {"targets": {"features": "spectrum", "codes": codes}}
+            yield run | {"targets": common.offline_targets(codes)}

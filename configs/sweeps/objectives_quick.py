@@ -6,6 +6,8 @@ Half an hour on two CPU cores. It shows that every objective runs from raw files
 recordings and 180 small steps it cannot show which objective is better.
 """
 
+from configs.sweeps import common
+
 SEEDS = (0, 1, 2)
 STEPS = 180
 
@@ -25,34 +27,28 @@ SMALL = {
 # The published momentum of 0.9996 averages over 2500 updates: in so short a run the teacher would stay what it
 # was at the start. 0.99 averages over 100.
 TEACHER = {"objective.teacher.momentum": 0.99, "objective.teacher.momentum_end": 0.99}
+CODES = 100
 
-OBJECTIVES = {
-    "cpc": {"config": "configs/cpc.py", "overrides": {}, "targets": None},
-    "jepa": {"config": "configs/jepa.py", "overrides": TEACHER, "targets": None},
-    "data2vec": {"config": "configs/data2vec.py", "overrides": TEACHER, "targets": None},
-    "dinosr": {"config": "configs/dinosr.py", "overrides": TEACHER, "targets": None},
+#: Group -> config, overrides.
+GROUPS = {
+    "cpc": (common.CONFIGS["cpc"], {}),
+    "jepa": (common.CONFIGS["jepa"], TEACHER),
+    "data2vec": (common.CONFIGS["data2vec"], TEACHER),
+    "dinosr": (common.CONFIGS["dinosr"], TEACHER),
     # 200 steps, the default, would leave the temperatures on their way for the whole run.
-    "hubert": {
-        "config": "configs/hubert.py",
-        "overrides": {**TEACHER, "objective.temperature_steps": STEPS // 3},
-        "targets": None,
-    },
-    "hubert_offline": {
-        "config": "configs/hubert.py:variant=offline",
-        "overrides": {"objective.codes": 100},
-        "targets": {"features": "spectrum", "codes": 100},
-    },
+    "hubert": (common.CONFIGS["hubertpp"], {**TEACHER, "objective.temperature_steps": STEPS // 3}),
+    "hubert_offline": (common.CONFIGS[common.OFFLINE], {"objective.codes": CODES}),
 }
 
 
 def sweep():
-    for group, run in OBJECTIVES.items():
+    for group, (config, overrides) in GROUPS.items():
         for seed in SEEDS:
             yield {
                 "name": f"{group}-seed{seed}",
                 "group": group,
-                "config": run["config"],
-                "overrides": {"seed": seed, **SMALL, **run["overrides"]},
-                "probe": "configs/probe.py:mode=linear,task=ptbxl_super",
-                "targets": run["targets"],
+                "config": config,
+                "overrides": {"seed": seed, **SMALL, **overrides},
+                "probe": common.linear_probe(),
+                "targets": common.offline_targets(CODES) if group == "hubert_offline" else None,
             }
