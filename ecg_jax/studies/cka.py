@@ -226,7 +226,9 @@ def _normalised(hsic: np.ndarray) -> np.ndarray:
     """HSIC [..., M, M] to CKA; NaN where a layer has no HSIC with itself."""
     own = np.diagonal(hsic, axis1=-2, axis2=-1)
     root = np.sqrt(np.where(own > 0, own, np.nan))
-    return np.clip(hsic / (root[..., :, None] * root[..., None, :]), -1, 1)
+    cka = np.clip(hsic / (root[..., :, None] * root[..., None, :]), -1, 1)
+    same = np.eye(cka.shape[-1], dtype=bool) & ~np.isnan(cka)
+    return np.where(same, 1.0, cka)
 
 
 def _jackknife(cka: np.ndarray, left_out: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
