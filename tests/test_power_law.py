@@ -70,9 +70,8 @@ def test_a_straight_line_of_logarithms_has_the_intervals_of_regression():
     law = fit_power_law(RUNGS, values, offset=False)
     line = linregress(np.log(RUNGS), np.log(values))
     half = student.isf(0.025, 3) * line.stderr
-    # Close, as the loss is a little flatter than squares.
-    np.testing.assert_allclose(law.b, -line.slope, atol=0.1 * half)
-    np.testing.assert_allclose(law.b_range, [-line.slope - half, -line.slope + half], atol=0.15 * half)
+    np.testing.assert_allclose(law.b, -line.slope, rtol=1e-6)
+    np.testing.assert_allclose(law.b_range, [-line.slope - half, -line.slope + half], atol=0.01 * half)
 
 
 def test_a_run_gone_astray_does_not_bend_the_curve():

@@ -163,10 +163,16 @@ def bootstrap_fit(
         fits = Fits(*(np.full(1, np.nan) for _ in range(4)))
     curve, curves = law.predict(sizes), fits.predict(sizes)
     low, high = (np.quantile(curves, (1 + sign * LEVEL) / 2, axis=0) for sign in (-1, 1))
+    b = interval(law.b, fits.b, LEVEL)
+    if not law.reason and (b.low <= 0 or b.high >= power_law.MAX_EXPONENT):
+        end = "0" if b.low <= 0 else f"{power_law.MAX_EXPONENT:g}"
+        remarks.append(
+            f"the interval of the exponent ends at its bound {end}, not at what the points exclude"
+        )
     return ScalingFit(
         law,
         interval(law.a, fits.a, LEVEL),
-        interval(law.b, fits.b, LEVEL),
+        b,
         interval(law.c, fits.c, LEVEL) if offset else None,
         sizes,
         curve,
@@ -245,7 +251,10 @@ def predict_largest(
     log_interval = interval(float(np.log(law.predict(size))), logs, LEVEL)
     predicted = Interval(*(float(each) for each in np.exp(log_interval)))
     inside = bool(predicted.low <= observed <= predicted.high)
-    return HeldOut(size, observed, predicted, predicted.point / observed - 1, inside, law, law.reason)
+    error = predicted.point / observed - 1
+    n_seeds = int(np.bincount(rung[~held]).max())
+    remark = "; ".join(_remarks(law, n_seeds, log_patients is not None, 0))
+    return HeldOut(size, observed, predicted, error, inside, law, remark)
 
 
 MODELS = ("no scaling", "power law", "power law with offset")
