@@ -1,4 +1,4 @@
-"""The folder of a sweep for the tests of `ecg-jax report`, written by hand: configs are real, losses and scores made up.
+"""The folder of a sweep for the tests of `ecg-jax report`: configs are real, losses and scores are made up.
 
 Scores follow objective, backbone and number of recordings, so that tables have an order that a test can know.
 """

@@ -197,8 +197,18 @@ def class_table(board: Board) -> Table:
     )
 
 
-def places_table(boards: Sequence[Board]) -> Table | None:
-    """Mean places of groups over the tasks of each mode; None where there is one task only."""
+def places_tables(boards: Sequence[Board]) -> list[Table]:
+    """Mean places of groups over the tasks of each mode; made-up recordings apart, and nothing for a single task."""
+    real = [board for board in boards if not of_synthetic(board)]
+    made_up = [board for board in boards if of_synthetic(board)]
+    found = [
+        _places(real, "mean_places", ""),
+        _places(made_up, "mean_places_synthetic", "SYNTHETIC recordings: "),
+    ]
+    return [table for table in found if table is not None]
+
+
+def _places(boards: Sequence[Board], name: str, before: str) -> Table | None:
     modes: dict[str, list[Board]] = {}
     for board in boards:
         modes.setdefault(board.mode, []).append(board)
@@ -227,10 +237,10 @@ def places_table(boards: Sequence[Board]) -> Table | None:
                 cells += [Cell(DASH, mark="mute")] * 2
         body.append(cells)
     return Table(
-        "mean_places",
-        "Mean place of each row over the tasks of a mode: on each task 1 for the best score, ordered anew on every "
-        "resample; and the mean rank, in which rows that are not told from the best of their group share one. Tasks "
-        "are resampled each by itself. A row that is not on all tasks of a mode has neither. Places of close rows are "
+        name,
+        f"{before}Mean place of each row over the tasks of a mode: on each task 1 for the best score, ordered anew on "
+        "every resample; and the mean rank, in which rows that are not told from the best of their group share one. "
+        "Tasks are resampled each by itself. A row that is not on all tasks of a mode has neither. Places of close rows are "
         "uncertain, and their intervals lean to the middle.",
         [
             "group, mode",

@@ -17,6 +17,7 @@ from ecg_jax.evaluation.bootstrap import Interval, Scored
 from ecg_jax.evaluation.probe_scores import SCORED_AS, mean_of
 from ecg_jax.evaluation.ranking import correct, rank_models
 from ecg_jax.evaluation.scoring import score
+from ecg_jax.run_setup import flatten
 from ecg_jax.studies.report.load import Result
 from ecg_jax.studies.report.read import MODES, RESULTS
 from ecg_jax.studies.report.rows import (
@@ -139,13 +140,25 @@ class _Scorer:
             return []
         return [self(array) for array in result.predictions[name]]
 
-    def over_seeds(self, macros: Sequence[tuple[float, np.ndarray]]) -> tuple[Interval, np.ndarray]:
-        """Mean over seeds with its interval, and its resampled values [R], seeds included."""
+    def over_seeds(
+        self, macros: Sequence[tuple[float, np.ndarray]], number: int = 0
+    ) -> tuple[Interval, np.ndarray]:
+        """Mean over seeds with its interval, and its resampled values [R], seeds included.
+
+        Args:
+            macros: a seed's score, on the sample and on the resamples [R], each.
+            number: rows of different numbers have seeds that deviate independently of each other.
+        """
         points, resampled = zip(*macros, strict=True)
-        # The same draws for every row: its interval does not depend on its company.
-        deviations = bootstrap.seed_deviations(points, self.settings["resamples"], np.random.default_rng(1))
-        values = np.mean(resampled, axis=0) + deviations
-        return bootstrap.interval(np.mean(points), values, self.settings["level"]), values
+        over_patients = np.mean(resampled, axis=0)
+
+        def with_seeds(generator: int) -> np.ndarray:
+            rng = np.random.default_rng(generator)
+            return over_patients + bootstrap.seed_deviations(points, self.settings["resamples"], rng)
+
+        # The same draws for every row's own interval: it does not depend on its company.
+        interval = bootstrap.interval(np.mean(points), with_seeds(1), self.settings["level"])
+        return interval, with_seeds(1 + number)
 
     def macro(self, scored: Scored) -> tuple[float, np.ndarray]:
         """Of one model, on the sample and the resamples [R]."""
@@ -160,13 +173,13 @@ def _board(task: str, mode: str, members: Sequence[Member], scorer: _Scorer) -> 
         supervised = mode == "supervised"
         row = Row(member.group, "from scratch", SUPERVISED) if supervised else Row(member.group, mode)
         rows.setdefault(row, []).append(member)
-    for (name, _), own in _by_encoder(scratch, SUPERVISED).items():
+    for name, own in _by_encoder(scratch, SUPERVISED):
         rows[Row(name, "from scratch", SUPERVISED)] = own
     entries: dict[Row, Entry] = {}
     resampled: dict[str, np.ndarray] = {}
     gains: dict[str, Interval] = {}
-    for row, own in rows.items():
-        entry, values = _group_entry(row, own, scorer)
+    for number, (row, own) in enumerate(rows.items()):
+        entry, values = _group_entry(row, own, scorer, number)
         entries[row], resampled[row.label] = entry, values
         differences = [
             (a[0] - b[0], a[1] - b[1])
@@ -177,7 +190,7 @@ def _board(task: str, mode: str, members: Sequence[Member], scorer: _Scorer) -> 
         if len(differences) == len(own):
             gains[row.label] = scorer.over_seeds(differences)[0]
     for row, scored, seeds, results in _baselines(probed, scorer):
-        value, values = scorer.over_seeds([scorer.macro(each) for each in scored])
+        value, values = scorer.over_seeds([scorer.macro(each) for each in scored], len(entries))
         arrays = [np.asarray(array, dtype=np.float64) for array in results]
         entry = Entry(row, value.point, value.low, value.high, arrays, None, seeds)
         entry.scored = mean_of(scored)
@@ -195,10 +208,12 @@ def _board(task: str, mode: str, members: Sequence[Member], scorer: _Scorer) -> 
     return Board(task, mode, scores, rows, runs, resampled, gains)
 
 
-def _group_entry(row: Row, members: Sequence[Member], scorer: _Scorer) -> tuple[Entry, np.ndarray]:
+def _group_entry(
+    row: Row, members: Sequence[Member], scorer: _Scorer, number: int
+) -> tuple[Entry, np.ndarray]:
     """A group's row, and its resampled macro scores [R]."""
     scored = [scorer.of_probe(member.result) for member in members]
-    value, values = scorer.over_seeds([scorer.macro(each) for each in scored])
+    value, values = scorer.over_seeds([scorer.macro(each) for each in scored], number)
     results = members[0].result.results
     metric = members[0].result.metric
     if len(members) == 1:
@@ -252,46 +267,76 @@ def _run_scores(name: str, rows: dict[Row, list[Member]], scorer: _Scorer) -> Ta
     return TaskScores(name, [m.result for members in rows.values() for m in members], entries)
 
 
-def _encoder_of(member: Member) -> str:
+def _encoder_of(member: Member) -> dict[str, Any]:
     """What a randomly initialised encoder depends on beside its seed."""
     config = member.run.config
     if not config:
-        return member.run.name
-    model = {name: value for name, value in config["model"].items() if name not in ("conv", "remat")}
-    inputs = {name: value for name, value in config["data"].items() if name in _INPUTS}
-    return json.dumps([model, inputs], sort_keys=True)
+        return {"model": member.run.name}
+    model = {name: value for name, value in flatten(config["model"]).items() if name not in ("conv", "remat")}
+    return model | {name: value for name, value in config["data"].items() if name in _INPUTS}
 
 
-def _by_encoder(members: Sequence[Member], what: str) -> dict[tuple[str, str], list[Member]]:
-    """Members by the encoder they are of: (name for people, encoder) -> members."""
+def _by_encoder(members: Sequence[Member], what: str) -> list[tuple[str, list[Member]]]:
+    """Members by the encoder they are of, with a name that tells the encoders apart."""
     of_encoder: dict[str, list[Member]] = {}
     for member in members:
-        of_encoder.setdefault(_encoder_of(member), []).append(member)
-    backbones = [own[0].run.backbone for own in of_encoder.values()]
-    named = {}
-    for encoder, own in of_encoder.items():
-        backbone = own[0].run.backbone
-        alike = backbones.count(backbone) > 1 or not backbone
-        name = f"{what} of {own[0].group if alike else backbone}"
-        named[(what if len(of_encoder) == 1 and what == RANDOM_INIT else name, encoder)] = own
+        of_encoder.setdefault(json.dumps(_encoder_of(member), sort_keys=True), []).append(member)
+    clusters: list[list[Member]] = []
+    for own in of_encoder.values():
+        # Fields that change nothing of an encoder that is not trained, as dropout.
+        same = next((cluster for cluster in clusters if _same_twins(cluster, own)), None)
+        if same is None:
+            clusters.append(own)
+        else:
+            same += own
+    if len(clusters) == 1 and what == RANDOM_INIT:
+        return [(what, clusters[0])]
+    named = []
+    for own in clusters:
+        backbone = own[0].run.backbone or own[0].group
+        alike = [c for c in clusters if (c[0].run.backbone or c[0].group) == backbone]
+        configs = [_encoder_of(cluster[0]) for cluster in alike]
+        names = dict.fromkeys(name for config in configs for name in config)
+        differ = [
+            name
+            for name in names
+            if len({json.dumps(config[name]) if name in config else None for config in configs}) > 1
+        ]
+        config = _encoder_of(own[0])
+        told = ", ".join(f"{name}={config[name]}" for name in differ if name in config)
+        if len(alike) > 1 and (not told or len(differ) > 2):
+            told = f"as in {own[0].group}"
+        named.append((f"{what} of {backbone}" + (f" ({told})" if told else ""), own))
     return named
+
+
+def _twins_by_seed(member: Member) -> dict[int, np.ndarray]:
+    """Seed -> predictions [n, K] of the random initialisations beside a probe."""
+    name = "probabilities_random_init_seeds"
+    if member.result.mode == "supervised" or name not in member.result.predictions:
+        return {}
+    about = member.result.results["baselines"]["random_init"]
+    return dict(
+        zip([entry["seed"] for entry in about["seeds"]], member.result.predictions[name], strict=True)
+    )
+
+
+def _same_twins(first: Sequence[Member], second: Sequence[Member]) -> bool:
+    """Whether two encoders' random initialisations of a seed say the same."""
+    ours, theirs = ({k: v for m in own for k, v in _twins_by_seed(m).items()} for own in (first, second))
+    common = [seed for seed in ours if seed in theirs]
+    return bool(common) and all(np.allclose(ours[k], theirs[k], rtol=0, atol=1e-6) for k in common)
 
 
 def _baselines(members: Sequence[Member], scorer: _Scorer):
     """(row, scores of each seed, number of seeds or None, predictions) of random initialisations, ECG features and the
     majority guess, where the probes have them."""
     with_twins = [member for member in members if scorer.twins_of(member.result)]
-    for (name, _), own in _by_encoder(with_twins, RANDOM_INIT).items():
-        seeds: dict[int, tuple[Scored, np.ndarray]] = {}
-        for member in own:
-            about = member.result.results["baselines"]["random_init"]
-            numbers = [entry["seed"] for entry in about["seeds"]] if "seeds" in about else range(99)
-            arrays = member.result.predictions["probabilities_random_init_seeds"]
-            for seed, scored, array in zip(numbers, scorer.twins_of(member.result), arrays, strict=False):
-                seeds.setdefault(seed, (scored, array))
+    for name, own in _by_encoder(with_twins, RANDOM_INIT):
+        seeds = {seed: array for member in own for seed, array in _twins_by_seed(member).items()}
         mode = own[0].result.results["baselines"]["random_init"]["mode"]
-        scored, arrays = zip(*seeds.values(), strict=True)
-        yield Row(name, mode, RANDOM_INIT), scored, len(seeds), arrays
+        arrays = list(seeds.values())
+        yield Row(name, mode, RANDOM_INIT), [scorer(array) for array in arrays], len(seeds), arrays
     first = members[0].result.predictions
     for name, mode, array in (
         (ECG_FEATURES, "linear", "probabilities_ecg_features"),

@@ -16,7 +16,7 @@ from ecg_jax.studies.report.style import CSS
 #: Every page says so in its head, and nothing else is overwritten.
 GENERATOR = '<meta name="generator" content="ecg-jax report">'
 # Longer tables are folded.
-_LONG = 14
+_LONG = 18
 _DARKEST = (126, 178, 217)
 
 
@@ -55,12 +55,13 @@ def _head_class(table: Table, i: int) -> str:
     return f"{kind} bad" if i in table.bad_columns else kind
 
 
-def table_html(table: Table, folder: str = "") -> str:
+def table_html(table: Table, folder: str = "", fold: bool = True) -> str:
     """A table in a box that scrolls sideways by itself; its first column is the rows' headings.
 
     Args:
         table: with at least one row.
         folder: where its files are, for the links to them; empty for none.
+        fold: whether a long one is behind a line that opens it.
     """
     links = f" {_links(table.name, folder, ('.csv', '.tex'))}" if folder else ""
     lines = [
@@ -91,9 +92,10 @@ def table_html(table: Table, folder: str = "") -> str:
         lines.append(f"<tr{section}>{''.join(cells)}</tr>")
     lines.append("</tbody></table></div>")
     html = "\n".join(lines)
-    if len(table.rows) <= _LONG:
+    if len(table.rows) <= _LONG or not fold:
         return html
-    return f"<details><summary>Table of {len(table.rows)} rows</summary>\n{html}\n</details>"
+    about = re.split(r"[.:;] ", table.caption, maxsplit=1)[0].rstrip(".")
+    return f"<details><summary>{escape(about)} ({len(table.rows)} rows)</summary>\n{html}\n</details>"
 
 
 def _links(name: str, folder: str, suffixes: Iterable[str]) -> str:
@@ -189,17 +191,17 @@ class Page:
         """Adds a section of HTML, tables, pictures, recordings, and such behind a line."""
         self._sections.append((name, heading, [self._part(part) for part in parts]))
 
-    def _part(self, part: Part) -> str:
+    def _part(self, part: Part, fold: bool = True) -> str:
         if isinstance(part, Table):
             self.tables.append(part)
-            return table_html(part, self.folder)
+            return table_html(part, self.folder, fold)
         if isinstance(part, Picture):
             self.pictures.append(part)
             return picture_html(part, self.folder)
         if isinstance(part, Gallery):
             return f'<div class="examples">{"".join(map(self._example, part.examples))}</div>'
         if isinstance(part, Folded):
-            inside = "\n".join(map(self._part, part.parts))
+            inside = "\n".join(self._part(each, False) for each in part.parts)
             return f"<details><summary>{escape(part.summary)}</summary>\n{inside}\n</details>"
         return part
 

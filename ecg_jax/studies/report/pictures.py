@@ -59,6 +59,9 @@ def drawn(
     Raises:
         ValueError: a row does not fit the columns.
     """
+    # Laid out once for both files: that is most of the time a picture takes.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     svg, png = to_svg(figure), io.BytesIO()
     figure.savefig(png, format="png", dpi=_DPI)
     files = {".svg": svg, ".png": png.getvalue(), ".csv": data_csv(columns, rows)}

@@ -107,6 +107,9 @@ def read_result(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if name == "random_init" and entry is not None:
             _check_fields(path, entry, {"mode": _TEXT}, "baselines.random_init")
             _check_known(path, "baselines.random_init.mode", entry["mode"], MODES)
+            _check_fields(path, entry, {"seeds": _LIST}, "baselines.random_init")
+            for i, seed in enumerate(entry["seeds"]):
+                _check_fields(path, seed, {"seed": _WHOLE}, f"baselines.random_init.seeds[{i}]")
     if results["layers"] is not None:
         _check_fields(path, results["layers"], {"chosen": _TEXT, "validation": _DICT}, "layers")
     return results, _read_predictions(folder / PREDICTIONS, results)

@@ -241,7 +241,7 @@ def modes(boards: Sequence[Board], looks: Looks, study: Study) -> list[Picture]:
     pictures = []
     for start in range(0, len(panels), 6):
         part = slice(start, start + 6)
-        names = ", ".join(panel[0] for panel in panels[part])
+        names = "; ".join(panel[0] for panel in panels[part])
         pictures.append(
             drawn(
                 report_plots.mode_panels(panels[part], references[part], order, looks),

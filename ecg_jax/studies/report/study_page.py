@@ -17,7 +17,7 @@ from ecg_jax.studies.report.study import Study, sweep_of
 
 #: Commands whose figures a study is expected to have.
 _COMMANDS = ("scaling", "cka", "efficiency")
-_HEADINGS = {"scaling": "Scaling", "cka": "Similarity of representations (CKA)", "efficiency": "Efficiency"}
+_HEADINGS = {"scaling": "Scaling", "cka": "Similarity (CKA)", "efficiency": "Efficiency"}
 _GALLERIES = 3  # tasks whose recordings are shown
 _LONGEST = 200  # rows of a figure folder's table on the page; its CSV has all
 
@@ -66,6 +66,15 @@ def build(
         page.section("results", "Results", _results(study, boards, looks))
         if modes := study_figures.modes(boards, looks, study):
             page.section("modes", "Objectives, mode by mode", modes)
+    kinds = dict.fromkeys(each.kind for each in study.figures)
+    for kind in sorted(
+        kinds, key=lambda kind: _COMMANDS.index(kind) if kind in _COMMANDS else len(_COMMANDS)
+    ):
+        found = [each for each in study.figures if each.kind == kind]
+        heading = _HEADINGS[kind] if kind in _HEADINGS else kind.replace("_", " ").capitalize()
+        parts = [part for each in found for part in _figure_parts(each, study, page)]
+        page.section(f"figures-{kind}", heading, parts)
+    if boards:
         page.section("classes", "Class by class", _classes(boards))
         page.section("layers", "Layers", _layers(study))
         page.section(
@@ -73,11 +82,6 @@ def build(
         )
         page.section("left-out", "What was left out", [tables.exclusions(tasks)])
     _curve_sections(page, study)
-    for kind in dict.fromkeys(each.kind for each in study.figures):
-        found = [each for each in study.figures if each.kind == kind]
-        heading = _HEADINGS[kind] if kind in _HEADINGS else kind.replace("_", " ").capitalize()
-        parts = [part for each in found for part in _figure_parts(each, study, page)]
-        page.section(f"figures-{kind}", heading, parts)
     if boards:
         page.section("examples", "Recordings", _recordings(boards, shown))
     return page
@@ -205,8 +209,8 @@ def _made_with_parts(study: Study) -> list[Part]:
 def _results(study: Study, boards: Sequence[Board], looks) -> list[Part]:
     parts: list[Part] = []
     compact = {board.name: board_tables.compact_table(board, study) for board in boards}
-    if places := board_tables.places_table(boards):
-        parts += ["<h3>Over all tasks</h3>", places]
+    if places := board_tables.places_tables(boards):
+        parts += ["<h3>Over all tasks</h3>", *places]
     for board in boards:
         parts.append(f"<h3>{escape(board.task)}, {board.mode}</h3>")
         if board_tables.of_synthetic(board):
@@ -250,11 +254,9 @@ def _classes(boards: Sequence[Board]) -> list[Part]:
             figures.regression(board.runs) if board.regression else figures.calibration(board.runs, own)
         )
         what = "Predictions" if board.regression else "Calibration"
-        parts += [
-            f"<h3>{escape(board.task)}, {board.mode}</h3>",
-            figures.forest(scores, looks),
-            Folded(f"{what} of the best runs, and all groups by classes", inside),
-        ]
+        each = "target" if board.regression else "class"
+        summary = f"{board.task}, {board.mode}: every {each} of the best groups, {what.lower()}"
+        parts.append(Folded(summary, [figures.forest(scores, looks), *inside]))
     return parts
 
 
@@ -293,7 +295,9 @@ def _layers(study: Study) -> list[Part]:
                 1 + len(names),
             )
         )
-    return found or [paragraph("No probe chose among layers.")]
+    if not found:
+        return [paragraph("No probe chose among layers.")]
+    return [Folded("The layer that each probe chose", found)]
 
 
 def _curve_sections(page: Page, study: Study) -> None:
@@ -336,7 +340,7 @@ def _figure_parts(found: FigureFolder, study: Study, page: Page) -> list[Part]:
             )
         )
     said = [
-        (name, about[name] if isinstance(about[name], str) else _words(about[name]))
+        (name, _words(about[name]) if name != "runs" else _run_paths(about[name], study))
         for name in ("command", "runs", "versions", "device")
         if about.get(name)
     ]
@@ -360,6 +364,10 @@ def _words(value) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return str(value)
+
+
+def _run_paths(runs: Sequence[str], study: Study) -> str:
+    return "; ".join(shown_path(path, study.folders) for path in runs)
 
 
 def _ended_after(study: Study, about: dict) -> int:
@@ -410,8 +418,8 @@ def _figure(figure: Figure, found: FigureFolder, page: Page, parts: Sequence[Par
     return [
         heading,
         rows,
-        paragraph(f"Shows. {figure.shows}"),
-        paragraph(f"Does not show. {figure.does_not_show}"),
+        f"<p><b>Shows.</b> {escape(figure.shows)}</p>",
+        f"<p><b>Does not show.</b> {escape(figure.does_not_show)}</p>",
     ]
 
 
