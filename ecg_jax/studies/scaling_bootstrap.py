@@ -22,6 +22,8 @@ from ecg_jax.studies import power_law
 from ecg_jax.studies.power_law import Fits, PowerLaw
 
 LEVEL = 0.95
+#: Smaller p-values of lack of fit make models be compared over rungs instead of runs.
+LACK_OF_FIT = 0.05
 
 
 class ScalingFit(NamedTuple):
@@ -309,7 +311,8 @@ def compare_models(n, points) -> ModelComparison:
     if richest > 1:
         _, _, residuals, corner = power_law.robust_fit(n, points, offset=richest == 3)
         weights = power_law.weights_of(residuals, corner)
-        by_rung = laws[richest - 1].scatter.together
+        lack_of_fit = laws[richest - 1].scatter.lack_of_fit
+        by_rung = lack_of_fit is not None and lack_of_fit < LACK_OF_FIT
     unit = rung if by_rung else np.arange(len(n))
     m = int(unit.max()) + 1
     candidates = []
