@@ -398,8 +398,8 @@ class TestExport:
         assert '<tr class="section">' in text
 
     def test_long_tables_are_folded(self):
-        long = Table("long", "caption", ["a"], [[Cell(str(i))] for i in range(30)])
-        assert table_html(long).startswith("<details><summary>Table of 30 rows</summary>")
+        long = Table("long", "What it is. How it was made.", ["a"], [[Cell(str(i))] for i in range(30)])
+        assert table_html(long).startswith("<details><summary>What it is (30 rows)</summary>")
 
     def test_escape_is_the_identity_on_plain_text(self):
         assert escape("plain text, 1.0 [a]") == "plain text, 1.0 [a]"

@@ -1,1 +1,1 @@
-"""The page of `ecg-jax report`: finished probes side by side, with their baselines, as HTML, CSV and LaTeX."""
+"""The page of `ecg-jax report`: studies, or probes side by side with their baselines, as HTML, CSV and LaTeX."""

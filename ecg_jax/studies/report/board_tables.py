@@ -238,10 +238,10 @@ def _places(boards: Sequence[Board], name: str, before: str) -> Table | None:
         body.append(cells)
     return Table(
         name,
-        f"{before}Mean place of each row over the tasks of a mode: on each task 1 for the best score, ordered anew on "
-        "every resample; and the mean rank, in which rows that are not told from the best of their group share one. "
-        "Tasks are resampled each by itself. A row that is not on all tasks of a mode has neither. Places of close rows are "
-        "uncertain, and their intervals lean to the middle.",
+        f"{before}Mean place of each row over the tasks of a mode. On each task the best score has place 1, and the "
+        "order is made anew on every resample; in the mean rank, rows that are not told from the best of their group "
+        "share one. Tasks are resampled each by itself. A row that is not on all tasks of a mode has neither. Places "
+        "of close rows are uncertain, and their intervals lean to the middle.",
         [
             "group, mode",
             *(

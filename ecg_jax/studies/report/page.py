@@ -94,7 +94,7 @@ def table_html(table: Table, folder: str = "", fold: bool = True) -> str:
     html = "\n".join(lines)
     if len(table.rows) <= _LONG or not fold:
         return html
-    about = re.split(r"[.:;] ", table.caption, maxsplit=1)[0].rstrip(".")
+    about = re.split(r"[.;] ", table.caption, maxsplit=1)[0].rstrip(".")
     return f"<details><summary>{escape(about)} ({len(table.rows)} rows)</summary>\n{html}\n</details>"
 
 

@@ -57,10 +57,10 @@ def runs_table(study: Study) -> Table:
         body.append(texts(cells))
     return Table(
         "runs",
-        "Every run: its folder, from the folder given to the report on; its store and selection of recordings by the "
-        "first digits of their fingerprints; training FLOPs by formula (forward and backward of the windows trained "
-        "on); seconds and device-hours of pretraining alone; losses in validation, comparable within an objective on "
-        "the same held-out recordings only; warnings of a collapse.",
+        "Every run with its folder. Folders are written from the one given to the report on, stores and selections of "
+        "recordings by the first digits of their fingerprints; training FLOPs by formula (forward and backward of the "
+        "windows trained on); seconds and device-hours of pretraining alone; losses in validation, comparable within "
+        "an objective on the same held-out recordings only; warnings of a collapse.",
         [
             "folder", "state", "objective", "backbone", "rung", "group", "store", "selection", "git revision",
             "devices", "training recordings", "seed", "step", "windows", "parameters", "training FLOPs", "seconds",
