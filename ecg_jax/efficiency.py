@@ -20,20 +20,32 @@ from ecg_jax.config_flags import load_config, override, split_overrides, with_ar
 from ecg_jax.errors import UserError, closest
 from ecg_jax.files import write_atomic
 from ecg_jax.models.encoder import BACKBONES
+from ecg_jax.probe_provenance import made_with
 from ecg_jax.run_setup import CONFIGS, DTYPES, flatten
-from ecg_jax.studies import cost_scaling, efficiency_plots, efficiency_report, flops, tune_conv
+from ecg_jax.studies import (
+    cost_scaling,
+    efficiency_figures,
+    efficiency_report,
+    flops,
+    published_costs,
+    tune_conv,
+)
 from ecg_jax.studies.cost_scaling import Point
-from ecg_jax.studies.efficiency import Cell, measure, without_compilation_cache
+from ecg_jax.studies.efficiency import Cell, encoder_parameters, measure
+from ecg_jax.studies.figure_folder import INDEX, read_figures, write_figures
+from ecg_jax.studies.programs import without_compilation_cache
 from ecg_jax.studies.roofline import measure_roofline
 
 DESCRIPTION = """\
 Measures, for every backbone and objective, parameters, operations, traffic, memory, compile time and windows per second
-on the first device, and what that is of the device's own roofline, which is measured first. Writes
-efficiency.json, efficiency.md, efficiency.png and efficiency.svg into --output.
+on the first device, and what that is of the device's own roofline, which is measured first. Puts the published figures
+of parameters and operations beside ours, and with --results the error of probed runs over what they cost. Writes
+efficiency.json, efficiency.md and every figure as PNG, SVG and CSV (figures.json) into --output.
 
   ecg-jax efficiency --output=runs/efficiency
   ecg-jax efficiency --output=runs/s4 --backbones=s4 --objectives=cpc,jepa --precisions=float32,bfloat16 --batch=64,256
-  ecg-jax efficiency --scaling --output=runs/efficiency
+  ecg-jax efficiency --quick --output=runs/efficiency --results=runs/study
+  ecg-jax efficiency --scaling --output=runs/efficiency_scaling
   ecg-jax efficiency --tune-conv --output=ecg_jax/models/conv_table.json
 """
 EPILOG = """\
@@ -44,6 +56,7 @@ config:
 #: What --quick changes in the configs that declare it: a run that shows that everything works, not how fast it is.
 QUICK = {
     "model.width": "64",
+    "model.layers": "2",
     "model.ff_width": "256",
     "model.filters": "(16,32,64)",
     "model.blocks": "(1,1,2)",  # data2vec and DinoSR read two layers as wide as the tokens
@@ -57,6 +70,9 @@ _OPTIONS = {
     "model.backbone": "--backbones",
     "objective.name": "--objectives",
 }
+
+#: Of the figures: what the command is called, and which of its two studies they are of.
+KIND, TABLE, SCALING = "efficiency", "table", "scaling"
 
 _QUICK_BATCH, _BATCH, _WINDOW = "8", "64", 2.5
 
@@ -86,9 +102,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple
         help="folder to write; with --tune-conv the table to add to",
     )
     lists = {"backbones": tuple(BACKBONES), "objectives": tuple(CONFIGS), "precisions": tuple(DTYPES)}
-    defaults = {**lists, "precisions": ("float32",)}
     for name, known in lists.items():
-        default = "all" if defaults[name] == known else ",".join(defaults[name])
+        default = "both, float32 with --quick or --scaling" if name == "precisions" else "all"
         parser.add_argument(f"--{name}", metavar="A,B", help=f"of {', '.join(known)} (default: {default})")
     parser.add_argument(
         "--batch", metavar="N,M", help=f"windows in a batch; several make rows (default: {_BATCH})"
@@ -96,7 +111,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple
     parser.add_argument("--window", type=float, metavar="S", help=f"seconds in a window (default: {_WINDOW})")
     parser.add_argument("--repeats", type=int, metavar="N", help="turns of all programs (default: 5)")
     parser.add_argument(
-        "--quick", action="store_true", help="narrow models, small batch, two turns: to try it out"
+        "--quick",
+        action="store_true",
+        help="narrow and shallow models in float32, small batch, two turns: to try it out",
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
@@ -118,6 +135,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple
         raise UserError(
             f"--{name} says nothing with --tune-conv, which takes --output, --quick and --repeats"
         )
+    defaults = {**lists, "precisions": ("float32",) if options.quick else tuple(DTYPES)}
     for name, known in lists.items():
         text = getattr(options, name)
         names = defaults[name] if text is None else _names(f"--{name}", text, known)
@@ -221,8 +239,17 @@ def _check_overrides(options: argparse.Namespace, overrides: Sequence[tuple[str,
             override(shipped[0], path, value)
 
 
-def _open_folder(output: str) -> Path:
+def _open_folder(output: str, study: str) -> Path:
+    """Makes the folder, before anything is measured.
+
+    Raises:
+        UserError: it cannot be written, or holds figures of something else, whose index would be lost.
+    """
     folder = Path(output)
+    if (folder / INDEX).exists():
+        before = read_figures(folder)
+        if (before.kind, before.about.get("study")) != (KIND, study):
+            raise UserError(f"--output={output} holds the figures of another study; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -248,6 +275,17 @@ def provenance(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]
         "quick": options.quick,
         "overrides": dict(overrides),
     }
+
+
+def _made_of(options: argparse.Namespace, study: str) -> dict[str, Any]:
+    """What stands in the index of the figures."""
+    made = made_with(["ecg_jax", "jax", "jaxlib", "flax", "numpy", "matplotlib"])
+    device = jax.devices()[0].device_kind
+    return {"command": ["efficiency", *options.argv], "study": study, "runs": [], "device": device, **made}
+
+
+def _encoder_parameters(backbone: str) -> int:
+    return encoder_parameters(published_costs.shipped_config(backbone))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -276,19 +314,30 @@ def table(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> 
         cell: run_config(cell.backbone, cell.objective, precision=cell.precision, batch=cell.batch, **fields)
         for cell in cells
     }
-    folder = _open_folder(options.output)
+    folder = _open_folder(options.output, TABLE)
     about = provenance(options, overrides)
     roofline = measure_roofline(budget_s=0.1 if options.quick else 2.0)
     _say(efficiency_report.describe(roofline, about["device_kind"]))
-    rows = measure(configs, roofline, repeats=options.repeats, say=_say)
+    # Compile times are of one program at a time, but where they tell nothing.
+    workers = min(4, about["processors"]) if options.quick and about["platform"] == "cpu" else 1
+    rows = measure(configs, roofline, repeats=options.repeats, workers=workers, say=_say)
+    compared = published_costs.compare({name: _encoder_parameters(name) for name in options.backbones})
+    figures = [
+        *efficiency_figures.table_figures(rows, roofline, about | {"workers": workers}),
+        efficiency_figures.published_figure(compared),
+    ]
     _write_json(folder / "efficiency.json", {**about, "roofline": roofline._asdict(), "rows": rows})
-    write_atomic(folder / "efficiency.md", efficiency_report.report(rows, roofline, about).encode())
-    if any("programs" in row for row in rows):
-        efficiency_plots.draw_table(rows, roofline, about["device_kind"], folder)
-    cost, speed = efficiency_report.cost_cells(rows), efficiency_report.speed_cells(rows)
-    print(f"\n{efficiency_report.aligned(efficiency_report.COST_HEAD, cost)}")
-    print(f"\n{efficiency_report.aligned(efficiency_report.SPEED_HEAD, speed)}")
-    print(f"\n{efficiency_report.NOTES}\n\nwritten: {folder}/efficiency.json, .md, .png, .svg")
+    write_atomic(folder / "efficiency.md", efficiency_report.report(rows, compared, roofline, about).encode())
+    write_figures(folder, KIND, figures, _made_of(options, TABLE))
+    for head, cells, text_columns in (
+        (efficiency_report.COST_HEAD, efficiency_report.cost_cells(rows), 3),
+        (efficiency_report.MEMORY_HEAD, efficiency_report.memory_cells(rows), 3),
+        (efficiency_report.SPEED_HEAD, efficiency_report.speed_cells(rows), 3),
+        (efficiency_report.PUBLISHED_HEAD, efficiency_report.published_cells(compared), 2),
+    ):
+        print(f"\n{efficiency_report.aligned(head, cells, text_columns)}")
+    print(f"\n{efficiency_report.NOTES}\n{efficiency_report.PUBLISHED_NOTES}")
+    print(f"\nwritten: {folder}/efficiency.json, efficiency.md, figures.json and the files of each figure")
 
 
 def scaling(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> None:
@@ -314,7 +363,7 @@ def scaling(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
                 quick=options.quick,
                 overrides=overrides,
             )
-    folder = _open_folder(options.output)
+    folder = _open_folder(options.output, SCALING)
     rows = cost_scaling.measure_scaling(configs, repeats=options.repeats, say=_say)
     fits = cost_scaling.fit_all(rows)
     about = provenance(options, overrides) | {
@@ -323,14 +372,16 @@ def scaling(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
         "objective": options.objectives[0],
     }
     _write_json(folder / "scaling.json", {**about, "rows": rows, "fits": fits})
-    efficiency_plots.draw_scaling(rows, fits, about, folder)
+    figure = efficiency_figures.scaling_figure(rows, fits, about)
+    write_figures(folder, KIND, [figure], _made_of(options, SCALING))
     print(f"\n{efficiency_report.aligned(efficiency_report.FIT_HEAD, efficiency_report.fit_cells(fits))}")
-    print(f"\nwritten: {folder}/scaling.json, .png, .svg")
+    print(f"\nwritten: {folder}/scaling.json, .png, .svg, .csv, figures.json")
 
 
 def main(argv: list[str]) -> int:
     """Entry point of `ecg-jax efficiency`."""
     options, overrides = parse_arguments(argv)
+    options.argv = list(argv)
     with without_compilation_cache():
         if options.tune_conv:
             tune_conv.tune(Path(options.output), quick=options.quick, repeats=options.repeats, say=_say)

@@ -15,14 +15,13 @@ from ecg_jax.models.convolution import candidates
 from ecg_jax.studies import cost_scaling, efficiency_report, tune_conv
 from ecg_jax.studies import efficiency as cells
 from ecg_jax.studies.cost_scaling import fit_exponent
-from ecg_jax.studies.efficiency import (
-    Cell,
+from ecg_jax.studies.efficiency import Cell, measure, random_batch
+from ecg_jax.studies.figure_folder import read_figures
+from ecg_jax.studies.programs import (
     DoesNotFit,
     Program,
     compile_program,
-    measure,
     memory_errors,
-    random_batch,
     without_compilation_cache,
 )
 from ecg_jax.studies.roofline import Roofline, measure_roofline
@@ -78,7 +77,7 @@ def test_compiled_program_knows_its_traffic_and_memory():
 
 
 def test_program_that_plans_for_too_much_memory_is_refused(monkeypatch):
-    monkeypatch.setattr("ecg_jax.studies.efficiency.device_memory_bytes", lambda: 1000.0)
+    monkeypatch.setattr("ecg_jax.studies.programs.device_memory_bytes", lambda: 1000.0)
     with pytest.raises(DoesNotFit, match="of memory"):
         compile_program(jax.jit(lambda a: a + 1), np.ones(1000, np.float32), precision="float32")
 
@@ -149,6 +148,7 @@ def test_only_rows_that_do_not_run_fail(monkeypatch):
         cells, "build", lambda config: types.SimpleNamespace(state=state, encoder_variables=dict)
     )
     monkeypatch.setattr(cells, "step_program", lambda model: program("step", 10**6))
+    monkeypatch.setattr(cells, "step_forward_flops", lambda model: None)
     monkeypatch.setattr(
         cells,
         "encoder_program",
@@ -208,16 +208,14 @@ def test_points_that_failed_are_left_out_of_fits():
 
 def test_s4_row_shows_the_published_figure():
     row = {"backbone": "s4", "objective": "cpc", "precision": "float32", "batch": 64, "parameters": 3_194_880}
-    program = {
-        "flops_per_window": efficiency.flops.encoder_cost(load_config("configs/cpc.py")).forward,
-        "compiler_flops_per_window": None,
-        "least_bytes": 1,
-        "compiler_bytes": None,
-        "peak_bytes": 1,
-        "compile_s": 1.0,
-    }
-    (line,) = efficiency_report.cost_cells([row | {"programs": {"forward": program, "step": program}}])
-    assert dict(zip(efficiency_report.COST_HEAD, line, strict=True))["encoder forward GFLOP"] == "1.741"
+    programs = dict.fromkeys(cells.PROGRAMS, Program(None, 1.0, None, None, {}))
+    row |= cells._passes(load_config("configs/cpc.py"), programs, {"step_forward_compiler_flops": None})
+    (line,) = efficiency_report.cost_cells([row])
+    shown = dict(zip(efficiency_report.COST_HEAD, line, strict=True))
+    assert (shown["encoder forward GFLOP"], shown["encoder backward GFLOP"]) == ("1.741", "3.471")
+    # Two thirds of the head and of the scores are their backward pass, all but the data's gradient of the stem's.
+    assert (shown["step forward GFLOP"], shown["step backward GFLOP"]) == ("1.986", "3.962")
+    assert shown["compiled step backward"] == "-"
 
 
 def test_quick_run_writes_table_json_and_pictures(tmp_path, capsys, cached):
@@ -225,7 +223,16 @@ def test_quick_run_writes_table_json_and_pictures(tmp_path, capsys, cached):
     arguments = [*ONE, "--quick", "--batch=3", "--window=0.5", *TINY]
     assert run(f"--output={folder}", *arguments) == 0
     files = {path.name for path in folder.iterdir()}
-    assert files == {f"efficiency.{suffix}" for suffix in ("json", "md", "png", "svg")}
+    pictures = {f"{name}.{suffix}" for name in ("efficiency", "published") for suffix in ("png", "svg", "csv")}
+    tables = {f"{name}.csv" for name in ("operations", "memory", "speed")}
+    assert files == pictures | tables | {"efficiency.json", "efficiency.md", "figures.json"}
+    figures = read_figures(folder)
+    assert (figures.kind, figures.about["study"], figures.about["command"][0]) == (
+        "efficiency",
+        "table",
+        "efficiency",
+    )
+    assert all("--quick" in f.does_not_show for f in figures.figures if f.name != "published")
     told = json.loads((folder / "efficiency.json").read_text())
     (row,) = told["rows"]
     assert told["processors"] >= 1
@@ -255,7 +262,13 @@ def test_quick_run_writes_table_json_and_pictures(tmp_path, capsys, cached):
         assert program["compile_s"] > 0
     assert (folder / "efficiency.png").read_bytes().startswith(PNG)
     table = (folder / "efficiency.md").read_text()
-    assert table.count("| s4 | cpc | float32 | 3 |") == 2
+    assert table.count("| s4 | cpc | float32 | 3 |") == 3
+    passes, compiled = row["flops_per_window"], row["compiler_flops_per_window"]
+    assert passes["step_forward"] + passes["step_backward"] == step["flops_per_window"]
+    assert passes["encoder_forward"] + passes["encoder_backward"] == both["flops_per_window"]
+    assert compiled["step_forward"] + compiled["step_backward"] == step["compiler_flops_per_window"]
+    # The forward pass of the step has the encoder's and the head; the step has more than that, and the update.
+    assert compiled["encoder_forward"] < compiled["step_forward"] < compiled["step_backward"]
     assert jax.__version__ in table
     out = capsys.readouterr().out
     assert "copies" in out.splitlines()[0]

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ecg_jax.studies.efficiency import DoesNotFit, Program, build, encoder_program, memory_errors
+from ecg_jax.studies.efficiency import build, encoder_program
+from ecg_jax.studies.programs import DoesNotFit, Program, memory_errors
 from ecg_jax.studies.timing import time_in_turns
 
 

@@ -1,16 +1,15 @@
 """What pretraining costs on this device: of each backbone and objective, operations, traffic, memory and speed."""
 
-import contextlib
 import functools
-import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,10 +17,11 @@ from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state
 from ecg_jax.studies import flops
+from ecg_jax.studies.programs import DoesNotFit, Program, compile_program, memory_errors
 from ecg_jax.studies.roofline import MATMUL_PRECISION, Roofline
 from ecg_jax.studies.timing import Timing, time_in_turns
 from ecg_jax.training import parallel
-from ecg_jax.training.train_state import TrainState, train_step
+from ecg_jax.training.train_state import TrainState, seed_keys, train_step
 
 #: Programs of a row, in the order of its columns. `forward` is in evaluation mode, the other two in train mode.
 PROGRAMS = ("forward", "forward_backward", "step")
@@ -39,107 +39,6 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.backbone} {self.objective} {self.precision} batch {self.batch}"
-
-
-class Program(NamedTuple):
-    """A compiled program and what its compiler says about it, all figures of one call."""
-
-    run: Callable[[], Any]
-    """Calls it and returns what it computes, without waiting."""
-    compile_s: float
-    """Seconds of tracing and compiling; see `without_compilation_cache`."""
-    flops: float | None
-    """The compiler's count of operations; None where it makes none."""
-    estimated_bytes: float | None
-    """The compiler's estimate of traffic, every operation's operands and results; None where it makes none."""
-    memory: dict[str, int]
-    """Bytes: `arguments`, `outputs`, `aliased` (outputs that take the place of arguments), `temporary`."""
-
-    @property
-    def least_bytes(self) -> int:
-        """A lower bound of traffic: every argument is read once and every output written once, even if everything
-        between them stayed on the chip.
-        """
-        return self.memory["arguments"] + self.memory["outputs"]
-
-    @property
-    def peak_bytes(self) -> int:
-        """Memory that is taken while it runs, as planned by the compiler."""
-        m = self.memory
-        return m["arguments"] + m["outputs"] + m["temporary"] - m["aliased"]
-
-
-class DoesNotFit(Exception):
-    """A program needs more memory than there is."""
-
-
-def device_memory_bytes() -> float:
-    """What programs can use: the first device's own limit, or of a computer without one four fifths of its memory."""
-    if limits := jax.devices()[0].memory_stats():
-        return limits["bytes_limit"]
-    return 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def compile_program(function, *arguments, precision: str) -> tuple[Callable, Program]:
-    """Compiles a jitted function for its arguments.
-
-    Args:
-        function: from `jax.jit`.
-        arguments: arrays, or shapes and dtypes.
-        precision: "float32" or "bfloat16", of its matrix products as a run has them.
-
-    Returns:
-        The compiled function, and the `Program` whose `run` calls it with these arguments.
-
-    Raises:
-        DoesNotFit: the compiler plans for more memory than there is.
-    """
-    begin = time.perf_counter()
-    with jax.default_matmul_precision(MATMUL_PRECISION[precision]), memory_errors():
-        compiled = function.lower(*arguments).compile()
-    seconds = time.perf_counter() - begin
-    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    program = Program(
-        run=lambda: compiled(*arguments),
-        compile_s=seconds,
-        flops=cost.get("flops"),
-        estimated_bytes=cost.get("bytes accessed"),
-        memory={
-            "arguments": memory.argument_size_in_bytes,
-            "outputs": memory.output_size_in_bytes,
-            "aliased": memory.alias_size_in_bytes,
-            "temporary": memory.temp_size_in_bytes,
-        },
-    )
-    if program.peak_bytes > (limit := device_memory_bytes()):
-        raise DoesNotFit(f"needs {program.peak_bytes / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB are there")
-    return compiled, program
-
-
-@contextlib.contextmanager
-def without_compilation_cache() -> Iterator[None]:
-    """Programs are compiled, not read from JAX's persistent cache, so that their compile time is one."""
-    before = jax.config.jax_enable_compilation_cache
-    try:
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # JAX looks at the setting once, when it compiles for the first time
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
-
-
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns the refusal of the device, or of the host, into `DoesNotFit`."""
-    try:
-        yield
-    except MemoryError as error:
-        raise DoesNotFit("the host is out of memory") from error
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise DoesNotFit("the device is out of memory") from error
 
 
 def random_batch(config: ConfigDict) -> dict[str, np.ndarray]:
@@ -174,10 +73,16 @@ class Model(NamedTuple):
 
 
 def build(config: ConfigDict) -> Model:
-    """State, optimiser and teacher as a run of 1000 steps has them; the state lies on the first device."""
+    """State, optimiser and teacher as a run of 1000 steps has them; the state lies on the first device.
+
+    The parameters are drawn by the device's own generator: as good for a measurement, and a program that draws dozens
+    of arrays by JAX's own takes several times as long to compile. The key that the steps take is one of JAX's own.
+    """
     contract = Preprocessing(window_s=config.data.window_s, normalisation=config.data.normalisation)
     teacher, (_, tx) = build_teacher(config, steps=1000), build_optimiser(config, steps=1000)
-    state = parallel.replicate(initial_state(config, tx, contract, teacher), one_device())
+    with jax.default_prng_impl("unsafe_rbg"):
+        state = initial_state(config, tx, contract, teacher)
+    state = parallel.replicate(state.replace(rng=seed_keys(config.seed)[1]), one_device())
     return Model(config, state, tx, teacher)
 
 
@@ -207,6 +112,35 @@ def step_program(model: Model) -> Program:
         return metrics
 
     return program._replace(run=run)
+
+
+def step_forward_flops(model: Model) -> float | None:
+    """The compiler's count of a step without gradient and update: the loss in train mode, with the teacher, the running
+    statistics and the codebooks. The program is compiled and never run; None where the compiler makes no count.
+    """
+    config = model.config
+
+    def forward(state, batch):
+        # What is not returned is not computed: the compiler drops the gradients, and all that follows from them.
+        state, metrics = train_step(
+            state,
+            batch,
+            model=build_objective(config, None),
+            tx=model.tx,
+            normalisation=config.data.normalisation,
+            teacher=model.teacher,
+            accumulate=config.accumulate,
+            axis_name=None,
+        )
+        losses = {name: value for name, value in metrics.items() if name != "grad_norm"}
+        return losses, state.batch_stats, state.objective_state
+
+    # Operations are counted before machine code is made of them, which is most of the work on a CPU.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    with jax.default_matmul_precision(MATMUL_PRECISION[config.precision]), memory_errors():
+        lowered = jax.jit(forward).lower(model.state, random_batch(config))
+        cost = lowered.compile(compiler_options=options).cost_analysis() or {}
+    return cost.get("flops")
 
 
 def encoder_program(config: ConfigDict, variables: dict[str, Any], *, gradient: bool) -> Program:
@@ -258,11 +192,21 @@ def parameter_count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def encoder_parameters(config: ConfigDict) -> int:
+    """Trainable numbers of the encoder that a config describes; nothing is computed."""
+    encoder = build_objective(config, axis_name=None).encoder
+    samples = round(config.data.window_s * config.data.rate_hz)
+    x = jax.ShapeDtypeStruct((2, samples, len(CANONICAL_LEADS)), jnp.float32)
+    init = functools.partial(encoder.init, train=False)
+    return parameter_count(jax.eval_shape(init, jax.random.key(0), x, jnp.arange(2))["params"])
+
+
 def measure(
     configs: dict[Cell, ConfigDict],
     roofline: Roofline,
     *,
     repeats: int,
+    workers: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """One row for each cell.
@@ -274,27 +218,19 @@ def measure(
         configs: cell -> config of its run.
         roofline: of this device.
         repeats: turns.
+        workers: programs that are compiled at the same time; with more than one, `compile_s` and `device_peak_bytes`
+            are not those of a program alone.
         say: told about the progress.
 
     Returns:
         Rows: the fields of the cell; `parameters` and `encoder_parameters` (trainable); `device_peak_bytes` of the
         step as the device saw it (None on a CPU, or where an earlier cell took more); `step_over_encoder`, the time of
-        a step over that of the encoder's forward and backward pass; and `programs`, for each of `PROGRAMS` the figures
-        of `_figures`. A cell that does not fit into memory has `failed` instead.
+        a step over that of the encoder's forward and backward pass; `programs`, for each of `PROGRAMS` the figures
+        of `_figures`; and `flops_per_window` and `compiler_flops_per_window`, by formula and as compiled, of the
+        `encoder_` and the `step_` both `forward` and `backward`. A cell that does not fit into memory has `failed`
+        instead.
     """
-    programs: dict[Any, Program] = {}
-    rows = {}
-    for cell, config in configs.items():
-        begin = time.perf_counter()
-        try:
-            with memory_errors():
-                rows[cell], compiled = _compile(config, known=programs)
-        except DoesNotFit as error:
-            rows[cell] = {"failed": "out of memory"}
-            say(f"{cell}: {error}")
-            continue
-        programs |= compiled
-        say(f"{cell}: compiled and run in {time.perf_counter() - begin:.1f} s")
+    rows, programs = _compile_all(configs, workers, say)
     crowded = _drop_what_does_not_run(programs)
     for cell, config in configs.items():
         if "failed" not in rows[cell] and crowded.intersection(_keys(config).values()):
@@ -311,6 +247,7 @@ def measure(
                 "forward_backward": flops.encoder_cost(config).total,
             }
             costs["forward"] = flops.encoder_cost(config).forward
+            rows[cell] |= _passes(config, {name: programs[keys[name]] for name in PROGRAMS}, rows[cell])
             rows[cell]["programs"] = {
                 name: _figures(config, costs[name], programs[keys[name]], timings[keys[name]], roofline)
                 for name in PROGRAMS
@@ -318,6 +255,70 @@ def measure(
             seconds = {name: timings[keys[name]].median for name in PROGRAMS}
             rows[cell]["step_over_encoder"] = seconds["step"] / seconds["forward_backward"]
     return [cell._asdict() | row for cell, row in rows.items()]
+
+
+def _compile_all(
+    configs: dict[Cell, ConfigDict], workers: int, say: Callable[[str], None]
+) -> tuple[dict[Cell, dict[str, Any]], dict[tuple, Program]]:
+    """The first fields of each row, and all programs, compiled and run."""
+    families: dict[tuple, list[Cell]] = {}  # cells that share programs, which are compiled once
+    for cell, config in configs.items():
+        families.setdefault(_keys(config)["forward"], []).append(cell)
+    rows: dict[Cell, dict[str, Any]] = {}
+    one_at_a_time = threading.Lock()
+
+    def compile_family(cells: list[Cell]) -> dict[tuple, Program]:
+        programs: dict[tuple, Program] = {}
+        for cell in cells:
+            begin = time.perf_counter()
+            try:
+                with memory_errors():
+                    rows[cell], compiled = _compile(configs[cell], programs, one_at_a_time)
+            except DoesNotFit as error:
+                rows[cell] = {"failed": "out of memory"}
+                say(f"{cell}: {error}")
+                continue
+            programs |= compiled
+            say(f"{cell}: compiled and run in {time.perf_counter() - begin:.1f} s")
+        return programs
+
+    programs: dict[tuple, Program] = {}
+    if workers == 1:
+        for family in families.values():
+            programs |= compile_family(family)
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            for compiled in pool.map(compile_family, sorted(families.values(), key=len, reverse=True)):
+                programs |= compiled
+    return {cell: rows[cell] for cell in configs}, programs
+
+
+def _passes(config: ConfigDict, programs: dict[str, Program], row: dict[str, Any]) -> dict[str, Any]:
+    """Operations of one window, forward and backward, of the encoder and of the step. As compiled, the backward pass is
+    what a program has beyond its forward pass: of the encoder what train mode adds too, of the step the update too.
+    """
+    encoder, parts = flops.encoder_cost(config), flops.training_parts(config).values()
+    batch = config.batch_size
+
+    def of_window(total: float | None, less: float | None = 0.0) -> float | None:
+        return None if total is None or less is None else (total - less) / batch
+
+    forward, both, step = (programs[name].flops for name in PROGRAMS)
+    loss = row.pop("step_forward_compiler_flops")
+    return {
+        "flops_per_window": {
+            "encoder_forward": encoder.forward,
+            "encoder_backward": encoder.backward,
+            "step_forward": sum(part.forward for part in parts),
+            "step_backward": sum(part.backward for part in parts),
+        },
+        "compiler_flops_per_window": {
+            "encoder_forward": of_window(forward),
+            "encoder_backward": of_window(both, forward),
+            "step_forward": of_window(loss),
+            "step_backward": of_window(step, loss),
+        },
+    }
 
 
 def _drop_what_does_not_run(programs: dict[tuple, Program]) -> set[tuple]:
@@ -339,25 +340,36 @@ def _keys(config: ConfigDict) -> dict[str, tuple]:
     return {name: (name, *encoder, config.objective.name if name == "step" else "") for name in PROGRAMS}
 
 
-def _compile(config: ConfigDict, known: dict) -> tuple[dict[str, Any], dict[tuple, Program]]:
-    """The first fields of a row, and those of its programs that are not known yet; each has been run."""
+def _compile(
+    config: ConfigDict, known: dict, one_at_a_time: threading.Lock
+) -> tuple[dict[str, Any], dict[tuple, Program]]:
+    """The first fields of a row, and those of its programs that are not known yet; each has been run.
+
+    Programs that run at the same time on a CPU with few threads can block each other: only one does, `one_at_a_time`,
+    while other threads compile.
+    """
     before, keys = jax.devices()[0].memory_stats(), _keys(config)
-    model = build(config)
+    with one_at_a_time:
+        model = build(config)
+        variables = model.encoder_variables()
+        jax.block_until_ready((model.state, variables))
     row = {
         "parameters": parameter_count(model.state.params),
         "encoder_parameters": parameter_count(model.state.params["encoder"]),
+        "step_forward_compiler_flops": step_forward_flops(model),
     }
-    variables = model.encoder_variables()
     programs = {keys["step"]: step_program(model)}
-    for _ in range(_WARM_UP):
-        jax.block_until_ready(programs[keys["step"]].run())
+    with one_at_a_time:
+        for _ in range(_WARM_UP):
+            jax.block_until_ready(programs[keys["step"]].run())
     after = jax.devices()[0].memory_stats()
     rose = after and after["peak_bytes_in_use"] > before["peak_bytes_in_use"]
     row["device_peak_bytes"] = after["peak_bytes_in_use"] - before["bytes_in_use"] if rose else None
     for name, gradient in (("forward", False), ("forward_backward", True)):
         if keys[name] not in known:
             programs[keys[name]] = encoder_program(config, variables, gradient=gradient)
-            jax.block_until_ready(programs[keys[name]].run())
+            with one_at_a_time:
+                jax.block_until_ready(programs[keys[name]].run())
     return row, programs
 
 

@@ -1,52 +1,33 @@
 """Pictures of `ecg-jax efficiency`: the roofline with every training step on it, speeds, and growth of cost."""
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ecg_jax.files import write_atomic
+from ecg_jax.evaluation.drawing import new_figure
+from ecg_jax.evaluation.plots import GREY, LIGHT
 from ecg_jax.studies.cost_scaling import points_of
 from ecg_jax.studies.efficiency_report import in_flops
+from ecg_jax.studies.published_costs import Compared
 from ecg_jax.studies.roofline import Roofline
 
-# Okabe and Ito's palette: told apart by colour-blind readers; the marker says the same.
-_LOOKS = {
+#: Backbone -> colour, marker and name. Okabe and Ito's palette: told apart by colour-blind readers.
+LOOKS = {
     "s4": ("#0072B2", "o", "S4"),
     "transformer": ("#D55E00", "s", "Transformer"),
     "net1d": ("#009E73", "^", "Net1D"),
 }
-_GREY = "#6E6E6E"
 _LINES = {"float32": "-", "bfloat16": "--"}
 
 
-def _figure(width_inch: float, height_inch: float):
-    """A figure that belongs to no window system."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_inch, height_inch), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure, folder: Path, name: str) -> None:
-    for suffix in ("png", "svg"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, dpi=130)
-        write_atomic(folder / f"{name}.{suffix}", buffer.getvalue())
-
-
-def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, folder: Path) -> None:
-    """efficiency.png and .svg: the roofline with every training step; windows per second; peak memory.
+def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str):
+    """A picture: the roofline with every training step; windows per second; peak memory.
 
     Args:
         rows: of `efficiency.measure`; those that failed are left out.
         roofline: of the device.
         device: its name.
-        folder: to write into.
     """
     rows = [row for row in rows if "programs" in row]
     objectives = list(dict.fromkeys(row["objective"] for row in rows))
@@ -58,7 +39,7 @@ def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, 
     )
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
     height = max(4.6, 0.26 * len(groups) * (len(backbones) + 0.8) + 1.4)
-    figure = _figure(15, height)
+    figure = new_figure(15, height)
     roof, speed, memory = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
     _draw_roofline(roof, rows, roofline)
 
@@ -70,7 +51,7 @@ def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, 
         for o, p, b in groups
     ]
     for row in rows:
-        color, _, _ = _LOOKS[row["backbone"]]
+        color, _, _ = LOOKS[row["backbone"]]
         step = row["programs"]["step"]
         y = groups.index((row["objective"], row["precision"], row["batch"]))
         y += (backbones.index(row["backbone"]) - (len(backbones) - 1) / 2) * bar
@@ -96,7 +77,13 @@ def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str, 
         axes.spines[["top", "right"]].set_visible(False)
     title = f"{device}: {', '.join(precisions)}, batch {', '.join(map(str, batches))}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
-    _save(figure, folder, "efficiency")
+    return figure
+
+
+def flop_per_byte(row: dict[str, Any]) -> float:
+    """Operations of a training step, by formula, for each byte that the compiler estimates; or at least moves."""
+    step = row["programs"]["step"]
+    return step["flops_per_window"] * row["batch"] / (step["compiler_bytes"] or step["least_bytes"])
 
 
 def _draw_roofline(axes, rows: Sequence[dict[str, Any]], roofline: Roofline) -> None:
@@ -105,29 +92,26 @@ def _draw_roofline(axes, rows: Sequence[dict[str, Any]], roofline: Roofline) -> 
     from matplotlib.ticker import NullFormatter
 
     steps = [(row, row["programs"]["step"]) for row in rows]
-    xs = [
-        step["flops_per_window"] * row["batch"] / (step["compiler_bytes"] or step["least_bytes"])
-        for row, step in steps
-    ]
+    xs = [flop_per_byte(row) for row in rows]
     precisions = list(dict.fromkeys(row["precision"] for row in rows))
     ridge = [roofline.flops_per_s[name] / roofline.copy_bytes_per_s for name in precisions]
     ends = np.geomspace(min([*xs, *ridge]) / 10, max([*xs, *ridge]) * 10, 200)
     for name in precisions:
         roof = np.minimum(roofline.flops_per_s[name], ends * roofline.copy_bytes_per_s)
         label = f"{in_flops(roofline.flops_per_s[name])} in {name}, copy {roofline.copy_bytes_per_s / 1e9:.3g} GB/s"
-        axes.plot(ends, roof, _LINES[name], color=_GREY, linewidth=1.4, label=label)
+        axes.plot(ends, roof, _LINES[name], color=GREY, linewidth=1.4, label=label)
     for x, (row, step) in zip(xs, steps, strict=True):
-        color, marker, _ = _LOOKS[row["backbone"]]
+        color, marker, _ = LOOKS[row["backbone"]]
         filled = color if row["precision"] == precisions[0] else "white"
         axes.plot(
             x, step["flops_per_s"], marker, color=color, markerfacecolor=filled, markersize=7, alpha=0.85
         )
     handles = [
-        Line2D([], [], linestyle="", marker=_LOOKS[name][1], color=_LOOKS[name][0], label=_LOOKS[name][2])
+        Line2D([], [], linestyle="", marker=LOOKS[name][1], color=LOOKS[name][0], label=LOOKS[name][2])
         for name in dict.fromkeys(row["backbone"] for row in rows)
     ]
     if len(precisions) > 1:
-        open_marker = {"linestyle": "", "marker": "o", "color": _GREY, "markerfacecolor": "white"}
+        open_marker = {"linestyle": "", "marker": "o", "color": GREY, "markerfacecolor": "white"}
         handles.append(Line2D([], [], **open_marker, label=f"{precisions[1]} (open; bars paler)"))
     handles += axes.get_lines()[: len(precisions)]
     axes.legend(handles=handles, fontsize=8.5, loc="lower right", framealpha=0.9, edgecolor="none")
@@ -142,25 +126,22 @@ def _draw_roofline(axes, rows: Sequence[dict[str, Any]], roofline: Roofline) -> 
     axes.set_title("roofline, each point one objective's training step", loc="left", fontsize=11)
     axes.set_xlabel("FLOP per byte (FLOPs by formula, bytes estimated by the compiler)")
     axes.set_ylabel("FLOP/s")
-    axes.grid(which="major", color="#E4E4E4", linewidth=0.6)
+    axes.grid(which="major", color=LIGHT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_scaling(
-    rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]], about: dict[str, Any], folder: Path
-) -> None:
-    """scaling.png and .svg: time and memory over window length and over batch, a line for each backbone.
+def draw_scaling(rows: Sequence[dict[str, Any]], fits: Sequence[dict[str, Any]], about: dict[str, Any]):
+    """A picture: time and memory over window length and over batch, a line for each backbone.
 
     Args:
         rows: of `cost_scaling.measure_scaling`.
         fits: of `cost_scaling.fit_all`.
         about: provenance.
-        folder: to write into.
     """
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    figure = _figure(11, 8)
+    figure = new_figure(11, 8)
     panels = figure.subplots(2, 2, sharex="col")
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
     costs = (
@@ -182,7 +163,7 @@ def draw_scaling(
                 points = points_of(rows, backbone, axis, field)
                 if not len(points):
                     continue
-                color, marker, name = _LOOKS[backbone]
+                color, marker, name = LOOKS[backbone]
                 fit = [f for f in fits if (f["backbone"], f["axis"], f["cost"]) == (backbone, axis, cost)]
                 error = (
                     f" ± {fit[0]['standard_error']:.2f}"
@@ -205,14 +186,14 @@ def draw_scaling(
             if lowest:
                 start, points = min(lowest, key=lambda pair: pair[0])
                 xs = points[[0, -1], 0]
-                axes.plot(xs, 0.6 * start * xs / xs[0], ":", color=_GREY, label="proportional")
+                axes.plot(xs, 0.6 * start * xs / xs[0], ":", color=GREY, label="proportional")
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
             axes.set_ylabel(y_label)
-            axes.grid(which="major", color="#E4E4E4", linewidth=0.6)
+            axes.grid(which="major", color=LIGHT, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
             low, high = axes.get_ylim()
             axes.set_ylim(low, high * (high / low) ** 0.32)  # room for the legend
@@ -228,4 +209,53 @@ def draw_scaling(
         fontsize=12,
         weight="bold",
     )
-    _save(figure, folder, "scaling")
+    return figure
+
+
+def draw_published(compared: Sequence[Compared]):
+    """A picture: parameters and operations, published and ours, and our formula counted as theirs.
+
+    Args:
+        compared: of `published_costs.compare`.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    titles = {
+        "parameters": "parameters, million",
+        "forward": "forward, GFLOP a crop",
+        "backward": "forward and backward, GFLOP a crop",
+    }
+    backbones = list(dict.fromkeys(row.backbone for row in compared))
+    figure = new_figure(12, 1.5 + 0.9 * len(backbones))
+    panels = figure.subplots(1, len(titles), sharey=True)
+    for axes, (quantity, title) in zip(panels, titles.items(), strict=True):
+        for row in compared:
+            if row.quantity != quantity:
+                continue
+            y, (color, marker, _) = backbones.index(row.backbone), LOOKS[row.backbone]
+            axes.barh(y - 0.19, row.published, 0.34, color="#B8B8B8")
+            axes.barh(y + 0.19, row.ours, 0.34, color=color)
+            axes.plot(row.counted, y - 0.19, marker, color="black", markerfacecolor="white", markersize=6)
+            digits = f"about {row.digits}" if row.about else row.digits
+            axes.text(max(row.published, row.counted), y - 0.19, f"   {digits}", va="center", fontsize=9)
+            axes.text(row.ours, y + 0.19, f"  {row.ours:.4g}  (x {row.ratio:.2f})", va="center", fontsize=9)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.margins(x=0.42)
+        axes.set_xlim(left=0)
+        axes.grid(axis="x", color=LIGHT, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(backbones)), [LOOKS[name][2] for name in backbones])
+    panels[0].invert_yaxis()
+    open_marker = {"linestyle": "", "marker": "o", "color": "black", "markerfacecolor": "white"}
+    handles = [
+        Patch(color="#B8B8B8", label="published (arXiv 2605.12241)"),
+        Patch(
+            color=LOOKS[backbones[0]][0],
+            label="ours, in the backbone's colour; in brackets published over ours",
+        ),
+        Line2D([], [], **open_marker, label="our formula, counted as published"),
+    ]
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    return figure

@@ -3,53 +3,102 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ecg_jax.studies import published_costs
+from ecg_jax.studies.published_costs import Compared
 from ecg_jax.studies.roofline import Roofline
 
 COST_HEAD = (
-    "backbone", "objective", "precision", "batch", "parameters", "encoder forward GFLOP", "step GFLOP",
-    "compiler's GFLOP", "least GB", "compiler's GB", "peak GB", "compile s",
+    "backbone", "objective", "precision", "batch", "parameters", "encoder forward GFLOP", "encoder backward GFLOP",
+    "step forward GFLOP", "step backward GFLOP", "compiled encoder forward", "compiled encoder backward",
+    "compiled step forward", "compiled step backward",
 )  # fmt: skip
+MEMORY_HEAD = (
+    "backbone", "objective", "precision", "batch", "encoder parameters", "least GB", "compiler's GB", "peak GB",
+    "device's peak GB", "compile s",
+)  # fmt: skip
+PUBLISHED_HEAD = ("backbone", "quantity", "published", "ours", "published / ours", "counted as published")
 SPEED_HEAD = (
     "backbone", "objective", "precision", "batch", "forward w/s", "fwd+bwd w/s", "step w/s", "quartiles",
     "step / fwd+bwd", "forward of roof", "fwd+bwd of roof", "step of roof", "step copy",
 )  # fmt: skip
 FIT_HEAD = ("backbone", "over", "cost", "exponent", "standard error", "last doubling")
 NOTES = """\
-Cost. GFLOP are of one window, 2 for a multiply-add of convolutions and matrix products; FFTs are not counted.
-"compiler's GFLOP" is what XLA counts for the step. GB are of one training step: "least" is a lower bound, every
-argument read and every output written once; "compiler's" is XLA's estimate, the operands and results of every
-operation; "peak" is what XLA plans to hold at once. "compile s" is of the step, without JAX's persistent cache.
+Operations. GFLOP are of one window, by formula: 2 for a multiply-add of convolutions and matrix products; FFTs are not
+counted. "encoder" is stem and backbone, "step" the whole training step with heads and teacher. "compiled" is what XLA
+counts in the programs it makes, everything included: "forward" of the encoder in evaluation mode, of the step the loss
+in train mode; "backward" is what the whole program has beyond that, of the encoder the dropout and batch statistics of
+train mode too, of the step the update of parameters and teacher too.
+Memory. GB are of one training step: "least" is a lower bound, every argument read and every output written once;
+"compiler's" is XLA's estimate of traffic, the operands and results of every operation; "peak" is what XLA plans to hold
+at once, "device's peak" what the device saw ("-": it does not say, or an earlier row took more). "compile s" is of the
+step, without JAX's persistent cache.
 Speed. w/s are windows a second, medians of turns that all programs take: "forward" the encoder in evaluation mode,
 "fwd+bwd" the encoder in train mode with the gradient of its parameters, "step" the whole training step, with its
 quartiles. "of roof" are shares of the roofline, which takes the operations by formula and the least traffic. "step
 copy" is how long this device takes to copy as much as the compiler estimates for the step, relative to the time of
 the step; it exceeds 100 % where caches serve part of it."""
+#: Of `published_costs`.
+PUBLISHED_NOTES = f"""\
+Published figures are of one crop ({published_costs.SOURCE}); ours of the encoder, stem and backbone, as the shipped
+configs have it, for a window of 2.5 s, whatever was measured above. Parameters are in millions, the others GFLOP;
+"backward" is forward and backward together, which is what gives the published 5.213 of S4. "counted as published" is
+our formula under a reading that gives every published digit: the Transformer and the Net1D see 600 tokens, the
+samples of a crop, where ours see 300, and have beside the backbone an input convolution and a single product of 512 x
+512 at each token, where our stem has three; and of the Net1D the gradient of grouped weights counts as if they were
+dense (47.3 of the 73.8 GFLOP, never computed). That is arithmetic, not knowledge of how the paper measured: its code
+for that is not public."""
 
 
 def cost_cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """What a window and a step cost, a line for each row under `COST_HEAD`."""
+    """Operations of a window, a line for each row under `COST_HEAD`."""
     lines = []
     for row in rows:
-        first = _first(row)
         if "failed" in row:
-            lines.append((*first, row["failed"], *("",) * (len(COST_HEAD) - 5)))
+            lines.append((*_first(row), row["failed"], *("",) * (len(COST_HEAD) - 5)))
             continue
-        forward, step = row["programs"]["forward"], row["programs"]["step"]
-        compiler_flops, compiler_bytes = step["compiler_flops_per_window"], step["compiler_bytes"]
+        counts = [*row["flops_per_window"].values(), *row["compiler_flops_per_window"].values()]
+        lines.append(
+            (*_first(row), _thousands(row["parameters"]), *(_number(count, 1e9, ".3f") for count in counts))
+        )
+    return lines
+
+
+def memory_cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """What a step reads, writes and holds, under `MEMORY_HEAD`; rows that failed have no line."""
+    lines = []
+    for row in rows:
+        if "failed" in row:
+            continue
+        step = row["programs"]["step"]
         lines.append(
             (
-                *first,
-                f"{row['parameters']:,}".replace(",", " "),
-                f"{forward['flops_per_window'] / 1e9:.3f}",
-                f"{step['flops_per_window'] / 1e9:.3f}",
-                _number(compiler_flops, 1e9, ".3f"),
+                *_first(row),
+                _thousands(row["encoder_parameters"]),
                 _number(step["least_bytes"], 1e9, ".3f"),
-                _number(compiler_bytes, 1e9, ".2f"),
+                _number(step["compiler_bytes"], 1e9, ".2f"),
                 _number(step["peak_bytes"], 1e9, ".2f"),
+                _number(row["device_peak_bytes"], 1e9, ".2f"),
                 f"{step['compile_s']:.1f}",
             )
         )
     return lines
+
+
+def published_cells(compared: Sequence[Compared]) -> list[tuple[str, ...]]:
+    """The published figures beside ours, under `PUBLISHED_HEAD`."""
+    return [
+        (
+            row.backbone,
+            {"parameters": "parameters, M", "forward": "forward, GFLOP", "backward": "backward, GFLOP"}[
+                row.quantity
+            ],
+            f"about {row.digits}" if row.about else row.digits,
+            f"{row.ours:.3f}",
+            f"{row.ratio:.2f}",
+            f"{row.counted:.3f}",
+        )
+        for row in compared
+    ]
 
 
 def speed_cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -71,6 +120,10 @@ def speed_cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             )
         )
     return lines
+
+
+def _thousands(count: int) -> str:
+    return f"{count:,}".replace(",", " ")
 
 
 def _first(row: dict[str, Any]) -> tuple[str, ...]:
@@ -128,7 +181,12 @@ def describe(roofline: Roofline, device: str) -> str:
     )
 
 
-def report(rows: Sequence[dict[str, Any]], roofline: Roofline, provenance: dict[str, Any]) -> str:
+def report(
+    rows: Sequence[dict[str, Any]],
+    compared: Sequence[Compared],
+    roofline: Roofline,
+    provenance: dict[str, Any],
+) -> str:
     """efficiency.md."""
     about = ", ".join(f"{name} {value}" for name, value in provenance["versions"].items())
     return (
@@ -137,11 +195,16 @@ def report(rows: Sequence[dict[str, Any]], roofline: Roofline, provenance: dict[
                 "# Efficiency",
                 f"{describe(roofline, provenance['device_kind'])}. {about}. Windows of {provenance['window_s']:g} s; "
                 f"{provenance['repeats']} turns.",
-                "## Cost",
+                "## Operations",
                 markdown(COST_HEAD, cost_cells(rows)),
+                "## Memory",
+                markdown(MEMORY_HEAD, memory_cells(rows)),
                 "## Speed",
                 markdown(SPEED_HEAD, speed_cells(rows)),
                 NOTES,
+                "## Beside the published figures",
+                markdown(PUBLISHED_HEAD, published_cells(compared), 2),
+                PUBLISHED_NOTES,
             ]
         )
         + "\n"

@@ -16,7 +16,7 @@ from ecg_jax.files import write_atomic
 from ecg_jax.models import hippo
 from ecg_jax.models.convolution import candidates, convolve
 from ecg_jax.models.s4 import kernel_bases
-from ecg_jax.studies.efficiency import DoesNotFit, compile_program, memory_errors
+from ecg_jax.studies.programs import DoesNotFit, compile_program, memory_errors
 from ecg_jax.studies.timing import seconds_of, time_in_turns
 
 LENGTHS = (75, 150, 300, 600, 1200, 2400, 5000)
