@@ -279,7 +279,8 @@ def _find_init(name: str | None, config: ConfigDict, earlier: dict[str, Run]) ->
     if name is None:
         return None
     if name not in earlier:
-        raise UserError(f"init={name!r} is no earlier run of this sweep{closest(name, earlier)}")
+        hint = closest(name, earlier) if earlier else "; it is the first"
+        raise UserError(f"init={name!r} is no earlier run of this sweep{hint}")
     if config.init.checkpoint:
         raise UserError("it has both init and config.init.checkpoint; give it one")
     there = earlier[name].config

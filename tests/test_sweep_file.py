@@ -6,9 +6,17 @@ import pytest
 
 from ecg_jax.config_flags import shipped_configs
 from ecg_jax.errors import UserError
-from ecg_jax.sweep_file import GIVEN, derived_name, load_sweep, parse_sweep_arg
+from ecg_jax.sweep_entry import Study, split_stores, synthetic_arguments
+from ecg_jax.sweep_file import (
+    GIVEN,
+    SAMPLE_STORE,
+    derived_name,
+    load_sweep,
+    parse_sweep_arg,
+    synthetic_store,
+)
 from ecg_jax.sweep_stores import StoreChoice, check_choice
-from tiny_sweep import write_sweep
+from tiny_sweep import write_studies, write_sweep
 
 loaded = functools.cache(load_sweep)
 #: Those that need no argument of their own; tests/test_sweep_files.py has the others.
@@ -75,6 +83,113 @@ def test_arguments_of_a_sweep_file(tmp_path):
         load_sweep(f"{path}:quick")
 
 
+def test_free_text_of_a_sweep_argument():
+    arg = parse_sweep_arg("base=stores/a+stores/b=1,quick", "quick", base=str, more=str)
+    assert (arg.quick, arg.base, arg.more) == (True, "stores/a,stores/b=1", "")
+    for text, message in (
+        ("bas=x", "sweep argument 'bas' is unknown; did you mean 'base'"),
+        ("base=x,base=y", "'base' is given twice, as 'x' and 'y'"),
+        ("base", "'base' is unknown; did you mean 'base=TEXT'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_sweep_arg(text, "quick", base=str)
+
+
+def test_stores_that_a_sweep_makes(tmp_path):
+    """Their commas are their own among several that are joined by commas."""
+    plain, shuffled = synthetic_store(4096), synthetic_store(96, seed=1, shuffle_labels=True)
+    assert plain == "synthetic:records=4096,seed=0"
+    together = ["stores/a", plain, shuffled, SAMPLE_STORE, "b"]
+    assert split_stores(",".join(together)) == together
+    assert synthetic_arguments(shuffled) == {"records": 96, "seed": 1, "shuffle_labels": True}
+    assert synthetic_arguments("stores/a") is None
+    for text in ("a,", ",a", "synthetic:records=0,seed=1", "synthetic:records=8,seed=1x", "sample:x"):
+        with pytest.raises(UserError, match="is misspelled"):
+            split_stores(text)
+    with pytest.raises(UserError, match="records above 0"):
+        synthetic_store(0)
+    run = load_sweep(str(write_sweep(tmp_path, f'run("a", store={f"{plain},sample:"!r})'))).runs[0]
+    made = StoreChoice(None, None).pretraining(run, tmp_path)
+    assert made == f"{tmp_path}/stores/synthetic-4096-0,{tmp_path}/store"
+    assert StoreChoice(shuffled, None).texts(load_sweep(str(write_sweep(tmp_path, 'run("a")'))).runs[0]) == [
+        shuffled
+    ]
+
+
+def test_probes_and_their_stores(tmp_path):
+    further = """{"a": "configs/probe.py:mode=finetune,task=all", "b": {"probe": "configs/probe.py", "store": "x,y",
+        "overrides": {"linear.layers": "all", "baseline_seeds": 1}}, "c": {"probe": "configs/probe.py",
+        "store": "--probe-store"}}"""
+    text = f'run("r", seed=3, probe="configs/probe.py", probes={further}) | ' + (
+        '{"probe_store": "p,q", "probe_overrides": {"linear.l2_grid": (1.0,)}}'
+    )
+    run = load_sweep(str(write_sweep(tmp_path, text))).runs[0]
+    assert [(probe.name, probe.config.mode, probe.config.task) for probe in run.further] == [
+        ("a", "finetune", "all"),
+        ("b", "linear", "ptbxl_super"),
+        ("c", "linear", "ptbxl_super"),
+    ]
+    assert {probe.config.seed for probe in run.further} == {run.probe_config.seed} == {3}
+    assert (run.further[1].config.linear.layers, run.further[1].config.baseline_seeds) == ("all", 1)
+    assert run.probe_config.linear.l2_grid == (1.0,)
+    choice = StoreChoice("s", "g,h")
+    assert choice.probing(run, tmp_path) == "p"
+    assert [choice.further(run, probe, tmp_path) for probe in run.further] == [
+        ["p", "q"],
+        ["x", "y"],
+        ["g", "h"],
+    ]
+    with pytest.raises(UserError, match="needs a store to probe on; give it as --probe-store"):
+        StoreChoice("s", None).further(run, run.further[2], tmp_path)
+    check_choice(choice, [run])
+    own = load_sweep(str(write_sweep(tmp_path, text.replace('"--probe-store"', '"z"')))).runs[0]
+    with pytest.raises(UserError, match="names its own store to probe on, p,q; leave out --probe-store"):
+        check_choice(choice, [own])
+
+
+def test_studies_of_a_sweep_file(tmp_path):
+    path = write_sweep(tmp_path, 'run("a")')
+    assert load_sweep(str(path)).studies(tmp_path) == ()
+    write_studies(path, [("one", ["scaling", "--runs={output}"])])
+    assert load_sweep(str(path)).studies(tmp_path) == (Study("one", ("scaling", f"--runs={tmp_path}")),)
+    for studies, message in (
+        ([("one", ["scalling"])], "`ecg-jax scalling` is unknown; did you mean 'scaling'"),
+        ([("one", ["tasks"]), ("one", ["tasks"])], "the study 'one' is there twice"),
+        ([("a/b", ["tasks"])], "its name is not letters, digits"),
+        ([("one", [])], "must return a list of"),
+    ):
+        write_studies(path, studies)
+        with pytest.raises(UserError, match=message):
+            load_sweep(str(path))
+
+
+def test_runs_that_begin_with_others_are_checked(tmp_path):
+    """A group's runs begin with runs of one group; a run cannot begin with itself, or with what does not fit it."""
+    runs = [f'run("base{seed}", seed={seed}) | {{"group": "base"}}' for seed in (0, 1)]
+    runs += [f'run("next{seed}", seed={seed}, init="base{seed}") | {{"group": "next"}}' for seed in (0, 1)]
+    loaded = load_sweep(str(write_sweep(tmp_path, *runs))).runs
+    assert [run.init and run.init.name for run in loaded] == [None, None, "base0", "base1"]
+    for changed, message in (
+        ('run("x", init="base0")', "init='base0' is no earlier run of this sweep"),
+        (f'{runs[0]}\n    yield run("x", init="base")', "did you mean 'base0'"),
+        (f'{runs[0]}\n    yield run("x", init="base0", init__checkpoint="y")', "both init and config.init"),
+        (
+            f'{runs[0]}\n    yield run("x", init="base0", data__normalisation="ptbxl_canonical")',
+            "another data.normalisation",
+        ),
+        (
+            f'{runs[0]}\n    yield run("next2", seed=2) | {{"group": "next"}}\n    yield {runs[2]}',
+            "differ in init",
+        ),
+        (
+            f'{runs[0]}\n    yield {{"config": "configs/jepa.py", "overrides": {{}}, "probe": None, "init": "base0"}}',
+            "with the objective cpc, and this run with jepa; override init.part",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_sweep(str(write_sweep(tmp_path, changed)))
+
+
 def test_stores_of_runs(tmp_path):
     own, given, sample = load_sweep(
         str(write_sweep(tmp_path, 'run("a") | {"store": "x,y"}', 'run("b")', 'run("c") | {"store": None}'))
@@ -107,6 +222,16 @@ def test_bad_keys_are_refused(tmp_path):
         ('{"overrides": {3: 4}}', "must be a dict from field names to values"),
         ('{"probe": 3}', "probe=3 must be a string"),
         ('{"probe": "configs/probe.py:task=all"}', "a table holds one task"),
+        ('{"probe": "configs/probe.py:task=mimic_age"}', "has no macro AUROC, which the tables compare"),
+        ('{"probe": "configs/probe.py", "probe_overrides": {"widht": 1}}', "has no field 'widht'"),
+        ('{"probe_overrides": {"seed": 1}}', "has no probe; leave out"),
+        ('{"probes": ["configs/probe.py"]}', "must be a dict from names to configs of probes"),
+        ('{"probes": {"a": {"probes": "x"}}}', "lacks probe and has the unknown probes"),
+        ('{"probes": {"a/b": "configs/probe.py"}}', "the name must be letters, digits"),
+        ('{"probes": {"a": "configs/probe.py:task=nothing"}}', "'nothing' is unknown"),
+        ('{"store": "--probe-store"}', "must be '--store', or a folder"),
+        ('{"probe_store": "a,"}', "probe_store: the store 'a,' is misspelled"),
+        ('{"name": "studies"}', "cannot name a folder of the sweep"),
         ('{"name": "slurm"}', "cannot name a folder of the sweep"),
     ):
         with pytest.raises(UserError, match=message):
