@@ -229,10 +229,9 @@ def _shows(fits: Sequence[Fitted]) -> str:
     )
     if first.described != WITHOUT:
         text += " (without offset where the points do not determine three parameters)"
-    text += (
-        ", dashed beyond the largest size; a line is missing where the points determine no curve. Shaded is the 95 % "
-        "interval of the curve over " + _over(fits) + "."
-    )
+    text += ", dashed beyond the largest size; a line is missing where the points determine no curve."
+    if over := _over(fits):
+        text += f" Shaded is the 95 % interval of the curve over {over}."
     if first.curve.quantity == ERROR:
         text += " Thin bars are the 95 % intervals of single runs over other patients."
     sentences = [one_by_one(fit) for fit in fits] if len(fits) <= 4 else in_short(fits)
@@ -250,4 +249,4 @@ def _over(fits: Sequence[Fitted]) -> str:
     words = [
         name for part, name in (("runs", "runs (seeds)"), ("recordings", "test patients")) if part in parts
     ]
-    return " and ".join(words) or "nothing, as no curve is determined"
+    return " and ".join(words)

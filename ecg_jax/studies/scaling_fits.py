@@ -73,7 +73,7 @@ class Fitted:
         law = self.forms[self.described].law
         text = law.reason or "identifiable"
         if not law.identifiable and self.drawn:
-            text += "; without offset the points determine the curve"
+            text += f"; without offset: {self.forms[self.drawn].law.reason or 'identifiable'}"
         return f"{self.described}: {text}" + (f"; {self.remark}" if self.remark else "")
 
 

@@ -28,7 +28,7 @@ def one_by_one(fit: Fitted) -> str:
     text += f" from {len(fit.curve.runs)} runs of {fit.curve.n_rungs} sizes"
     if fit.drawn != fit.described:
         text += f", without offset, as with one it is {fit.forms[fit.described].law.reason}"
-    elif found.law.reason:
+    if found.law.reason:
         text += f" ({found.law.reason})"
     if fit.comparison is not None and fit.comparison.best is not None:
         text += f"; best by AICc: {fit.comparison.best}"
@@ -85,6 +85,11 @@ def limits(fits: Sequence[Fitted]) -> str:
             f"A curve through {fewest} sizes is a description of those; what is dashed has been measured by nobody."
         )
     seeds = min((len({run.seed for run in fit.curve.runs}) for fit in drawn), default=0)
+    if any(fit.axis == "device_hours" for fit in fits):
+        said.append(
+            "Device-hours hold compilation, validation and checkpoints, which weigh most in short runs, and compare "
+            "only runs on the same devices, alone on their machine; seeds of a size are fitted at their mean."
+        )
     if seeds == 1:
         said.append(
             "With one seed a size, how much seeds differ is read off the scatter about the curve, which is right only "
