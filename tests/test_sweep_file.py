@@ -182,7 +182,8 @@ def test_runs_that_begin_with_others_are_checked(tmp_path):
             "differ in init",
         ),
         (
-            f'{runs[0]}\n    yield {{"config": "configs/jepa.py", "overrides": {{}}, "probe": None, "init": "base0"}}',
+            f'{runs[0]}\n    yield {{"config": "configs/jepa.py", "overrides": {{"data.normalisation": "none"}}, '
+            '"probe": None, "init": "base0"}',
             "with the objective cpc, and this run with jepa; override init.part",
         ),
     ):
