@@ -32,6 +32,7 @@ from ecg_jax.studies import (
 )
 from ecg_jax.studies.cost_scaling import Point
 from ecg_jax.studies.efficiency import Cell, encoder_parameters, measure
+from ecg_jax.studies.error_cost import error_cost_figures
 from ecg_jax.studies.figure_folder import INDEX, read_figures, write_figures
 from ecg_jax.studies.programs import without_compilation_cache
 from ecg_jax.studies.roofline import measure_roofline
@@ -115,6 +116,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple
         action="store_true",
         help="narrow and shallow models in float32, small batch, two turns: to try it out",
     )
+    parser.add_argument(
+        "--results",
+        metavar="DIR,...",
+        help="folders of sweeps, runs or probes: draws their downstream errors over what the runs cost",
+    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--scaling",
@@ -136,6 +142,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple
             f"--{name} says nothing with --tune-conv, which takes --output, --quick and --repeats"
         )
     defaults = {**lists, "precisions": ("float32",) if options.quick else tuple(DTYPES)}
+    if options.results is not None and (options.scaling or options.tune_conv):
+        other = "--scaling" if options.scaling else "--tune-conv"
+        raise UserError(f"--results says nothing with {other}; it belongs to the table")
+    options.results = [part for part in (options.results or "").split(",") if part]
     for name, known in lists.items():
         text = getattr(options, name)
         names = defaults[name] if text is None else _names(f"--{name}", text, known)
@@ -277,11 +287,17 @@ def provenance(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]
     }
 
 
-def _made_of(options: argparse.Namespace, study: str) -> dict[str, Any]:
+def _made_of(options: argparse.Namespace, study: str, runs: Sequence[str]) -> dict[str, Any]:
     """What stands in the index of the figures."""
     made = made_with(["ecg_jax", "jax", "jaxlib", "flax", "numpy", "matplotlib"])
     device = jax.devices()[0].device_kind
-    return {"command": ["efficiency", *options.argv], "study": study, "runs": [], "device": device, **made}
+    return {
+        "command": ["efficiency", *options.argv],
+        "study": study,
+        "runs": list(runs),
+        "device": device,
+        **made,
+    }
 
 
 def _encoder_parameters(backbone: str) -> int:
@@ -315,6 +331,8 @@ def table(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> 
         for cell in cells
     }
     folder = _open_folder(options.output, TABLE)
+    # Read before anything is measured: a folder that holds no results costs nothing then.
+    errors, runs = error_cost_figures(options.results, _say) if options.results else ([], [])
     about = provenance(options, overrides)
     roofline = measure_roofline(budget_s=0.1 if options.quick else 2.0)
     _say(efficiency_report.describe(roofline, about["device_kind"]))
@@ -325,10 +343,11 @@ def table(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> 
     figures = [
         *efficiency_figures.table_figures(rows, roofline, about | {"workers": workers}),
         efficiency_figures.published_figure(compared),
+        *errors,
     ]
     _write_json(folder / "efficiency.json", {**about, "roofline": roofline._asdict(), "rows": rows})
     write_atomic(folder / "efficiency.md", efficiency_report.report(rows, compared, roofline, about).encode())
-    write_figures(folder, KIND, figures, _made_of(options, TABLE))
+    write_figures(folder, KIND, figures, _made_of(options, TABLE, runs))
     for head, cells, text_columns in (
         (efficiency_report.COST_HEAD, efficiency_report.cost_cells(rows), 3),
         (efficiency_report.MEMORY_HEAD, efficiency_report.memory_cells(rows), 3),
@@ -373,7 +392,7 @@ def scaling(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
     }
     _write_json(folder / "scaling.json", {**about, "rows": rows, "fits": fits})
     figure = efficiency_figures.scaling_figure(rows, fits, about)
-    write_figures(folder, KIND, [figure], _made_of(options, SCALING))
+    write_figures(folder, KIND, [figure], _made_of(options, SCALING, []))
     print(f"\n{efficiency_report.aligned(efficiency_report.FIT_HEAD, efficiency_report.fit_cells(fits))}")
     print(f"\nwritten: {folder}/scaling.json, .png, .svg, .csv, figures.json")
 

@@ -223,7 +223,9 @@ def test_quick_run_writes_table_json_and_pictures(tmp_path, capsys, cached):
     arguments = [*ONE, "--quick", "--batch=3", "--window=0.5", *TINY]
     assert run(f"--output={folder}", *arguments) == 0
     files = {path.name for path in folder.iterdir()}
-    pictures = {f"{name}.{suffix}" for name in ("efficiency", "published") for suffix in ("png", "svg", "csv")}
+    pictures = {
+        f"{name}.{suffix}" for name in ("efficiency", "published") for suffix in ("png", "svg", "csv")
+    }
     tables = {f"{name}.csv" for name in ("operations", "memory", "speed")}
     assert files == pictures | tables | {"efficiency.json", "efficiency.md", "figures.json"}
     figures = read_figures(folder)
@@ -266,9 +268,10 @@ def test_quick_run_writes_table_json_and_pictures(tmp_path, capsys, cached):
     passes, compiled = row["flops_per_window"], row["compiler_flops_per_window"]
     assert passes["step_forward"] + passes["step_backward"] == step["flops_per_window"]
     assert passes["encoder_forward"] + passes["encoder_backward"] == both["flops_per_window"]
-    assert compiled["step_forward"] + compiled["step_backward"] == step["compiler_flops_per_window"]
-    # The forward pass of the step has the encoder's and the head; the step has more than that, and the update.
-    assert compiled["encoder_forward"] < compiled["step_forward"] < compiled["step_backward"]
+    both_passes = compiled["step_forward"] + compiled["step_backward"]
+    assert both_passes == pytest.approx(step["compiler_flops_per_window"])
+    # The forward pass of the step has the encoder's and the head; the gradient costs nearly as much again.
+    assert compiled["encoder_forward"] < compiled["step_forward"] < 0.7 * both_passes
     assert jax.__version__ in table
     out = capsys.readouterr().out
     assert "copies" in out.splitlines()[0]
