@@ -192,6 +192,7 @@ class TestPage:
         assert names >= {
             "main",
             "mean_ranks",
+            "mean_places",
             "tasks",
             "leakage",
             "exclusions",

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from ecg_jax.studies.report import board_tables, run_tables
 from ecg_jax.studies.report import boards as boards_module
 from ecg_jax.studies.report.cells import Table
 from ecg_jax.studies.report.kinds import is_study
+from ecg_jax.studies.report.places import Placed, mean_places
 from ecg_jax.studies.report.study import gather
 from report_fixtures import write_result
 from study_fixtures import BATCH, STEPS, write_figure_folder, write_run, write_sweep_json
@@ -310,30 +310,31 @@ class TestGroups:
 
 
 class TestMeanPlaces:
-    def board(self, resampled: dict[str, np.ndarray], regression: bool = False):
-        entries = [SimpleNamespace(row=SimpleNamespace(label=name), point=float(np.mean(values)))
-                   for name, values in resampled.items()]  # fmt: skip
-        first = SimpleNamespace(results={"bootstrap": {"level": 0.95}})
-        scores = SimpleNamespace(entries=dict(enumerate(entries)), first=first)
-        return SimpleNamespace(resampled=resampled, regression=regression, scores=scores)
+    def task(self, resampled: dict[str, np.ndarray], lower_is_better: bool = False) -> Placed:
+        return Placed({k: float(np.mean(v)) for k, v in resampled.items()}, resampled, lower_is_better)
 
     def test_who_is_best_on_every_resample_is_first_for_certain(self):
         generator = np.random.default_rng(0)
-        boards = [
-            self.board({"a": 0.9 + 0.01 * generator.random(200), "b": generator.normal(0.7, 0.01, 200),
-                        "c": generator.normal(0.7, 0.01, 200)})
+        tasks = [
+            self.task(
+                {
+                    "a": 0.9 + 0.01 * generator.random(200),
+                    "b": generator.normal(0.7, 0.01, 200),
+                    "c": generator.normal(0.7, 0.01, 200),
+                }
+            )
             for _ in range(2)
-        ]  # fmt: skip
-        places = boards_module.mean_places(boards)
+        ]
+        places = mean_places(tasks, 0.95)
         assert tuple(places["a"]) == (1.0, 1.0, 1.0)
         assert (places["b"].low, places["b"].high) == (2.0, 3.0)
         assert sum(value.point for value in places.values()) == pytest.approx(6)
 
     def test_errors_are_better_when_lower_and_absent_rows_take_no_place(self):
         flat = np.ones(10)
-        first = self.board({"a": 0.2 * flat, "b": 0.3 * flat, "only here": 0.1 * flat}, regression=True)
-        second = self.board({"b": 0.8 * flat, "a": 0.8 * flat})
-        places = boards_module.mean_places([first, second])
+        first = self.task({"a": 0.2 * flat, "b": 0.3 * flat, "only here": 0.1 * flat}, lower_is_better=True)
+        second = self.task({"b": 0.8 * flat, "a": 0.8 * flat})
+        places = mean_places([first, second], 0.95)
         assert {name: value.point for name, value in places.items()} == {"a": 1.25, "b": 1.75}
 
     def test_tasks_of_made_up_recordings_are_not_averaged_with_others(self, boards):

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from ecg_jax.data.store import SYNTHETIC
-from ecg_jax.studies.report.boards import Board, mean_places
+from ecg_jax.studies.report.boards import Board, placed
 from ecg_jax.studies.report.cells import DASH, SCORES, Cell, Table, interval, p_value, texts
 from ecg_jax.studies.report.design import anchors, grid, in_order, rung_of, rungs, shown_path
+from ecg_jax.studies.report.places import mean_places
 from ecg_jax.studies.report.rows import TaskScores
 from ecg_jax.studies.report.study import Study
 from ecg_jax.studies.report.tables import resampled
@@ -215,7 +216,8 @@ def _places(boards: Sequence[Board], name: str, before: str) -> Table | None:
     columns = {mode: of for mode, of in modes.items() if len(of) > 1}
     if not columns:
         return None
-    places = {mode: mean_places(of) for mode, of in columns.items()}
+    level = boards[0].scores.first.results["bootstrap"]["level"]
+    places = {mode: mean_places(list(map(placed, of)), level) for mode, of in columns.items()}
     ranks = {mode: _mean_ranks([board.scores for board in of]) for mode, of in columns.items()}
     labels = sorted(
         dict.fromkeys(label for found in places.values() for label in found),

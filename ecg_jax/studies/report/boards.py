@@ -19,6 +19,7 @@ from ecg_jax.evaluation.ranking import correct, rank_models
 from ecg_jax.evaluation.scoring import score
 from ecg_jax.run_setup import flatten
 from ecg_jax.studies.report.load import Result
+from ecg_jax.studies.report.places import Placed
 from ecg_jax.studies.report.read import MODES, RESULTS
 from ecg_jax.studies.report.rows import (
     ECG_FEATURES,
@@ -346,27 +347,7 @@ def _baselines(members: Sequence[Member], scorer: _Scorer):
             yield Row(name, mode, name), [scorer(first[array])], None, [first[array]]
 
 
-def mean_places(boards: Sequence[Board]) -> dict[str, Interval]:
-    """Mean place of each row over boards of one mode, 1 for the best, with its interval, best first.
-
-    On every resample the rows are ordered anew by their scores, ties sharing the mean of their places; boards are
-    resampled each by itself, so that patients who are in two tasks count as two. A row that is not on every board has
-    no mean place, and takes none from the others.
-    """
-    from scipy.stats import rankdata
-
-    labels = [label for label in boards[0].resampled if all(label in board.resampled for board in boards)]
-    if not labels:
-        return {}
-    R = min(len(board.resampled[labels[0]]) for board in boards)
-    points, resampled = np.zeros(len(labels)), np.zeros((R, len(labels)))
-    for board in boards:
-        sign = 1 if board.regression else -1
-        of_label = {entry.row.label: entry.point for entry in board.scores.entries.values()}
-        points += rankdata([sign * of_label[label] for label in labels]) / len(boards)
-        values = np.stack([board.resampled[label][:R] for label in labels], axis=1)
-        places = rankdata(np.nan_to_num(sign * values), axis=1)
-        resampled += np.where(np.isnan(values).any(axis=1, keepdims=True), np.nan, places) / len(boards)
-    level = boards[0].scores.first.results["bootstrap"]["level"]
-    found = dict(zip(labels, bootstrap.intervals(points, resampled, level), strict=True))
-    return dict(sorted(found.items(), key=lambda item: item[1].point))
+def placed(board: Board) -> Placed:
+    """What `places.mean_places` needs of a board."""
+    points = {entry.row.label: entry.point for entry in board.scores.entries.values()}
+    return Placed(points, board.resampled, board.regression)

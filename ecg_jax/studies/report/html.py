@@ -54,6 +54,7 @@ def build(
         [
             tables.main_table(collection, scores),
             tables.mean_rank_table(collection, scores),
+            *([places] if (places := tables.mean_places_table(scores)) else []),
             *methods(scores),
         ],
     )

@@ -119,7 +119,7 @@ def picture_html(picture: Picture, folder: str = "") -> str:
         words.append(f" {_links(picture.name, folder, picture.files)}")
     for heading, text in (("Shows.", picture.shows), ("Does not show.", picture.does_not_show)):
         if text:
-            words.append(f"<p><b>{heading}</b> {escape(text)}</p>")
+            words.append(f"<p><b>{heading}</b> {inline(text)}</p>")
     return (
         f'<figure id="{escape(picture.name)}"><div class="scroll" tabindex="0" role="region" '
         f'aria-label="{escape(picture.alt)}">'
@@ -128,9 +128,14 @@ def picture_html(picture: Picture, folder: str = "") -> str:
     )
 
 
+def inline(text: str) -> str:
+    """Text as HTML; what stands in backticks is set as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+
+
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph; what stands in backticks is set as code."""
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    """A paragraph, see `inline`."""
+    text = inline(text)
     return f'<p class="{kind}">{text}</p>' if kind else f"<p>{text}</p>"
 
 

@@ -46,7 +46,8 @@ def _points(run: StudyRun, key: str) -> np.ndarray:
 def _losses(runs: Sequence[StudyRun], key: str, name: str) -> Picture | None:
     curves = {run.name: points for run in runs if len(points := _points(run, key))}
     runs = [run for run in runs if run.name in curves]
-    if not runs:
+    # Single points are no curves; the last losses are in the table of runs.
+    if max(map(len, curves.values()), default=0) < 2:
         return None
     objectives, backbones, sizes = in_order(runs, "objective"), in_order(runs, "backbone"), rungs(runs)
     in_grid = grid([(run.group, run) for run in runs]) is not None and len(sizes) <= len(_DASHES)

@@ -10,7 +10,7 @@ from ecg_jax.studies.report.boards import Board
 from ecg_jax.studies.report.cells import DASH, Cell, Table, number, texts
 from ecg_jax.studies.report.design import anchors, in_order, run_folder, shown_path
 from ecg_jax.studies.report.html import by_task, gallery, of_curves, verdict
-from ecg_jax.studies.report.page import Folded, Page, Part, box, command_html, paragraph
+from ecg_jax.studies.report.page import Folded, Page, Part, box, command_html, inline, paragraph
 from ecg_jax.studies.report.pictures import of_files
 from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, TaskScores
 from ecg_jax.studies.report.study import Study, sweep_of
@@ -126,8 +126,9 @@ def _missing(study: Study, boards: Sequence[Board]) -> list[str]:
     """What the study lacks, and what is made up, in boxes that are seen."""
     lines, runs = [], study.runs
     if behind := [run for run in runs if run not in study.finished]:
-        names = ", ".join(run.name for run in behind[:5]) + (" ..." if len(behind) > 5 else "")
-        lines.append(f"{len(behind)} of {_count(len(runs), 'run')} are not finished: {names}.")
+        names = ", ".join(run.name for run in behind[:5])
+        more = f" and {len(behind) - 5} more" if len(behind) > 5 else ""
+        lines.append(f"{len(behind)} of {_count(len(runs), 'run')} are not finished: {names}{more}.")
     if runs and not boards:
         lines.append("No probe is among the folders: nothing here says how good the features are.")
     elif without := [run for run in runs if run.objective and not run.probes]:
@@ -418,8 +419,8 @@ def _figure(figure: Figure, found: FigureFolder, page: Page, parts: Sequence[Par
     return [
         heading,
         rows,
-        f"<p><b>Shows.</b> {escape(figure.shows)}</p>",
-        f"<p><b>Does not show.</b> {escape(figure.does_not_show)}</p>",
+        f"<p><b>Shows.</b> {inline(figure.shows)}</p>",
+        f"<p><b>Does not show.</b> {inline(figure.does_not_show)}</p>",
     ]
 
 

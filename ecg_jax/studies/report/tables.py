@@ -7,6 +7,7 @@ from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.evaluation.ranking import mean_ranks
 from ecg_jax.studies.report.cells import DASH, SCORES, Cell, Table, interval, texts
 from ecg_jax.studies.report.load import Collection, Result
+from ecg_jax.studies.report.places import Placed, mean_places
 from ecg_jax.studies.report.read import UNITS
 from ecg_jax.studies.report.rows import Row, TaskScores, all_rows
 
@@ -111,6 +112,38 @@ def mean_rank_table(collection: Collection, scores: dict[str, TaskScores]) -> Ta
         body,
         2,
         sections=_sections(rows),
+    )
+
+
+def mean_places_table(scores: dict[str, TaskScores]) -> Table | None:
+    """Mean place of every row over all tasks, with its interval; None for a single task."""
+    if len(scores) < 2:
+        return None
+    settings = next(iter(scores.values())).first.results["bootstrap"]
+    tasks = []
+    for task in scores.values():
+        macros = {
+            entry.row.label: entry.scored.macros(settings["undefined"]) for entry in task.entries.values()
+        }
+        points = {label: point for label, (point, _, _) in macros.items()}
+        resampled = {label: values for label, (_, values, _) in macros.items()}
+        tasks.append(Placed(points, resampled, task.first.regression))
+    places = mean_places(tasks, settings["level"])
+    if not places:
+        return None
+    best = next(iter(places.values())).point
+    body = [
+        [Cell(label), interval(*value, mark="best" if value.point == best else "", digits=1)]
+        for label, value in places.items()
+    ]
+    return Table(
+        "mean_places",
+        "Mean place over all tasks with its interval. On each task the best score has place 1, and the order is made "
+        "anew on every resample, each task by itself, so that patients who are in two tasks count as two. A row that "
+        "is not in every task has none. Places of close rows are uncertain, and their intervals lean to the middle.",
+        ["model, mode", f"mean place ({len(scores)} tasks)"],
+        body,
+        1,
     )
 
 
