@@ -120,7 +120,7 @@ def test_figures_and_words(done, runs):
     ]
     assert float(row["cka"]) == results["cka"][2][6]
     assert float(row["biased_cka"]) == results["biased"][2][6]
-    assert "different windows, leads or normalisations" in final.shows
+    assert "The models have different windows: each saw the same recordings" in final.shows
     assert "32 recordings (fold 9 of made: one recording of each patient where known" in final.shows
     assert "synthetic" not in final.shows
     for figure in folder.figures:

@@ -47,7 +47,7 @@ class Cka:
     Attributes:
         debiased: [M, M], at most 1 in magnitude and near 0 for independent layers; NaN where a layer is the same for
             all examples.
-        biased: [M, M], never below 0, and the larger the fewer examples there are for the width.
+        biased: [M, M], never below 0; with few examples for the width near 1 even for independent layers.
         low, high: [M, M], ends of the interval of `debiased`.
         effective_dimensions: [M], (tr Σ)² / tr Σ² of the covariance Σ of each layer: over how many directions its
             variance is spread, and so how many CKA looks at.

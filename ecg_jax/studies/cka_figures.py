@@ -58,10 +58,16 @@ def _made_of(study: Study) -> str:
         f"Debiased linear CKA on {found.n_examples} {made_up}recordings ({study.recordings}), {what}, {form}."
     )
     contracts = [model.encoder.preprocessing for model in study.models]
-    if any(contract != contracts[0] for contract in contracts):
+    fields = {"windows": "window_s", "leads": "kept_leads", "normalisations": "normalisation"}
+    differing = [
+        word
+        for word, field in fields.items()
+        if len({getattr(contract, field) for contract in contracts}) > 1
+    ]
+    if differing:
         text += (
-            " The models have different windows, leads or normalisations: each saw the same recordings from their "
-            "first sample on, under its own."
+            f" The models have different {' and '.join(differing)}: each saw the same recordings from their first "
+            "sample on, under its own."
         )
     return text
 
@@ -269,7 +275,7 @@ def _estimators(study: Study) -> Figure:
     told = "No pair of layers has a value."
     if len(gap):
         told = (
-            f"The biased estimator is {gap.mean():.3f} higher on average and {gap.max():.3f} at most, over "
+            f"Biased minus debiased CKA is {gap.mean():.3f} on average and from {gap.min():.3f} to {gap.max():.3f} over "
             f"{len(gap)} pairs of layers."
         )
     size = study.cka.n_examples / study.cka.n_batches
@@ -277,11 +283,11 @@ def _estimators(study: Study) -> Figure:
         "estimators",
         "Biased beside debiased CKA",
         f"{_made_of(study)} {told} With {size:.0f} recordings compared at once, the biased estimator counts each "
-        "recording's kernel with itself, which lifts it above the debiased one where variance is spread over many "
-        "directions.",
-        "Which estimator is nearer to the truth in a cell: the biased one tends to it from above as recordings are "
-        "added, the debiased one is right on average up to the quotient but scatters (its interval says how much), and "
-        "may fall below 0.",
+        "recording's kernel with itself: that lifts it where variance is spread over many directions, and can lower it "
+        "where a few recordings have most of the variance of one layer.",
+        "Which estimator is nearer to the truth in a cell: the biased one tends to it as recordings are added, the "
+        "debiased one is right on average up to the quotient but scatters (its interval says how much), and may fall "
+        "below 0.",
         _COLUMNS,
         _rows(study, zip(i.tolist(), j.tolist(), strict=True)),
         cka_pictures.estimators(study),

@@ -1,7 +1,7 @@
 """Pictures of a CKA study: heat maps on one colour scale, and the two estimators against each other."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,12 +15,20 @@ COLOURS = "viridis"
 MOST_WITH_VALUES = 9
 #: Up to so many layers in all, the one matrix names each.
 MOST_NAMED = 32
+#: Inches for the colour bar and its label. Figures are as large as their labels need for cells to be square; axes of a
+#: fixed aspect would not keep clear of each other's labels.
+_BAR = 0.95
+
+
+def _length(labels: Iterable[str]) -> float:
+    """Inches of the longest label."""
+    return 0.057 * max(map(len, labels)) + 0.1
 
 
 def _heat(axes, matrix: np.ndarray, colours):
     """One heat map with a value in each cell if there are few; undefined cells are grey."""
     image = axes.imshow(
-        np.ma.masked_invalid(matrix), cmap=colours, vmin=0, vmax=1, aspect="equal", interpolation="nearest"
+        np.ma.masked_invalid(matrix), cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest"
     )
     axes.tick_params(length=0, labelsize=7)
     axes.spines[:].set_visible(False)
@@ -42,21 +50,25 @@ def _colours():
     return matplotlib.colormaps[COLOURS].with_extremes(bad=LIGHT)
 
 
-def _bar(figure, image, axes) -> None:
+def _bar(figure, image, axes, negative: bool) -> None:
     bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=28, pad=0.02)
-    bar.set_label("debiased linear CKA (below 0 drawn as 0)", fontsize=8)
+    below = " (below 0 as 0)" if negative else ""
+    bar.set_label(f"debiased linear CKA{below}", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
 
 
 def panels_of(study: Study, panels: Sequence[tuple], title: str):
     """A grid of heat maps: (title, rows, columns, labels of both) each."""
-    columns = min(len(panels), 3 if len(panels) <= 6 else 4)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3 if len(panels) <= 6 else 4)
     n_rows = -(-len(panels) // columns)
     most = max(max(len(p[3]), len(p[4])) for p in panels)
     cell = 0.36 if most <= MOST_WITH_VALUES else 0.17
-    side = max(1.5, cell * most) + 1.0
-    figure = new_figure(columns * (side + 0.15) + 0.9, n_rows * (side + 0.3) + 0.4)
+    side, label = max(1.5, cell * most), _length(word for p in panels for word in (*p[3], *p[4]))
+    title_height = 0.16 * (1 + panels[0][0].count("\n")) + 0.15
+    figure = new_figure(
+        columns * (side + label + 0.15) + _BAR, n_rows * (side + label + title_height + 0.1) + 0.3
+    )
     grid = figure.subplots(n_rows, columns, squeeze=False)
     image = None
     for axes, (name, rows, cols, row_words, column_words) in zip(grid.flat, panels, strict=False):
@@ -66,7 +78,7 @@ def panels_of(study: Study, panels: Sequence[tuple], title: str):
         axes.set_title(name, fontsize=8, pad=8)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    _bar(figure, image, grid)
+    _bar(figure, image, grid, any((study.cka.debiased[p[1], p[2]] < 0).any() for p in panels))
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -74,36 +86,36 @@ def panels_of(study: Study, panels: Sequence[tuple], title: str):
 def whole(study: Study):
     """One matrix with a block for each pair of models."""
     n = len(study.cka.debiased)
-    side = min(max(4.0, 0.19 * n), 12.0)
-    figure = new_figure(side + 2.6, side + 1.6)
-    axes = figure.subplots()
-    image = _heat(axes, study.cka.debiased, _colours())
     ends = [study.places(i) for i in range(len(study.models))]
-    for place in ends[:-1]:
-        axes.axhline(place.stop - 0.5, color="white", linewidth=1.2)
-        axes.axvline(place.stop - 0.5, color="white", linewidth=1.2)
     if n <= MOST_NAMED:
         at, labels = list(range(n)), [f"{model}: {word}" for model, word in study.layers]
     else:
         at = [(place.start + place.stop - 1) / 2 for place in ends]
         labels = [model.name for model in study.models]
+    side, label = min(max(4.0, 0.19 * n), 12.0), _length(labels)
+    figure = new_figure(side + label + _BAR, side + label + 0.5)
+    axes = figure.subplots()
+    image = _heat(axes, study.cka.debiased, _colours())
+    for place in ends[:-1]:
+        axes.axhline(place.stop - 0.5, color="white", linewidth=1.2)
+        axes.axvline(place.stop - 0.5, color="white", linewidth=1.2)
     axes.set_xticks(at, labels, rotation=90)
     axes.set_yticks(at, labels)
     axes.set_title("CKA between all layers; in each block from the input to the output", fontsize=9)
-    _bar(figure, image, axes)
+    _bar(figure, image, axes, (study.cka.debiased < 0).any())
     return figure
 
 
 def final(study: Study, last: Sequence[int], names: Sequence[str]):
     n = len(last)
     with_values = n <= MOST_WITH_VALUES
-    side = max(1.6, (0.75 if with_values else 0.22) * n)
-    figure = new_figure(min(side, 12.0) + 2.6, min(side, 12.0) + 1.3)
+    side, label = min(max(2.1, (0.75 if with_values else 0.22) * n), 12.0), _length(names)
+    figure = new_figure(side + label + _BAR, side + (label if n > 3 else 0.2) + 0.5)
     axes = figure.subplots()
     found = study.cka
     matrix = found.debiased[np.ix_(last, last)]
     image = axes.imshow(
-        np.ma.masked_invalid(matrix), cmap=_colours(), vmin=0, vmax=1, interpolation="nearest"
+        np.ma.masked_invalid(matrix), cmap=_colours(), vmin=0, vmax=1, aspect="auto", interpolation="nearest"
     )
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=7)
@@ -119,7 +131,7 @@ def final(study: Study, last: Sequence[int], names: Sequence[str]):
     axes.set_xticks(range(n), names, rotation=90 if n > 3 else 0)
     axes.set_yticks(range(n), names)
     axes.set_title("CKA between last layers" + (", with intervals" if with_values else ""), fontsize=9)
-    _bar(figure, image, axes)
+    _bar(figure, image, axes, (matrix < 0).any())
     return figure
 
 
