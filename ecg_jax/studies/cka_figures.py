@@ -275,7 +275,7 @@ def _estimators(study: Study) -> Figure:
     told = "No pair of layers has a value."
     if len(gap):
         told = (
-            f"Biased minus debiased CKA is {gap.mean():.3f} on average and from {gap.min():.3f} to {gap.max():.3f} over "
+            f"Biased minus debiased CKA is {gap.mean():.3f} on average, {gap.min():.3f} to {gap.max():.3f}, over "
             f"{len(gap)} pairs of layers."
         )
     size = study.cka.n_examples / study.cka.n_batches
