@@ -16,7 +16,7 @@ from ecg_jax.studies import cost_scaling, efficiency_report, tune_conv
 from ecg_jax.studies import efficiency as cells
 from ecg_jax.studies.cost_scaling import fit_exponent
 from ecg_jax.studies.efficiency import Cell, measure, random_batch
-from ecg_jax.studies.figure_folder import read_figures
+from ecg_jax.studies.figure_folder import Figure, read_figures, write_figures
 from ecg_jax.studies.programs import (
     DoesNotFit,
     Program,
@@ -377,6 +377,8 @@ def test_refusals(tmp_path, capsys, monkeypatch, arguments, said, kind):
     ("arguments", "said"),
     [
         (["--tune-conv", "--backbones=s4"], "--backbones says nothing with --tune-conv"),
+        (["--tune-conv", "--results=runs"], "--results says nothing with --tune-conv"),
+        (["--scaling", "--results=runs"], "--results says nothing with --scaling"),
         (["--tune-conv", "--batch=8"], "--batch says nothing with"),
         (["--tune-conv", "--window=2.5"], "--window says nothing with"),
         (["--tune-conv", "--config.model.width=8"], "--config.model.width says nothing with"),
@@ -391,6 +393,36 @@ def test_options_that_a_kind_of_measurement_does_not_take(tmp_path, capsys, monk
     assert run(f"--output={tmp_path / 'out'}", *arguments) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [("none", "there is no folder"), ("empty", "holds no sweep, no pretraining run")]
+)
+def test_results_that_are_none_are_refused_before_anything_is_measured(
+    tmp_path, capsys, monkeypatch, given, said
+):
+    monkeypatch.setattr(efficiency, "measure_roofline", lambda **_: pytest.fail("measured something"))
+    (tmp_path / "empty").mkdir()
+    assert run(f"--output={tmp_path / 'out'}", *ONE, f"--results={tmp_path / given}") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_figures_of_another_study_are_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(efficiency, "measure_roofline", lambda **_: pytest.fail("measured something"))
+    figure = Figure("scaling", "t", "s", "d", ("a",), [(1,)])
+    write_figures(tmp_path, "efficiency", [figure], {"study": efficiency.SCALING})
+    assert run(f"--output={tmp_path}", *ONE) == 2
+    assert "holds the figures of another study" in capsys.readouterr().err
+    assert read_figures(tmp_path).about["study"] == efficiency.SCALING
+
+
+def test_precisions_are_both_unless_it_is_quick(tmp_path):
+    def precisions(*more):
+        return efficiency.parse_arguments(["--output=x", *more])[0].precisions
+
+    assert precisions() == ("float32", "bfloat16")
+    assert precisions("--quick") == precisions("--scaling") == ("float32",)
+    assert precisions("--quick", "--precisions=bfloat16,float32") == ("bfloat16", "float32")
 
 
 @pytest.mark.parametrize("kind", [[*ONE], [*ONE, "--scaling"], ["--tune-conv"]])

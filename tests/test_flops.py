@@ -12,7 +12,8 @@ from ecg_jax.config_flags import load_config, override, with_argument
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.models.encoder import BACKBONES, tokens_of
 from ecg_jax.run_setup import OBJECTIVES, build_objective, build_optimiser, build_teacher, initial_state
-from ecg_jax.studies import flops
+from ecg_jax.studies import flops, published_costs
+from ecg_jax.studies.efficiency import encoder_parameters
 from ecg_jax.training.train_state import train_step
 
 CONFIGS = {
@@ -41,6 +42,41 @@ def test_published_figures():
     assert flops.linear_head(L=300, D=512) == 157_286_400
     assert flops.s4_head(L=300, D=512, out=512) == 471_859_200
     assert flops.tokens_of_window(2.5, 240.0) == tokens_of(600) == 300
+
+
+def test_every_published_figure_is_reproduced():
+    """Of arXiv 2605.12241, to its digits; the parameters are counted in the models themselves (spec §2-§4)."""
+    parameters = {name: encoder_parameters(published_costs.shipped_config(name)) for name in BACKBONES}
+    assert parameters == {"s4": 2_932_736, "transformer": 808_960 + 18_915_328, "net1d": 808_960 + 9_678_464}
+    rows = {(row.backbone, row.quantity): row for row in published_costs.compare(parameters)}
+    assert len(rows) == 9
+    assert all(row.reproduced for row in rows.values())
+    assert rows["s4", "forward"].ratio == pytest.approx(1, abs=1e-3)
+    assert rows["transformer", "forward"].ratio == pytest.approx(27.4 / 12.9134592)
+    assert rows["net1d", "backward"].digits == "73.8"
+    # Unused norms of the reference's Net1D, spec §4.2, and a stem with one 1x1 convolution and its norm.
+    assert published_costs.counted_parameters("net1d", parameters["net1d"]) == (
+        9_678_464 + 36_864 + (12 * 3 * 512 + 1024) + (512 * 512 + 1024)
+    )
+
+
+def test_grouped_weights_counted_as_dense_by_hand():
+    """Two blocks of 8 channels in groups of 2, kernel 3, 5 tokens: 2 * 5 * 3 * (8 * 8 - 8 * 2) each."""
+    model = load_config("configs/jepa.py:backbone=net1d").model
+    small = model.copy_and_resolve_references().unlock()
+    small.update({"filters": (8,), "blocks": (2,), "kernel": 3, "group_width": 2})
+    assert published_costs.as_if_dense(5, small) == 2 * (2 * 5 * 3 * (64 - 16))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "products", "forward"),
+    [(300, 3, "12.9"), (600, 3, "28.0"), (600, 0, "27.1"), (600, 1, "27.4")],
+)
+def test_other_readings_give_other_figures(tokens, products, forward):
+    """The published 27.4 of the Transformer is neither our stem nor none: it tells the readings apart."""
+    model = load_config("configs/jepa.py:backbone=transformer").model
+    total = flops.first_convolution(tokens, 12, 512) + products * flops.product(tokens, 512, 512)
+    assert f"{(total + flops.backbone(tokens, model)) / 1e9:.1f}" == forward
 
 
 def test_a_transformer_layer_by_hand():

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.data.recording import CANONICAL_LEADS
+from ecg_jax.models.encoder import build_encoder
 from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state
 from ecg_jax.studies import flops
 from ecg_jax.studies.programs import DoesNotFit, Program, compile_program, memory_errors
@@ -194,7 +195,7 @@ def parameter_count(tree: Any) -> int:
 
 def encoder_parameters(config: ConfigDict) -> int:
     """Trainable numbers of the encoder that a config describes; nothing is computed."""
-    encoder = build_objective(config, axis_name=None).encoder
+    encoder = build_encoder(**config.model.to_dict(), dtype=jnp.float32, axis_name=None)
     samples = round(config.data.window_s * config.data.rate_hz)
     x = jax.ShapeDtypeStruct((2, samples, len(CANONICAL_LEADS)), jnp.float32)
     init = functools.partial(encoder.init, train=False)

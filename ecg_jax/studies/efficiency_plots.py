@@ -38,10 +38,13 @@ def draw_table(rows: Sequence[dict[str, Any]], roofline: Roofline, device: str):
         ),  # what differs in precision or batch only lies side by side
     )
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
-    height = max(4.6, 0.26 * len(groups) * (len(backbones) + 0.8) + 1.4)
+    height = max(4.6, 0.19 * len(groups) * (len(backbones) + 0.8) + 1.4)
     figure = new_figure(15, height)
     roof, speed, memory = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
     _draw_roofline(roof, rows, roofline)
+    if height > 7:  # a column of bars is not a reason for a column of powers of ten
+        roof.set_box_aspect(1.0)
+        roof.set_anchor("N")
 
     bar = 0.8 / len(backbones)
     precisions = list(dict.fromkeys(row["precision"] for row in rows))

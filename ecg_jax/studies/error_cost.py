@@ -72,8 +72,8 @@ def costs_of(run: StudyRun) -> dict[str, float | None]:
 
     Windows a second are all windows of the run over all its seconds, with start, compilation and validation.
     """
-    config = {name: run.config[name] for name in ("model", "objective", "precision")}
-    config["data"] = {name: run.config["data"][name] for name in ("window_s", "rate_hz")}
+    window = {name: run.config["data"][name] for name in ("window_s", "rate_hz")}
+    config = {"model": run.config["model"], "data": window}
     parameters, forward = _of_encoder(json.dumps(config, sort_keys=True))
     rate = run.windows / run.seconds if run.seconds and run.windows else None
     return {

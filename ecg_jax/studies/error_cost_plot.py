@@ -33,7 +33,8 @@ def draw_error_cost(
     sizes = sorted({point.recordings for point in points})
     for axes, (name, (label, less)) in zip(panels.flat, costs.items(), strict=False):
         _draw_panel(axes, points, fronts[name], name, sizes)
-        axes.set_xlabel(label if less else f"{label} (more is better)", fontsize=9)
+        note = " (equal ones side by side)" if name in _SHARED else "" if less else " (more is better)"
+        axes.set_xlabel(label + note, fontsize=9)
         plain_axes(axes)
     for axes in panels[:, 0]:
         axes.set_ylabel(error, fontsize=9)
