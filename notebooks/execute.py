@@ -16,8 +16,8 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
 
-#: A kernel on a CPU computes the same on every machine of a kind; one device is what a reader's laptop has.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+#: One CPU device, as a reader's laptop has, and sums of linear algebra in one order: the same numbers each time.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def run(notebook, folder: str | Path, timeout: float = 1800.0, **environment: str):
