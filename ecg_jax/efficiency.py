@@ -1,6 +1,7 @@
 """`ecg-jax efficiency`: what backbones and objectives cost on this device, beside what the device can do at most."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -336,12 +337,12 @@ def table(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> 
     about = provenance(options, overrides)
     roofline = measure_roofline(budget_s=0.1 if options.quick else 2.0)
     _say(efficiency_report.describe(roofline, about["device_kind"]))
-    # Compile times are of one program at a time, but where they tell nothing.
+    # Compile times are of one program at a time, but with --quick, where they tell nothing.
     workers = min(4, about["processors"]) if options.quick and about["platform"] == "cpu" else 1
     rows = measure(configs, roofline, repeats=options.repeats, workers=workers, say=_say)
     compared = published_costs.compare({name: _encoder_parameters(name) for name in options.backbones})
     figures = [
-        *efficiency_figures.table_figures(rows, roofline, about | {"workers": workers}),
+        *efficiency_figures.table_figures(rows, roofline, about),
         efficiency_figures.published_figure(compared),
         *errors,
     ]
@@ -401,7 +402,8 @@ def main(argv: list[str]) -> int:
     """Entry point of `ecg-jax efficiency`."""
     options, overrides = parse_arguments(argv)
     options.argv = list(argv)
-    with without_compilation_cache():
+    # What --quick compiled is kept for its next run: it does not tell how long that takes.
+    with contextlib.nullcontext() if options.quick else without_compilation_cache():
         if options.tune_conv:
             tune_conv.tune(Path(options.output), quick=options.quick, repeats=options.repeats, say=_say)
             return 0

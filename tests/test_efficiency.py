@@ -116,6 +116,14 @@ def test_compile_times_are_not_those_of_reading_a_cache(compilation_cache_folder
     assert jax.config.jax_enable_compilation_cache
 
 
+def test_quick_keeps_what_it_compiled(compilation_cache_folder, monkeypatch):
+    """It tells nothing of compile times, and is spared them the second time."""
+    compiled = jax.jit(lambda a: a * 5 + 2).lower(np.ones(5, np.float32))
+    monkeypatch.setattr(tune_conv, "tune", lambda *_, **__: compiled.compile())
+    assert run("--tune-conv", "--output=none", "--quick") == 0
+    assert list(compilation_cache_folder.iterdir())
+
+
 def test_batch_too_large_for_the_host_does_not_fit():
     config = load_config("configs/cpc.py")
     config.batch_size = 4

@@ -84,9 +84,9 @@ def table_figures(rows: Sequence[dict[str, Any]], roofline: Roofline, about: dic
                 "written, and the "
                 "allocator's own blocks come on top. "
                 + (
-                    "Several programs were compiled at the same time here, so compile times are not of one "
-                    "alone."
-                    if about["workers"] > 1
+                    "Compile times tell nothing here: several programs were compiled at once, or read from "
+                    "JAX's cache."
+                    if about["quick"]
                     else "Compile times are without JAX's cache; a run's second start reads it."
                 ),
                 efficiency_report.MEMORY_HEAD,

@@ -31,7 +31,7 @@ train mode too, of the step the update of parameters and teacher too.
 Memory. GB are of one training step: "least" is a lower bound, every argument read and every output written once;
 "compiler's" is XLA's estimate of traffic, the operands and results of every operation; "peak" is what XLA plans to hold
 at once, "device's peak" what the device saw ("-": it does not say, or an earlier row took more). "compile s" is of the
-step, without JAX's persistent cache.
+step, without JAX's persistent cache (with --quick it tells nothing).
 Speed. w/s are windows a second, medians of turns that all programs take: "forward" the encoder in evaluation mode,
 "fwd+bwd" the encoder in train mode with the gradient of its parameters, "step" the whole training step, with its
 quartiles. "of roof" are shares of the roofline, which takes the operations by formula and the least traffic. "step
