@@ -53,8 +53,7 @@ RHYTHM = "configs/probe.py:mode=linear,task=synthetic_rhythm"
 
 def sweep(arg=""):
     arg = parse_sweep_arg(arg, "quick")
-    backbones = list(BACKBONES)[: 1 if arg.quick else None]
-    objectives = list(OBJECTIVES)[: 2 if arg.quick else None]
+    backbones, objectives = _chosen(arg)
     for backbone in backbones:
         for objective in objectives:
             for recordings in RECORDINGS:
@@ -74,6 +73,11 @@ def sweep(arg=""):
                 }
 
 
+def _chosen(arg):
+    """Backbones and objectives."""
+    return list(BACKBONES)[: 1 if arg.quick else None], list(OBJECTIVES)[: 2 if arg.quick else None]
+
+
 def _further(objective, backbone, recordings):
     """Name and probe of each further one of a run."""
 
@@ -87,16 +91,15 @@ def _further(objective, backbone, recordings):
         yield "real-frozen", probe("frozen", "ptbxl_super", SAMPLE_STORE, **{"frozen.epochs": 20})
         yield "real-finetune", probe("finetune", "ptbxl_super", SAMPLE_STORE, **{"finetune.epochs": 20})
     if objective == "cpc":  # whose config gives the architecture; nothing else of it is used
-        epochs = {"supervised.epochs": 20}
-        yield "real-scratch", probe("supervised", "ptbxl_super", SAMPLE_STORE, **epochs)
-        yield "scratch", probe("supervised", "synthetic_rhythm", SYNTHETIC, **epochs)
+        real, synthetic = {"supervised.epochs": 20}, {"supervised.epochs": 10}
+        yield "real-scratch", probe("supervised", "ptbxl_super", SAMPLE_STORE, **real)
+        yield "scratch", probe("supervised", "synthetic_rhythm", SYNTHETIC, **synthetic)
 
 
 def STUDIES(output, arg=""):
+    backbones, objectives = _chosen(parse_sweep_arg(arg, "quick"))
     largest = [
-        f"{output}/{objective}-{backbone}-{RECORDINGS[-1]}/run"
-        for backbone in list(BACKBONES)[: 1 if "quick" in arg else None]
-        for objective in list(OBJECTIVES)[: 2 if "quick" in arg else None]
+        f"{output}/{name}-{backbone}-{RECORDINGS[-1]}/run" for backbone in backbones for name in objectives
     ]
     return [
         ("scaling", ["scaling", f"--runs={output}", f"--output={output}/studies/scaling"]),
@@ -112,6 +115,13 @@ def STUDIES(output, arg=""):
         ),
         (
             "efficiency",
-            ["efficiency", "--quick", f"--output={output}/studies/efficiency", f"--results={output}"],
+            [
+                "efficiency",
+                "--quick",
+                f"--backbones={','.join(backbones)}",
+                f"--objectives={','.join(objectives)}",
+                f"--output={output}/studies/efficiency",
+                f"--results={output}",
+            ],
         ),
     ]
