@@ -11,6 +11,7 @@ import optax
 from conftest import assert_close, group
 from ecg_jax.interop.torch_checkpoint import convert_masked, convert_teacher
 from ecg_jax.models.encoder import build_encoder
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.objectives.contract import Inputs
 from ecg_jax.objectives.masking import Mask
 from ecg_jax.objectives.teacher import Teacher
@@ -90,7 +91,13 @@ def run_reference_steps(golden, make_objective, *, objective_state=None):
             gradients = jax.jit(functools.partial(_gradients, model))(state, x, features)
         batch = {"signal": 1e3 * x, "record_index": jnp.arange(len(x))}
         step_fn = functools.partial(
-            train_step, model=model, tx=tx, normalisation="none", teacher=FROZEN, axis_name=None
+            train_step,
+            model=model,
+            tx=tx,
+            normalisation="none",
+            kept_leads=ALL_LEADS,
+            teacher=FROZEN,
+            axis_name=None,
         )
         state, metrics = jax.jit(step_fn)(state, batch)
         results.append((metrics, features))

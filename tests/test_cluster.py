@@ -21,7 +21,7 @@ from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.data.targets import NO_LABEL, Grid, Targets, TargetsWriter, label_range
 from ecg_jax.errors import UserError
 from ecg_jax.models.encoder import build_encoder, tokens_of
-from ecg_jax.models.inputs import to_model_input
+from ecg_jax.models.inputs import ALL_LEADS, to_model_input
 from ecg_jax.token_features import Features, of_checkpoint, spectrum
 from ecg_jax.training.pretrained import restore_encoder
 from test_targets import LENGTHS, numbered, write_store
@@ -194,7 +194,9 @@ def test_checkpoint_labels_are_those_of_scikit_learn(run, tmp_path, layer):
         rest = owned - 300 * n_whole  # tokens of the last window that no other one holds
         windows = np.concatenate([windows, x[None, len(x) - 600 :]])
         with jax.default_matmul_precision("highest"):
-            tokens, out = apply(encoder.variables, to_model_input(windows, "ptbxl_canonical"), train=False)
+            tokens, out = apply(
+                encoder.variables, to_model_input(windows, "ptbxl_canonical", ALL_LEADS), train=False
+            )
         vectors = np.asarray(tokens if layer is None else out[layer])
         vectors = np.concatenate([*vectors[:-1], vectors[-1][300 - rest :]])
         assert_nearest(targets.read([offset], len(vectors))[0], targets.centroids, vectors)

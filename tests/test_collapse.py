@@ -14,6 +14,7 @@ from ecg_jax import cli, pretrain
 from ecg_jax.config_flags import load_config, override
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.errors import UserError
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state
 from ecg_jax.training import collapse, parallel
 from ecg_jax.training.metric_writers import read_log, read_warnings
@@ -102,6 +103,7 @@ def observed(config, devices):
         model=build_objective(config, parallel.AXIS),
         teacher=teacher,
         normalisation=config.data.normalisation,
+        kept_leads=ALL_LEADS,
     )
     signal = np.random.default_rng(4).normal(size=(16, preprocessing.window_samples, 12)) * 500
     batch = {"signal": signal.astype(np.int16), "record_index": np.arange(16, dtype=np.int32)}

@@ -9,7 +9,7 @@ import pytest
 from conftest import assert_close, group, load_golden
 from ecg_jax.interop.torch_checkpoint import convert_encoder, convert_stem
 from ecg_jax.models.encoder import build_encoder, constants, tokens_of
-from ecg_jax.models.inputs import NORMALISATIONS, to_model_input
+from ecg_jax.models.inputs import ALL_LEADS, NORMALISATIONS, to_model_input
 from ecg_jax.models.layers import Dropout, gelu
 from ecg_jax.models.s4 import S4Backbone
 from ecg_jax.models.stem import Stem
@@ -176,9 +176,9 @@ def test_gelu_is_the_exact_one():
 def test_normalisation_presets():
     signal = jax.random.randint(jax.random.key(0), (2, 5, 12), -2000, 2000, jnp.int16)
     millivolts = np.asarray(signal, np.float32) / 1000
-    np.testing.assert_allclose(to_model_input(signal, "none"), millivolts, rtol=1e-6)
+    np.testing.assert_allclose(to_model_input(signal, "none", ALL_LEADS), millivolts, rtol=1e-6)
     mean, std = NORMALISATIONS["ptbxl_canonical"]
-    x = to_model_input(signal, "ptbxl_canonical")
+    x = to_model_input(signal, "ptbxl_canonical", ALL_LEADS)
     np.testing.assert_allclose(x, (millivolts - mean) / std, rtol=1e-4, atol=1e-5)
     # V2 and V3 vary most; the released order puts their statistics on aVR and aVL.
     assert set(np.argsort(std)[-2:]) == {7, 8}

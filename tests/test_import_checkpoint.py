@@ -18,6 +18,7 @@ from ecg_jax.interop import torch_file
 from ecg_jax.interop.torch_checkpoint import BACKBONE, HEAD, STEM, TEACHER
 from ecg_jax.interop.torch_names import CLUSTERING
 from ecg_jax.models.encoder import build_encoder, tokens_of
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.objectives import cpc, hubert
 from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state
 from ecg_jax.training import train_state
@@ -204,7 +205,13 @@ def test_one_step_of_the_reference(objective, monkeypatch, tmp_path, capsys):
     model = with_the_choices_of(golden, objective, build_objective(config, axis_name=None), monkeypatch)
     x = jnp.swapaxes(jnp.asarray(golden["in/x"][0]), 1, 2)
     step = functools.partial(
-        train_step, model=model, tx=tx, normalisation="none", teacher=teacher, axis_name=None
+        train_step,
+        model=model,
+        tx=tx,
+        normalisation="none",
+        kept_leads=ALL_LEADS,
+        teacher=teacher,
+        axis_name=None,
     )
     # The loss alone: without the gradients the step compiles in a third of the time.
     loss = jax.jit(lambda state, batch: step(state, batch)[1]["loss"])(

@@ -1,6 +1,7 @@
 """`config.data.leads`: to the model a lead that is left out is one that the store never had, wherever it is read."""
 
 import dataclasses
+import inspect
 import json
 import shutil
 
@@ -18,8 +19,10 @@ from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation.examples import Examples
 from ecg_jax.evaluation.feature_cache import entry_key
-from ecg_jax.evaluation.finetune import fit_finetune
+from ecg_jax.evaluation.finetune import _programs, fit_finetune
 from ecg_jax.evaluation.frozen import fit_frozen
+from ecg_jax.evaluation.frozen_heads import programs
+from ecg_jax.evaluation.online_probe import OnlineProbe, embed_step
 from ecg_jax.evaluation.supervised import fit_supervised
 from ecg_jax.models.inputs import ALL_LEADS, NORMALISATIONS, to_model_input
 from ecg_jax.objectives.masking import Masking
@@ -28,8 +31,10 @@ from ecg_jax.probe import probe, summary
 from ecg_jax.run_data import open_data
 from ecg_jax.run_setup import build_masking
 from ecg_jax.token_features import of_checkpoint
+from ecg_jax.training.collapse import observe_step
 from ecg_jax.training.metric_writers import read_log
 from ecg_jax.training.pretrained import encode_fn, restore_encoder
+from ecg_jax.training.train_state import eval_step
 from ecg_jax.workdir import claim_workdir
 from test_online_probe import as_ptbxl
 from tiny_probes import MODEL, one_device, tiny_encoder, tiny_examples
@@ -99,21 +104,23 @@ def test_a_lead_that_is_left_out_is_zero_before_it_is_normalised(normalisation):
     signal = np.random.default_rng(0).integers(-3000, 3000, (2, 5, 12)).astype(np.int16)
     few = signal.copy()
     few[..., DROPPED] = 0
-    every, kept = to_model_input(few, normalisation), to_model_input(signal, normalisation, KEPT)
+    every, kept = (
+        to_model_input(of, normalisation, leads) for of, leads in ((few, ALL_LEADS), (signal, KEPT))
+    )
     # Up to the last bit: the two are compiled each in its own way.
     np.testing.assert_allclose(kept, every, rtol=3e-7)
-    untouched = to_model_input(signal, normalisation)[..., NUMBERS]
+    untouched = to_model_input(signal, normalisation, ALL_LEADS)[..., NUMBERS]
     np.testing.assert_allclose(kept[..., NUMBERS], untouched, rtol=3e-7)
 
 
 def test_all_leads_cost_no_operation():
-    def operations(*leads):
-        program = jax.make_jaxpr(lambda signal: to_model_input(signal, "ptbxl_canonical", *leads))
+    def operations(leads):
+        program = jax.make_jaxpr(lambda signal: to_model_input(signal, "ptbxl_canonical", leads))
         return [str(equation.primitive) for equation in program(np.zeros((1, 4, 12), np.int16)).eqns]
 
-    assert operations() == operations(ALL_LEADS)
-    assert set(operations()) == {"convert_element_type", "mul", "broadcast_in_dim", "sub", "div"}
-    assert len(operations(KEPT)) > len(operations())
+    every = operations(ALL_LEADS)
+    assert set(every) == {"convert_element_type", "mul", "broadcast_in_dim", "sub", "div"}
+    assert len(operations(KEPT)) > len(every)
 
 
 def test_the_contract_carries_the_leads_and_old_ones_have_all():
@@ -126,6 +133,23 @@ def test_the_contract_carries_the_leads_and_old_ones_have_all():
         "leads", "unit", "rate_hz", "nan_rule", "resampler", "clip_mv", "window_s", "normalisation",
     ]  # fmt: skip
     assert Preprocessing.from_dict(every.to_dict()).kept_leads == CANONICAL_LEADS
+
+
+@pytest.mark.parametrize("kept", [["i"], ["I", "X"], [], ["V2", "I"], ["I", "I"], "V1"])
+def test_a_contract_of_leads_that_there_are_not_is_refused(kept):
+    """Else an encoder would be fed zeros, and no one told."""
+    with pytest.raises(UserError, match=r"has kept_leads=\[.*\]; they must be some of I, II, III, aVR,"):
+        Preprocessing.from_dict(Preprocessing().to_dict() | {"kept_leads": kept})
+
+
+@pytest.mark.parametrize(
+    "function",
+    [to_model_input, eval_step, observe_step, embed_step, OnlineProbe, _programs, programs],
+)
+def test_nobody_forgets_the_leads(function):
+    """As nobody forgets the normalisation: a silent choice of all leads would give wrong numbers."""
+    parameters = inspect.signature(function).parameters
+    assert parameters["kept_leads"].default is parameters["normalisation"].default is inspect.Parameter.empty
 
 
 def test_masks_of_leads_are_drawn_among_those_that_are_kept():

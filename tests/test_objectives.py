@@ -20,6 +20,7 @@ from ecg_jax.cluster import cluster
 from ecg_jax.config_checks import check_config
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.objectives.contract import Inputs
 from ecg_jax.pretrain import pretrain
 from ecg_jax.run_setup import OBJECTIVES, build_objective, build_teacher
@@ -192,6 +193,7 @@ def test_validation_uses_a_teacher_in_evaluation_mode(name):
             eval_step,
             model=build_objective(config, None),
             normalisation="none",
+            kept_leads=ALL_LEADS,
             teacher=teacher,
             axis_name=None,
         )

@@ -18,6 +18,7 @@ from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import online_probe
 from ecg_jax.evaluation.examples import target_matrix
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.pretrain import pretrain
 from ecg_jax.run_setup import build_objective, build_optimiser, initial_state
 from ecg_jax.training import parallel
@@ -128,7 +129,8 @@ def untrained(devices):
     _, tx = build_optimiser(config, 4)
     state = parallel.replicate(initial_state(config, tx, preprocessing, None), mesh)
     model = build_objective(config, parallel.AXIS)
-    return state, mesh, {"model": model, "normalisation": "none", "batch_size": 32, "window_samples": WINDOW}
+    bound = {"model": model, "normalisation": "none", "kept_leads": ALL_LEADS}
+    return state, mesh, bound | {"batch_size": 32, "window_samples": WINDOW}
 
 
 def embedded(store, found, devices=8):
@@ -146,7 +148,7 @@ def test_embeddings_are_those_of_the_first_crops_on_any_number_of_devices(labell
     crops = np.stack([store.read(row)[:WINDOW] for row in found.rows[[0, 33, 49]].tolist()])
     batch = {"signal": crops, "record_index": np.arange(3)}
     alone = online_probe.embed_step(
-        state, batch, model=settings["model"], normalisation="none", axis_name=None
+        state, batch, model=settings["model"], normalisation="none", kept_leads=ALL_LEADS, axis_name=None
     )
     np.testing.assert_allclose(features[8][[0, 33, 49]], alone, rtol=1e-4, atol=1e-6)
 

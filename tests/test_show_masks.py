@@ -11,6 +11,7 @@ from ecg_jax import cli, show_masks
 from ecg_jax.config_flags import load_config
 from ecg_jax.data.pipeline import train_batches
 from ecg_jax.data.selection import select_records
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.objectives.masking import STRATEGIES, Masking
 from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state, open_store
 from ecg_jax.training.train_state import train_step
@@ -58,6 +59,7 @@ def test_masks_are_those_of_training(synthetic_store, monkeypatch):
         model=build_objective(config, None),
         tx=tx,
         normalisation="none",
+        kept_leads=ALL_LEADS,
         teacher=teacher,
         axis_name=None,
     )

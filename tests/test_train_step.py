@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from conftest import assert_close, group, load_golden
 from ecg_jax.interop.torch_checkpoint import convert_cpc
 from ecg_jax.models.encoder import build_encoder
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.models.s4 import kernel_bases
 from ecg_jax.objectives import cpc
 from ecg_jax.training import optim, parallel
@@ -24,6 +25,8 @@ from ecg_jax.training.train_state import (
     train_step,
     with_bases,
 )
+
+PLAIN = {"normalisation": "none", "kept_leads": ALL_LEADS}
 
 
 def adamw(base):
@@ -53,7 +56,7 @@ def test_two_steps_of_the_reference(monkeypatch):
     state = assemble_state(
         variables, tx.init(variables["params"]), {}, rng=jax.random.key(0), tokens=tokens, l_max=tokens
     )
-    step_fn = jax.jit(functools.partial(train_step, model=model, tx=tx, normalisation="none", axis_name=None))
+    step_fn = jax.jit(functools.partial(train_step, model=model, tx=tx, **PLAIN, axis_name=None))
     for step in range(2):
         monkeypatch.setattr(cpc, "draw_negatives", lambda *_, step=step, **__: negatives[step])
         step_fn.clear_cache()
@@ -97,7 +100,7 @@ def batches(n, size=16):
 def run_mapped(devices, tx, n=3, trainable_ssm=False, accumulate=1):
     mesh = Mesh(np.asarray(jax.devices()[:devices]), (parallel.AXIS,))
     model = tiny_cpc(parallel.AXIS, trainable_ssm)
-    step = functools.partial(train_step, model=model, tx=tx, normalisation="none", accumulate=accumulate)
+    step = functools.partial(train_step, model=model, tx=tx, **PLAIN, accumulate=accumulate)
     step_fn = parallel.map_train_step(step, mesh)
     state, log = parallel.replicate(tiny_state(tx, trainable_ssm), mesh), []
     for batch in batches(n):
@@ -146,9 +149,7 @@ def test_accumulated_gradients_are_the_mean_over_parts():
     """Plain SGD of rate 1 shows the gradient: the update of two parts is the mean of the updates of each, the second
     made with the running statistics that the first leaves.
     """
-    step = functools.partial(
-        train_step, model=tiny_cpc(None), tx=optax.sgd(1.0), normalisation="none", axis_name=None
-    )
+    step = functools.partial(train_step, model=tiny_cpc(None), tx=optax.sgd(1.0), **PLAIN, axis_name=None)
     start, (batch,) = tiny_state(optax.sgd(1.0)), batches(1)
     together, metrics = jax.jit(functools.partial(step, accumulate=2))(start, batch)
     one_part, state, losses, moves = jax.jit(step), start, [], []
@@ -171,7 +172,7 @@ def test_accumulated_gradients_are_the_mean_over_parts():
 
 def test_step_is_compiled_once():
     mesh = parallel.make_mesh()
-    step = functools.partial(train_step, model=tiny_cpc(parallel.AXIS), tx=SGD, normalisation="none")
+    step = functools.partial(train_step, model=tiny_cpc(parallel.AXIS), tx=SGD, **PLAIN)
     step_fn = parallel.map_train_step(step, mesh)
     state = parallel.replicate(tiny_state(SGD), mesh)
     compiled = []
@@ -187,7 +188,7 @@ def test_step_is_compiled_once():
 
 
 def test_pmap_equals_shard_map(one_device):
-    step = functools.partial(train_step, model=tiny_cpc(parallel.AXIS), tx=SGD, normalisation="none")
+    step = functools.partial(train_step, model=tiny_cpc(parallel.AXIS), tx=SGD, **PLAIN)
     step_fn = jax.pmap(step, axis_name=parallel.AXIS, in_axes=(None, 0), out_axes=(None, 0))
     state, log = tiny_state(SGD), []
     for batch in batches(3):
@@ -198,7 +199,7 @@ def test_pmap_equals_shard_map(one_device):
 
 
 def test_one_device_without_a_map_equals(one_device):
-    step = functools.partial(train_step, model=tiny_cpc(None), tx=SGD, normalisation="none", axis_name=None)
+    step = functools.partial(train_step, model=tiny_cpc(None), tx=SGD, **PLAIN, axis_name=None)
     step_fn, state, log = jax.jit(step), tiny_state(SGD), []
     for batch in batches(3):
         state, metrics = step_fn(state, batch)
@@ -209,7 +210,7 @@ def test_one_device_without_a_map_equals(one_device):
 def test_order_of_records_on_devices_does_not_matter(one_device):
     """Two processes hold other rows side by side; negatives and dropout follow the record."""
     mesh = parallel.make_mesh()
-    step = functools.partial(train_step, model=tiny_cpc(parallel.AXIS), tx=SGD, normalisation="none")
+    step = functools.partial(train_step, model=tiny_cpc(parallel.AXIS), tx=SGD, **PLAIN)
     step_fn = parallel.map_train_step(step, mesh)
     state, log = parallel.replicate(tiny_state(SGD), mesh), []
     for batch in batches(3):
@@ -222,7 +223,7 @@ def test_order_of_records_on_devices_does_not_matter(one_device):
 
 def test_compiled_step_only_all_reduces():
     mesh = parallel.make_mesh()
-    step = functools.partial(train_step, model=tiny_cpc(parallel.AXIS), tx=SGD, normalisation="none")
+    step = functools.partial(train_step, model=tiny_cpc(parallel.AXIS), tx=SGD, **PLAIN)
     state = parallel.replicate(tiny_state(SGD), mesh)
     batch = parallel.shard_batch(next(batches(1)), mesh)
     hlo = parallel.map_train_step(step, mesh).lower(state, batch).compile().as_text()
@@ -233,7 +234,7 @@ def test_compiled_step_only_all_reduces():
 def test_missing_reduction_is_caught_at_trace_time():
     """A BatchNorm without axis name would train silently wrong under pmap; the map refuses it."""
     mesh = parallel.make_mesh()
-    step = functools.partial(train_step, model=tiny_cpc(None), tx=SGD, normalisation="none")
+    step = functools.partial(train_step, model=tiny_cpc(None), tx=SGD, **PLAIN)
     state = parallel.replicate(tiny_state(SGD), mesh)
     with pytest.raises(ValueError, match="replication"):
         parallel.map_train_step(step, mesh)(state, parallel.shard_batch(next(batches(1)), mesh))
@@ -260,7 +261,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_parameters():
     losses = {}
     for dtype in (jnp.float32, jnp.bfloat16):
         step = functools.partial(
-            train_step, model=tiny_cpc(None, dtype=dtype), tx=SGD, normalisation="none", axis_name=None
+            train_step, model=tiny_cpc(None, dtype=dtype), tx=SGD, **PLAIN, axis_name=None
         )
         step_fn, state = jax.jit(step), tiny_state(SGD)
         losses[dtype] = []
@@ -274,7 +275,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_parameters():
 
 def test_eval_step_weights_out_the_filling_rows():
     mesh = parallel.make_mesh()
-    bound = {"model": tiny_cpc(parallel.AXIS), "normalisation": "none"}
+    bound = {"model": tiny_cpc(parallel.AXIS), **PLAIN}
     eval_fn = parallel.map_eval_step(functools.partial(eval_step, **bound), mesh)
     state = parallel.replicate(tiny_state(SGD), mesh)
     batch = next(batches(1)) | {"weight": np.r_[np.ones(11), np.zeros(5)].astype(np.float32)}

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from ecg_jax.config_flags import load_config, override, with_argument
 from ecg_jax.models import hippo, s4
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.objectives.contract import Inputs
 from ecg_jax.run_setup import CONFIGS, build_objective, build_teacher, initial_state
 from ecg_jax.training import parallel
@@ -141,6 +142,7 @@ def bound_step(config, teacher, axis_name=parallel.AXIS, tx=SGD):
         model=build_objective(config, axis_name),
         tx=tx,
         normalisation=config.data.normalisation,
+        kept_leads=ALL_LEADS,
         teacher=teacher,
         accumulate=config.accumulate,
         axis_name=axis_name,

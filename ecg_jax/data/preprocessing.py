@@ -109,7 +109,7 @@ class Preprocessing:
         """The contract from `to_dict`.
 
         Raises:
-          UserError: a field is missing or unknown.
+          UserError: a field is missing or unknown, or `kept_leads` are not leads in canonical order.
         """
         values = {"kept_leads": list(CANONICAL_LEADS)} | values
         names = {field.name for field in dataclasses.fields(cls)}
@@ -119,9 +119,14 @@ class Preprocessing:
                 f"The preprocessing contract has missing fields {missing} and unknown fields {unknown}; "
                 "it was written by another version of ecg_jax."
             )
-        return cls(
-            **{**values, "leads": tuple(values["leads"]), "kept_leads": tuple(values["kept_leads"])},
-        )
+        kept = tuple(values["kept_leads"])
+        # A name that no lead has would be a lead that is left out.
+        if not kept or kept != tuple(lead for lead in CANONICAL_LEADS if lead in kept):
+            raise UserError(
+                f"The preprocessing contract has kept_leads={list(kept)}; they must be some of "
+                f"{', '.join(CANONICAL_LEADS)}, spelt and ordered like this and each once."
+            )
+        return cls(**{**values, "leads": tuple(values["leads"]), "kept_leads": kept})
 
     def check_compatible(
         self, other: Preprocessing, this: str = "the first", that: str = "the second"

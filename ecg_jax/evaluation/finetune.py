@@ -22,7 +22,7 @@ from ecg_jax.evaluation.feature_cache import entry_key
 from ecg_jax.evaluation.features import mean_per_record
 from ecg_jax.evaluation.fit_folder import FitFolder, examples_key
 from ecg_jax.models.encoder import build_encoder
-from ecg_jax.models.inputs import ALL_LEADS, to_model_input
+from ecg_jax.models.inputs import to_model_input
 from ecg_jax.models.probe_heads import HeadedEncoder, build_head
 from ecg_jax.training.optim import group_of
 from ecg_jax.training.parallel import AXIS, make_mesh, shard_batch
@@ -95,9 +95,9 @@ def learning_rate_factors(params: dict[str, Any], factors: dict[str, float], lay
 def _programs(
     network: HeadedEncoder,
     normalisation: str,
+    kept_leads: tuple[str, ...],
     regression: bool,
     mesh: Mesh,
-    kept_leads: tuple[str, ...] = ALL_LEADS,
 ) -> tuple[Callable, Callable]:
     """(training step, prediction) of an architecture; kept, so that another task or seed compiles nothing again.
 
@@ -230,9 +230,9 @@ class _Run:
         self._train, self._predict = _programs(
             network,
             preprocessing.normalisation,
+            preprocessing.kept_leads,
             training.is_regression(examples),
             mesh,
-            preprocessing.kept_leads,
         )
         self.epoch, self._curve = 0, []
         host = training.host_copy(state)

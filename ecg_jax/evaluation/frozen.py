@@ -118,9 +118,9 @@ class _Heads:
             build_encoder(**encoder.config["model"]),
             head,
             encoder.preprocessing.normalisation,
+            encoder.preprocessing.kept_leads,
             training.is_regression(examples),
             mesh,
-            encoder.preprocessing.kept_leads,
         )
         self._fixed = self._placed(
             {

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ecg_jax.evaluation import head_training as training
 from ecg_jax.models.encoder import Encoder
-from ecg_jax.models.inputs import ALL_LEADS, to_model_input
+from ecg_jax.models.inputs import to_model_input
 from ecg_jax.training.parallel import AXIS
 
 
@@ -28,9 +28,9 @@ def programs(
     encoder: Encoder,
     head: nn.Module,
     normalisation: str,
+    kept_leads: tuple[str, ...],
     regression: bool,
     mesh: Mesh,
-    kept_leads: tuple[str, ...] = ALL_LEADS,
 ) -> Programs:
     """Training step and prediction of all heads, and the tokens of a batch; kept from fit to fit.
 

@@ -25,7 +25,7 @@ from ecg_jax.data.store import SYNTHETIC, Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import metrics, tasks
 from ecg_jax.evaluation.targets import is_labelled, target_matrix
-from ecg_jax.models.inputs import ALL_LEADS, to_model_input
+from ecg_jax.models.inputs import to_model_input
 from ecg_jax.training import parallel
 from ecg_jax.training.collapse import student_tokens
 from ecg_jax.training.train_state import TrainState
@@ -137,7 +137,7 @@ def embed_step(
     *,
     model,
     normalisation: str,
-    kept_leads: tuple[str, ...] = ALL_LEADS,
+    kept_leads: tuple[str, ...],
     axis_name: str | None = parallel.AXIS,
 ) -> jax.Array:
     """Mean tokens of the student in evaluation mode, as seen by one device.
@@ -169,7 +169,7 @@ class OnlineProbe:
         *,
         model,
         normalisation: str,
-        kept_leads: tuple[str, ...] = ALL_LEADS,
+        kept_leads: tuple[str, ...],
         batch_size: int,
         window_samples: int,
     ):

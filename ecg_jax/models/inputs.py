@@ -33,9 +33,7 @@ NORMALISATIONS = {
 }
 
 
-def to_model_input(
-    signal: jax.Array, normalisation: str, kept_leads: tuple[str, ...] = ALL_LEADS
-) -> jax.Array:
+def to_model_input(signal: jax.Array, normalisation: str, kept_leads: tuple[str, ...]) -> jax.Array:
     """Stored samples to model input.
 
     Args:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ecg_jax.models.inputs import ALL_LEADS, to_model_input
+from ecg_jax.models.inputs import to_model_input
 from ecg_jax.objectives.teacher import Teacher
 from ecg_jax.training import parallel
 from ecg_jax.training.train_state import TrainState
@@ -38,7 +38,7 @@ def observe_step(
     *,
     model,
     normalisation: str,
-    kept_leads: tuple[str, ...] = ALL_LEADS,
+    kept_leads: tuple[str, ...],
     teacher: Teacher | None = None,
     axis_name: str | None = parallel.AXIS,
 ) -> dict[str, dict[str, jax.Array]]:

@@ -291,7 +291,7 @@ def eval_step(
     *,
     model,
     normalisation: str,
-    kept_leads: tuple[str, ...] = ALL_LEADS,
+    kept_leads: tuple[str, ...],
     teacher: Teacher | None = None,
     axis_name: str | None = AXIS,
 ) -> dict[str, Terms]:

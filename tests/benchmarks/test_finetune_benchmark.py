@@ -26,6 +26,7 @@ from ecg_jax.evaluation import finetune
 from ecg_jax.evaluation.frozen_heads import initial_heads, programs
 from ecg_jax.evaluation.head_training import ADAM, place
 from ecg_jax.models.encoder import build_encoder, constants
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.models.layers import uniform_fan_in
 from ecg_jax.models.probe_heads import AttentionPool, HeadedEncoder, MeanLinear
 from ecg_jax.studies.timing import time_in_turns
@@ -80,7 +81,7 @@ class Bench:
     def frozen(self, grid, source, head=None):
         """A function that trains the heads of a grid for one step from `source`, "signal" or "tokens"."""
         head = AttentionPool(CLASSES) if head is None else head
-        train = programs(self.encoder, head, NORMALISATION, False, self.mesh).train
+        train = programs(self.encoder, head, NORMALISATION, ALL_LEADS, False, self.mesh).train
         fixed = {
             "variables": self.variables,
             "learning_rate": np.array([rate for _, rate in grid], np.float32),
@@ -113,7 +114,7 @@ class Bench:
             "learning_rates": jax.tree.map(lambda _: np.float32(1e-4), params),
             "weight_decay": np.float32(1e-3),
         }
-        train, _ = finetune._programs(network, NORMALISATION, False, self.mesh)
+        train, _ = finetune._programs(network, NORMALISATION, ALL_LEADS, False, self.mesh)
         state, fixed = (place(tree, self.mesh) for tree in (state, fixed))
         held = [state]
         batch = {name: self.batch[name] for name in ("signal", "targets", "record_index")}

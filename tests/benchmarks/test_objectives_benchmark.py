@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from ecg_jax.config_flags import load_config, override, shipped_configs
 from ecg_jax.data.synthetic import write_synthetic_store
 from ecg_jax.models.encoder import tokens_of
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.run_setup import (
     OBJECTIVES,
     build_objective,
@@ -69,6 +70,7 @@ def training_step(config, store_path, mesh):
             model=build_objective(config, parallel.AXIS),
             tx=tx,
             normalisation=config.data.normalisation,
+            kept_leads=ALL_LEADS,
             teacher=teacher,
         ),
         mesh,

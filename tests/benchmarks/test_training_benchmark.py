@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ecg_jax.config_flags import load_config, override
 from ecg_jax.data.pipeline import train_batches
 from ecg_jax.data.synthetic import write_synthetic_store
-from ecg_jax.models.inputs import to_model_input
+from ecg_jax.models.inputs import ALL_LEADS, to_model_input
 from ecg_jax.objectives.contract import Inputs
 from ecg_jax.run_setup import build_objective, build_optimiser, initial_state, open_store
 from ecg_jax.training import parallel
@@ -50,11 +50,20 @@ def device_part(batch):
     return {name: batch[name] for name in ("signal", "record_index")}
 
 
+def step_of(config, tx, mesh):
+    bound = {
+        "model": build_objective(config, parallel.AXIS),
+        "normalisation": "none",
+        "kept_leads": ALL_LEADS,
+    }
+    return parallel.map_train_step(functools.partial(train_step, tx=tx, **bound), mesh)
+
+
 def forward(model, normalisation, state, batch, params):
     (losses, _), _ = model.apply(
         {**state.variables(), "params": params},
         Inputs(
-            x=to_model_input(batch["signal"], normalisation),
+            x=to_model_input(batch["signal"], normalisation, ALL_LEADS),
             record_index=batch["record_index"],
             step=state.step,
         ),
@@ -76,8 +85,7 @@ def test_parts_of_a_step(benchmark, setup, part):
         def run():
             return parallel.shard_batch(device_part(next(batches)), mesh)
     elif part == "step":
-        bound = {"model": build_objective(config, parallel.AXIS), "normalisation": "none", "tx": tx}
-        step_fn = parallel.map_train_step(functools.partial(train_step, **bound), mesh)
+        step_fn = step_of(config, tx, mesh)
         states = [jax.tree.map(lambda leaf: leaf.copy(), state)]  # the step donates its state
 
         def run():
@@ -100,8 +108,7 @@ def test_parts_of_a_step(benchmark, setup, part):
 def test_training_loop_waits_little_for_data(benchmark, setup):
     """The loop as `pretrain` runs it: the next batch is read while the device computes."""
     config, store, contract, mesh, tx, state, _ = setup
-    bound = {"model": build_objective(config, parallel.AXIS), "normalisation": "none", "tx": tx}
-    step_fn = parallel.map_train_step(functools.partial(train_step, **bound), mesh)
+    step_fn = step_of(config, tx, mesh)
     batches = train_batches(
         store, np.arange(len(store)), batch_size=BATCH, window_samples=contract.window_samples, seed=0
     )
