@@ -10,7 +10,7 @@ from ecg_jax.files import write_atomic
 from ecg_jax.run_setup import CONFIGS, flatten
 from ecg_jax.sweep_entry import SLURM, STORE
 from ecg_jax.sweep_file import Sweep, plain
-from ecg_jax.sweep_folder import read_shared
+from ecg_jax.sweep_folder import FURTHER, read_shared
 from ecg_jax.sweep_locks import LOCK, held_shortly
 
 _DECLARATION = "sweep.json"
@@ -31,8 +31,17 @@ def declare(sweep: Sweep, output: Path) -> None:
         raise UserError(f"cannot write into --output={output}: {error.strerror}") from error
     with held_shortly(output):
         check_folder(sweep, output)  # as it is now that nobody else writes it
-        text = (json.dumps({"sweep": sweep.path, "runs": _declared(sweep)}, indent=1) + "\n").encode()
         path = output / _DECLARATION
+        runs = _declared(sweep)
+        before = json.loads(read_shared(path))["runs"] if path.exists() else {}
+        for name, run in runs.items():
+            there = _all_probes(before[name]) if name in before else {}
+            run["former_probes"] = {
+                probe: declared
+                for probe, declared in there.items()
+                if probe not in run["probes"] and (output / name / FURTHER / probe).exists()
+            }
+        text = (json.dumps({"sweep": sweep.path, "runs": runs}, indent=1) + "\n").encode()
         if not path.exists() or path.read_bytes() != text:
             write_atomic(path, text)
 
@@ -62,9 +71,10 @@ def check_folder(sweep: Sweep, output: Path) -> None:
         )
     for name, differ in changed.items():
         if differ:
+            probes = all(field.startswith("probes.") for field in differ)
             raise UserError(
                 f"{output} belongs to another sweep: its run {name} differs in {', '.join(sorted(differ)[:5])}; "
-                "choose another --output, or give the run another name"
+                f"choose another --output, or give the {'probe' if probes else 'run'} another name"
             )
 
 
@@ -90,9 +100,11 @@ def _declared(sweep: Sweep) -> dict[str, Any]:
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
     """Dotted names of what has changed of a run since it was declared.
 
-    Further probes may come and go, and a run declared before a field was there had its default.
+    Further probes may come and go, but what was made under a name is no other probe's; and a run declared before a
+    field was there had its default.
     """
-    before = {"probe_store": None, "init": None, "probes": {}} | before
+    before = {"probe_store": None, "init": None} | before | {"probes": _all_probes(before)}
+    before.pop("former_probes", None)
     both = before["probes"].keys() & now["probes"].keys()
     there, here = (
         flatten(each | {"probes": {name: each["probes"][name] for name in both}}) for each in (before, now)
@@ -108,6 +120,11 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
         there |= {name: value for name, value in defaults.items() if name in new}
     names = there.keys() | here.keys()
     return {name for name in names if (name in there, there.get(name)) != (name in here, here.get(name))}
+
+
+def _all_probes(declared: dict[str, Any]) -> dict[str, Any]:
+    """The further probes of a declared run, with those that its file has left out since and whose folder is there."""
+    return {**({"former_probes": {}} | declared)["former_probes"], **({"probes": {}} | declared)["probes"]}
 
 
 def _shipped_config(config: dict[str, Any]) -> str:

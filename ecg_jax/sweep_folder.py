@@ -28,7 +28,7 @@ TIMES = "times.jsonl"  # seconds of each attempt at pretraining and probing
 
 #: Folders of a run: its pretraining, the probe that the sweep compares, and the others, each in one of its name.
 RUN, PROBE, FURTHER = "run", "probe", "probes"
-#: In the folder of a further probe, written last: store -> folders of its tasks.
+#: In the folder of a further probe, written after each store: store -> folders of its tasks, null before it has any.
 MADE = "finished.json"
 
 _BUSY_S = 2.0  # in which whoever only asks for the state of a run has let go of its lock
@@ -193,17 +193,35 @@ def _readable_status(output: Path, run: Run) -> dict[str, Any] | None:
 def lacking(output: Path, run: Run) -> list[str]:
     """Names of the further probes of a run that are not finished on all stores that they were begun with."""
     folders = {further.name: output / run.name / FURTHER / further.name for further in run.further}
-    return [name for name, folder in folders.items() if read_made(folder) is None]
+    return [name for name, folder in folders.items() if not is_made(folder)]
 
 
-def read_made(folder: Path) -> dict[str, list[str]] | None:
-    """Store -> folders of tasks, as the `MADE` of a further probe says; None where it, or a result, is missing."""
+def is_made(folder: Path) -> bool:
+    """Whether a further probe is finished on every store that it was begun with; False before the first."""
+    stores = _stores_of(folder)
+    return bool(stores) and read_made(folder).keys() == stores.keys()
+
+
+def read_made(folder: Path) -> dict[str, list[str]]:
+    """Store -> the folders, from that of a further probe, in which its results lie; of the stores it is finished on.
+
+    Of several tasks there are as many folders, and none of a store that serves no task of the probe.
+    """
+    return {
+        store: tasks
+        for store, tasks in _stores_of(folder).items()
+        if tasks is not None and all((folder / task / "results.json").exists() for task in tasks)
+    }
+
+
+def _stores_of(folder: Path) -> dict[str, list[str] | None]:
+    """What the `MADE` of a further probe says; {} where it is missing or damaged, and the probe is made again."""
     try:
-        made = json.loads((folder / MADE).read_text())["stores"]
-        tasks = [task for tasks in made.values() for task in tasks]
+        stores = json.loads((folder / MADE).read_text())["stores"]
+        [task for tasks in stores.values() if tasks is not None for task in tasks]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # it is made again, from results that are there
-    return made if all((folder / task / "results.json").exists() for task in tasks) else None
+        return {}
+    return stores
 
 
 def state_of(output: Path, run: Run) -> State:

@@ -13,7 +13,7 @@ from ecg_jax.files import write_atomic
 from ecg_jax.probe import probe as probe_one
 from ecg_jax.probe import probe_all
 from ecg_jax.sweep_file import FurtherProbe, Run
-from ecg_jax.sweep_folder import FURTHER, MADE, RUN, is_finished, read_made
+from ecg_jax.sweep_folder import FURTHER, MADE, RUN, is_finished, is_made, read_made
 from ecg_jax.sweep_stores import StoreChoice, fits
 
 
@@ -30,7 +30,7 @@ def is_done(run: Run, choice: StoreChoice, output: Path) -> bool:
 
 def _stores_left(run: Run, probe: FurtherProbe, choice: StoreChoice, output: Path) -> list[str]:
     """Of the stores that a further probe is offered, those that it has not been made on."""
-    made = read_made(output / run.name / FURTHER / probe.name) or {}
+    made = read_made(output / run.name / FURTHER / probe.name)
     return [store for store in choice.further(run, probe, output) if Path(store).name not in made]
 
 
@@ -40,7 +40,9 @@ def make_probes(
     output: Path,
     timed: Callable[[str], AbstractContextManager[None]],
 ) -> None:
-    """Makes the further probes of a pretrained run, as far as they are not there; one that fails stops no other.
+    """Makes the further probes of a pretrained run, as far as they are not there.
+
+    One that fails stops no other, and on one store no other store.
 
     Args:
         run: the run, which this process holds.
@@ -53,18 +55,12 @@ def make_probes(
     """
     failed: dict[str, Exception] = {}
     for probe in run.further:
-        if not _stores_left(run, probe, choice, output):
-            continue
-        try:
+        left = _stores_left(run, probe, choice, output)
+        if left or not is_made(output / run.name / FURTHER / probe.name):
             with timed(f"probes/{probe.name}"):
-                _make_probe(run, probe, choice, output)
-        except Stopped:
-            raise
-        except Exception as error:
-            failed[probe.name] = error
-            print(f"{run.name}: the probe {probe.name} failed: {_reason(error)}", flush=True)
+                failed |= _make_probe(run, probe, left, choice, output)
     if failed:
-        text = "; ".join(f"the probe {name} failed: {_reason(error)}" for name, error in failed.items())
+        text = "; ".join(f"the probe {which} failed: {_reason(error)}" for which, error in failed.items())
         mistakes = all(isinstance(error, UserError) for error in failed.values())
         # A traceback is kept of the first that is no mistake.
         first = next(
@@ -78,21 +74,43 @@ def _reason(error: Exception) -> str:
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
-def _make_probe(run: Run, probe: FurtherProbe, choice: StoreChoice, output: Path) -> None:
-    """Makes one further probe on every store that its task fits, and says in its folder which those are."""
+def _make_probe(
+    run: Run, probe: FurtherProbe, left: list[str], choice: StoreChoice, output: Path
+) -> dict[str, Exception]:
+    """Makes one further probe on the stores that are left, and says in its folder after each which it has.
+
+    Returns:
+        Which probe -> why it failed, of the stores on which it has.
+    """
     folder = output / run.name / FURTHER / probe.name
     offered = choice.further(run, probe, output)
-    # A store that was the only one at first keeps its place when others come.
-    made = read_made(folder) or {}
-    for store in offered:
+    # A store that was the only one at first keeps its place when others come; one that is offered no more is forgotten
+    # where nothing was made on it.
+    stores = {**read_made(folder), **{Path(store).name: None for store in left}}
+    failed: dict[str, Exception] = {}
+
+    def note() -> None:
+        if any(stores.values()):
+            write_atomic(folder / MADE, (json.dumps({"stores": stores}, indent=1) + "\n").encode())
+
+    note()
+    for store in left:
         name = Path(store).name
-        if name in made:
-            continue
-        place = "." if len(offered) == 1 and not made else name
-        made[name] = _probe_store(run, probe, store, folder, place, output)
-    if not any(made.values()):
-        raise UserError(f"none of the stores {', '.join(offered)} can serve task={probe.config.task}")
-    write_atomic(folder / MADE, (json.dumps({"stores": made}, indent=1) + "\n").encode())
+        place = "." if len(stores) == 1 else name
+        try:
+            stores[name] = _probe_store(run, probe, store, folder, place, output)
+        except Stopped:
+            raise
+        except Exception as error:
+            which = probe.name if len(offered) == 1 else f"{probe.name} on {name}"
+            failed[which] = error
+            print(f"{run.name}: the probe {which} failed: {_reason(error)}", flush=True)
+        note()
+    if not failed and not any(stores.values()):
+        error = UserError(f"none of the stores {', '.join(offered)} can serve task={probe.config.task}")
+        failed[probe.name] = error
+        print(f"{run.name}: the probe {probe.name} failed: {error}", flush=True)
+    return failed
 
 
 def _probe_store(

@@ -164,7 +164,7 @@ def check_stores(choice: StoreChoice, runs: Sequence[Run], output: Path) -> None
             check.serves(run.probe_config.task, probed)
         for probe in run.further:
             offered = [each for each in choice.further(run, probe, output) if check.is_there(each)]
-            made = read_made(folder / FURTHER / probe.name) or {}
+            made = read_made(folder / FURTHER / probe.name)
             for each in offered:
                 for task in made.get(Path(each).name, []):
                     path = folder / FURTHER / probe.name / task / "results.json"

@@ -111,7 +111,7 @@ def _made_of(sweep: Sweep, study: Study, output: Path, earlier: list[dict[str, A
     for run in sweep.runs:
         for probe in run.further:
             folder = output / run.name / FURTHER / probe.name
-            for task in sorted(task for tasks in (read_made(folder) or {}).values() for task in tasks):
+            for task in sorted(task for tasks in read_made(folder).values() for task in tasks):
                 with contextlib.suppress(OSError):
                     digest.update((folder / task / "results.json").read_bytes())
     command = [word.replace(str(output), "OUTPUT") for word in study.command]

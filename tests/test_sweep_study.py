@@ -15,7 +15,7 @@ from ecg_jax.errors import UserError
 from ecg_jax.studies.flops import training_flops
 from ecg_jax.sweep_declaration import check_folder
 from ecg_jax.sweep_file import load_sweep
-from ecg_jax.sweep_folder import RunStatus, is_finished, state_of
+from ecg_jax.sweep_folder import RunStatus, is_finished, is_made, read_made, state_of
 from ecg_jax.sweep_stores import StoreChoice, check_stores
 from ecg_jax.sweep_table import collect
 from tiny_sweep import FAILS, status, write_studies, write_sweep
@@ -158,7 +158,7 @@ def test_probe_that_fails_is_named_and_made_by_the_same_command(study, tmp_path,
     assert err.splitlines()[-1] == "ecg-jax sweep: error: 1 run failed, see above: child"
     assert "the probe axis failed: RuntimeError: out of memory" in status(output, "child")["error"]
     assert "in fails" in (output / "child" / "error.txt").read_text()
-    assert (output / "child" / "probes" / "noise" / "finished.json").exists()
+    assert is_made(output / "child" / "probes" / "noise")
     assert cli.main([*args, "--list"]) == 0
     assert "failed at step 4, lacks the probe axis" in capsys.readouterr().out
     # What the tables compare is there, and stands in them.
@@ -219,6 +219,19 @@ def test_changed_further_probe_is_refused_and_a_new_one_is_made(study, tmp_path,
     assert "begun at step 4, lacks the probe more" in capsys.readouterr().out
     assert cli.main(args) == 0
     assert (output / "child" / "probes" / "more" / "results.json").exists()
+    # Left out for a call, it comes back as it was: its results are those of no other probe.
+    args[1] = str(same_probe(study, tmp_path, CHILD))
+    assert cli.main(args) == 0
+    other = added.replace("PROBE}:task=synthetic_axis", "PROBE}:task=synthetic_noise")
+    args[1] = str(same_probe(study, tmp_path, other))
+    for _ in range(2):
+        assert cli.main(args) == 2
+        err = capsys.readouterr().err
+        assert "its run child differs in probes.more.config.task; " in err
+        assert "give the probe another name" in err
+    args[1] = str(same_probe(study, tmp_path, added))
+    assert cli.main([*args, "--list"]) == 0
+    assert re.search(r"child +child +finished", capsys.readouterr().out)
 
 
 def same_probe(study, folder, child):
@@ -495,10 +508,58 @@ def test_further_probes_take_every_store_that_they_fit(study, tmp_path, syntheti
     assert "have folders of one name" in capsys.readouterr().err
 
 
+def test_further_probe_keeps_what_it_has_of_each_store(study, tmp_path, synthetic_store, capsys, monkeypatch):
+    """A store on which it fails, or is killed, keeps no other from being probed, and nothing is made twice."""
+    whole = study[1] / "stores" / "synthetic-64-0"
+    stores = {name: tmp_path / name for name in ("one", "two", "three")}
+    for link in stores.values():
+        link.symlink_to(whole)
+    runs = 'run("a", probes={"x": f"{PROBE}:task=synthetic_axis"})'
+    path, output = sweep_file(tmp_path, runs), tmp_path / "out"
+    folder, run, made = output / "a" / "probes" / "x", load_sweep(str(path)).runs[0], []
+
+    def fails_at(*names):
+        def probe(config, workdir, checkpoint, store):
+            made.append(workdir.relative_to(folder).as_posix())
+            if made[-1] in names:
+                raise RuntimeError("out of memory")
+            return copies_beside(config, workdir)
+
+        return probe
+
+    def killed(config, workdir, checkpoint, store):
+        if store == str(stores["three"]):
+            raise KeyboardInterrupt
+        return copies_beside(config, workdir)
+
+    monkeypatch.setattr(sweep_run, "pretrain", trained)
+    monkeypatch.setattr(sweep_stores, "check_probed", lambda *args: None)
+    args = ["sweep", str(path), f"--output={output}", f"--store={synthetic_store}", "--no-tables"]
+    offered = "--probe-store=" + ",".join(map(str, stores.values()))
+    monkeypatch.setattr(sweep_probes, "probe_one", fails_at("one"))
+    assert cli.main([*args, offered]) == 2
+    assert made == ["one", "two", "three"]
+    assert "the probe x on one failed: RuntimeError: out of memory" in capsys.readouterr().err
+    assert read_made(folder) == {"two": ["two"], "three": ["three"]}
+    assert state_of(output, run).more == ", lacks the probe x"
+    shutil.rmtree(folder)
+    monkeypatch.setattr(sweep_probes, "probe_one", killed)
+    assert cli.main([*args, offered]) == 130
+    assert read_made(folder) == {"one": ["one"], "two": ["two"]}
+    assert not is_finished(output, run)
+    # Without the third it is finished, with it lacks that alone.
+    made.clear()
+    monkeypatch.setattr(sweep_probes, "probe_one", fails_at())
+    assert cli.main([*args, f"--probe-store={stores['one']},{stores['two']}"]) == 0
+    assert (made, is_finished(output, run)) == ([], True)
+    assert cli.main([*args, offered]) == 0
+    assert made == ["three"]
+
+
 def test_probe_that_no_store_fits_is_refused_before_anything_runs(tmp_path, synthetic_store):
     runs = 'run("a", probes={"x": "configs/probe.py:task=ptbxl_super"})'
     run = load_sweep(str(write_sweep(tmp_path, runs))).runs[0]
-    with pytest.raises(UserError, match="needs a store of corpus .ptbxl."):
+    with pytest.raises(UserError, match=r"needs a store of corpus .ptbxl."):
         check_stores(StoreChoice(str(synthetic_store), None), [run], tmp_path)
 
 
