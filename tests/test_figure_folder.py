@@ -1,10 +1,20 @@
 """Figures as files: what is written is read back, and a damaged folder is named."""
 
+import csv
+
 import pytest
 
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation.drawing import new_figure
-from ecg_jax.studies.figure_folder import INDEX, Figure, read_figures, write_figures
+from ecg_jax.studies import figure_folder
+from ecg_jax.studies.figure_folder import (
+    INDEX,
+    Figure,
+    check_folder,
+    open_folder,
+    read_figures,
+    write_figures,
+)
 
 
 def _figures():
@@ -42,3 +52,75 @@ def test_names_and_rows_are_checked(tmp_path):
     with pytest.raises(ValueError, match="a row of 1 cells, 2 columns"):
         write_figures(tmp_path, "cka", [Figure("x", "", "", "", ("a", "b"), [(1,)])], {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_study_that_is_cut_short_leaves_no_index_of_the_one_before(tmp_path, monkeypatch):
+    write_figures(tmp_path, "cka", _figures(), {}, {"cka.json": b"1"})
+    write_atomic = figure_folder.write_atomic
+
+    def full_at(name):
+        def write(path, data):
+            if path.name == name:
+                raise UserError("the disk is full")
+            assert not (tmp_path / INDEX).exists()
+            write_atomic(path, data)
+
+        monkeypatch.setattr(figure_folder, "write_atomic", write)
+
+    full_at("numbers.csv")
+    with pytest.raises(UserError, match="disk is full"):
+        write_figures(tmp_path, "cka", _figures(), {}, {"cka.json": b"2"})
+    assert (tmp_path / "cka.json").read_bytes() == b"2"
+    with pytest.raises(UserError, match=r"figures\.json is missing"):
+        read_figures(tmp_path)
+    check_folder(tmp_path, "cka")  # and the same command may go on in it
+    full_at("none")
+    write_figures(tmp_path, "cka", _figures()[1:], {}, {"cka.json": b"3"})
+    assert len(read_figures(tmp_path).figures) == 1
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_the_study_before(tmp_path):
+    write_figures(tmp_path, "cka", _figures()[1:], {}, {"cka.json": b"1"})
+    with pytest.raises(ValueError, match="there twice"):
+        write_figures(tmp_path, "cka", [_figures()[0]] * 2, {}, {"cka.json": b"2"})
+    assert (tmp_path / "cka.json").read_bytes() == b"1"
+    assert [figure.name for figure in read_figures(tmp_path).figures] == ["numbers"]
+
+
+def test_figures_of_the_study_before_are_removed_and_nothing_else(tmp_path):
+    write_figures(tmp_path, "cka", _figures(), {})
+    (tmp_path / "mine.csv").write_text("1")
+    write_figures(tmp_path, "cka", _figures()[1:], {})
+    assert {path.name for path in tmp_path.iterdir()} == {"numbers.csv", "mine.csv", INDEX}
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    new = tmp_path / "new"
+    check_folder(new, "cka")
+    assert not new.exists()
+    assert open_folder(new, "cka") == new
+    assert not list(new.iterdir())
+    write_figures(new, "efficiency", _figures()[1:], {"study": "table"})
+    check_folder(new, "efficiency", "table")
+    for kind, study in (("efficiency", "scaling"), ("efficiency", None), ("scaling", None)):
+        with pytest.raises(UserError, match="holds the figures of another study"):
+            open_folder(new, kind, study)
+    (new / INDEX).write_text("[]")
+    with pytest.raises(UserError, match=r"figures\.json is damaged; remove it"):
+        check_folder(new, "efficiency", "table")
+    with pytest.raises(UserError, match="is a file"):
+        check_folder(new / INDEX, "cka")
+    # What a sweep notes of a study, and what was left of one that was killed, is no reason to refuse.
+    (new / INDEX).rename(new / "failed.json")
+    check_folder(new, "cka")
+    (new / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"holds something else than figures \(checkpoints\)"):
+        check_folder(new, "cka")
+
+
+def test_long_cells_are_read(tmp_path):
+    runs, limit = " ".join(f"run-{i}" for i in range(30_000)), csv.field_size_limit()
+    assert len(runs) > limit
+    write_figures(tmp_path, "efficiency", [Figure("x", "", "", "", ("runs",), [(runs,)])], {})
+    assert read_figures(tmp_path).figures[0].rows == [[runs]]
+    assert csv.field_size_limit() == limit
