@@ -12,13 +12,12 @@ import numpy as np
 
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
-from ecg_jax.files import write_atomic
 from ecg_jax.probe_output import plain
 from ecg_jax.probe_provenance import checkpoint_identity, made_with, store_identity
 from ecg_jax.studies.cka import MIN_EXAMPLES, Cka, HsicSums, batches_of, groups_of
 from ecg_jax.studies.cka_figures import draw_all, summary
 from ecg_jax.studies.cka_models import Model, Study, choose_rows, default_folds, features_of, open_models
-from ecg_jax.studies.figure_folder import INDEX, write_figures
+from ecg_jax.studies.figure_folder import check_folder, open_folder, write_figures
 
 DESCRIPTION = """\
 Compares layers within models and between models by linear centred kernel alignment (CKA) on the same recordings, one of
@@ -28,7 +27,7 @@ same recordings, each under its own contract. Writes cka.json, heat maps and the
 
   ecg-jax cka --checkpoints=runs/cpc,runs/jepa --store=stores/ptbxl --random --output=runs/cka
 """
-RESULTS = "cka.json"
+KIND, RESULTS = "cka", "cka.json"
 LEVEL = 0.95
 #: Up to so many recordings are compared with each other at once; more of them in mini-batches.
 MOST_AT_ONCE = 2048
@@ -90,7 +89,7 @@ def cka(
     if minibatch is None:
         minibatch = len(rows) if len(rows) <= MOST_AT_ONCE else MINIBATCH
     pieces, groups = batches_of(len(rows), min(minibatch, len(rows))), groups_of(len(rows))
-    _make_folder(output)
+    open_folder(output, KIND)
 
     sums, largest = HsicSums(int(groups.max()) + 1), len(pieces[0])
     with tqdm(total=len(rows) * len(models), desc="encoding", unit="window", leave=False) as bar:
@@ -113,7 +112,7 @@ def cka(
     ids = store.arrow_column("record_id").take(rows).to_pylist()
     about = made_with(("ecg_jax", "jax", "jaxlib", "numpy", "flax")) | {
         "command": list(command),
-        "runs": [str(model.encoder.run.resolve()) for model in models if not model.random],
+        "runs": list(dict.fromkeys(str(model.encoder.run) for model in models if not model.random)),
         "device": jax.devices()[0].device_kind,
     }
     _write(output, study, store, ids, about, {"folds": chosen, "seed": seed})
@@ -132,26 +131,11 @@ def _check(output: Path, records: int | None, minibatch: int | None, seed: int, 
         raise UserError(f"--batch-size={batch_size} must be at least 1.")
     if not 0 <= seed < 2**31:
         raise UserError(f"--seed={seed} must be at least 0 and below 2**31.")
-    for name, what in (("checkpoints", "a pretraining run"), ("zarr.json", "a store")):
-        if (output / name).exists():
-            raise UserError(f"--output={output} is {what}; choose another folder.")
-
-
-def _make_folder(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write into --output={output}: {error.strerror}; name another folder."
-        ) from error
+    check_folder(output, KIND)
 
 
 def _write(output: Path, study: Study, store: Store, ids: Sequence[str], about: dict, choice: dict) -> None:
-    """Everything of a study; a folder with cka.json is complete."""
-    figures = draw_all(study)
-    for name in (RESULTS, INDEX):  # of an earlier study, whose figures are about to be replaced
-        (output / name).unlink(missing_ok=True)
-    write_figures(output, "cka", figures, plain(about))
+    """Everything of a study."""
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
     results = {
         "models": [_model_entry(model) for model in study.models],
@@ -177,7 +161,8 @@ def _write(output: Path, study: Study, store: Store, ids: Sequence[str], about: 
         **_matrices(study.cka),
         **about,
     }
-    write_atomic(output / RESULTS, (json.dumps(plain(results), indent=1, allow_nan=False) + "\n").encode())
+    content = (json.dumps(plain(results), indent=1, allow_nan=False) + "\n").encode()
+    write_figures(output, KIND, draw_all(study), plain(about), {RESULTS: content})
 
 
 def _model_entry(model: Model) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.errors import UserError
 from ecg_jax.studies import cka_models
 from ecg_jax.studies.cka_models import choose_rows, default_folds, features_of, open_models
-from ecg_jax.studies.figure_folder import read_figures
+from ecg_jax.studies.figure_folder import read_figures, write_figures
 from ecg_jax.training.checkpoint import Checkpoints
 from ecg_jax.training.pretrained import pooled_fn, random_twin, restore_encoder
 from store_files import write_store
@@ -100,7 +100,7 @@ def test_figures_and_words(done, runs):
     assert folder.kind == "cka"
     figures = {figure.name: figure for figure in folder.figures}
     assert list(figures) == ["within_models", "final_layers", "between_models", "estimators", "layers"]
-    assert folder.about["runs"] == [str(run.resolve()) for run in runs]
+    assert folder.about["runs"] == list(map(str, runs))
     assert folder.about["command"][:2] == ["ecg-jax", "cka"]
     # The last S4 layer is the final output; the Transformer normalises it once more.
     words = [model["layers_in_words"] for model in results["models"][:2]]
@@ -146,7 +146,8 @@ def simple_layers(encoder):
 
 def test_mini_batches_and_chosen_layers(runs, store, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cka_models, "layer_outputs", simple_layers)
-    line = f"cka --checkpoints={runs[0]} --store={store.path} --output={tmp_path / 'out'} --folds=all"
+    monkeypatch.chdir(runs[0].parent)
+    line = f"cka --checkpoints=run --store={store.path} --output={tmp_path / 'out'} --folds=all"
     assert cli.main([*line.split(), "--minibatch=10", "--layers=tokens,stem", "--names=mine"]) == 0
     assert "mine" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "cka.json").read_text())
@@ -159,8 +160,9 @@ def test_mini_batches_and_chosen_layers(runs, store, tmp_path, capsys, monkeypat
     pieces = np.array_split(np.arange(36), 3)
     h = np.mean([[[textbook_hsic(x[p], y[p]) for x in layers] for y in layers] for p in pieces], axis=0)
     assert results["cka"][0][1] == pytest.approx(h[0, 1] / np.sqrt(h[0, 0] * h[1, 1]), abs=1e-4)
-    names = [figure.name for figure in read_figures(tmp_path / "out").figures]
-    assert names == ["within_models", "estimators", "layers"]
+    folder = read_figures(tmp_path / "out")
+    assert [figure.name for figure in folder.figures] == ["within_models", "estimators", "layers"]
+    assert folder.about["runs"] == ["run"]
 
 
 def test_one_recording_of_each_patient_in_a_stable_order(store):
@@ -217,10 +219,13 @@ def test_bad_arguments(runs, store, tmp_path):
     refused(given(names="a,b"), "2 names for 1 checkpoints")
     refused(given(batch_size=0), "--batch-size=0")
     refused(given(seed=-1), "--seed=-1")
-    refused(given(output=runs[0]), "is a pretraining run")
+    refused(given(output=runs[0]), "holds something else than figures")
     (tmp_path / "file").write_text("")
     refused(given(output=tmp_path / "file" / "out"), "cannot write into --output")
     assert not (tmp_path / "out").exists()
+    write_figures(tmp_path / "other", "scaling", [], {})
+    refused(given(output=tmp_path / "other"), "holds the figures of another study")
+    assert read_figures(tmp_path / "other").kind == "scaling"
 
 
 def test_stores_and_checkpoints_that_do_not_fit(runs, store, tmp_path):
