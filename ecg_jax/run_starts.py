@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ PACKAGES = ("ecg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 _GIT_S = 20.0  # on a slow network file system
 
 
+class Damaged(UserError):
+    """made_with.json is no record of starts."""
+
+
 @contextlib.contextmanager
 def noted_start(workdir: Path, step: int, parameters: int, began: float) -> Iterator[None]:
     """Adds this start to made_with.json, and at its end, whatever ends it, how many seconds it took.
@@ -35,10 +40,17 @@ def noted_start(workdir: Path, step: int, parameters: int, began: float) -> Iter
         began: `time.monotonic()` when it did.
 
     Raises:
-        UserError: the file there is damaged, or cannot be written.
+        UserError: the file there cannot be read or written. A damaged one is set aside, said on stderr, and a new one
+            begins: it only says how the run was made, which is no reason not to go on.
     """
     path, devices = workdir / MADE_WITH, jax.devices()
-    before = read_starts(workdir)
+    try:
+        before = read_starts(workdir)
+    except Damaged as error:
+        aside = path.with_name(f"{MADE_WITH}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        path.rename(aside)
+        print(f"warning: {error} It is now {aside.name}, and a new file begins.", file=sys.stderr, flush=True)
+        before = []
     start: dict[str, Any] = {
         "step": step,
         **made_with(PACKAGES),
@@ -60,29 +72,44 @@ def noted_start(workdir: Path, step: int, parameters: int, began: float) -> Iter
         start["seconds"] = time.monotonic() - began
         start["ended"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         # What ended the run is raised, also where a full disk keeps this from being written down.
-        with contextlib.suppress(UserError):
+        try:
             write()
+        except UserError as error:
+            lost = f"the {start['seconds']:.0f} seconds that this start took are not noted"
+            print(f"warning: {lost}: {error}", file=sys.stderr, flush=True)
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
     """The starts of a run in order, [] of one from before they were noted.
 
     Raises:
-        UserError: the file is damaged.
+        Damaged: the file is.
+        UserError: it cannot be read.
     """
     path = workdir / MADE_WITH
     try:
         starts = json.loads(path.read_text())["starts"]
         for start in starts:
-            for name in ("versions", "git", "devices", "device_kind", "processes", "parameters", "seconds"):
+            for name in (
+                "step",
+                "versions",
+                "git",
+                "devices",
+                "device_kind",
+                "processes",
+                "parameters",
+                "seconds",
+            ):
                 start[name]
             if start["git"] is not None:
                 start["git"]["revision"], start["git"]["dirty"]
         return list(starts)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; remove it, it only says how the run was made") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{path}, which says how the run was made, is damaged.") from error
 
 
 def git_state(root: Path) -> dict[str, Any] | None:

@@ -73,11 +73,22 @@ def scores_of(targets: np.ndarray, auroc: float, noise: np.ndarray) -> np.ndarra
     return noise + targets * np.sqrt(2) * ndtri(auroc)
 
 
+def probe_config(mode: str, task: str, seed: int, **overrides) -> dict:
+    config = load_config(with_argument("configs/probe.py", mode=mode, task=task))
+    for name, value in {"seed": seed, **overrides}.items():
+        override(config, name.replace("__", "."), str(value))
+    return json.loads(json.dumps(config.to_dict()))
+
+
 def write_probe(
     folder: Path, run: Path, config: dict, step: int, error: float, *, task="ptbxl_super", mode="linear", records=400,
-    store="9" * 64, seed=0,
+    store="9" * 64, seed=0, corpus="synthetic", first=0, **settings,
 ) -> None:  # fmt: skip
-    """A finished probe whose macro AUROC is about 1 - error; patients have two recordings each."""
+    """A finished probe whose macro AUROC is about 1 - error; patients have two recordings each.
+
+    It is tested on so many records of a store from the one numbered `first`; `settings` are fields of its config, with
+    "__" for the point.
+    """
     from ecg_jax.evaluation.metrics import auroc
 
     folder.mkdir(parents=True)
@@ -88,15 +99,16 @@ def write_probe(
     value = float(auroc(targets, predicted).mean())
     np.savez(
         folder / "predictions.npz",
-        record_id=np.array([f"r{i}" for i in range(records)]),
-        patient_id=np.array([f"p{i // 2}" for i in range(records)]),
+        record_id=np.array([f"r{i}" for i in range(first, first + records)]),
+        patient_id=np.array([f"p{i // 2}" for i in range(first, first + records)]),
         row=np.arange(records), targets=targets, probabilities=predicted, classes=np.array(["a", "b"]),
     )  # fmt: skip
     results = {
         "task": task, "kind": "multilabel", "metric": "macro_auroc", "mode": mode, "macro_auroc": value,
         "ci_low": value - 0.01, "ci_high": value + 0.01, "n_records": records, "n_patients": records // 2,
         "checkpoint": {"run": str(run.resolve()), "step": step}, "pretraining_config": config,
-        "store": {"path": "s", "corpus": "synthetic", "fingerprint": store, "table": ""}, "test_store": None,
+        "store": {"path": "s", "corpus": corpus, "fingerprint": store, "table": ""}, "test_store": None,
+        "config": probe_config(mode, task, seed, **settings),
         "bootstrap": {"unit": "patient", "resamples": 1000, "level": 0.95, "undefined": "exclude",
                       "interval": "percentile"},
         "versions": VERSIONS,

@@ -58,9 +58,10 @@ def test_runs_and_probes_are_found_wherever_they_lie(sweep, tmp_path):
         ]
 
     run = (sweep / "cpc-100-0/run").resolve()
-    assert found(run) == [("run", run, 0)]
+    assert found(run) == [("cpc-100-0", run, 2)], "the sweep's own folder of it"
     assert found(sweep / "cpc-100-0") == [("cpc-100-0", run, 2)]
-    assert found(sweep / "cpc-100-0/probe") == [("run", run, 1)], "its run is where it was"
+    assert found(sweep / "cpc-100-0/probe") == [("cpc-100-0", run, 1)], "its run is where it was"
+    assert find_runs([run])[0].group == "cpc-100", "as the sweep has it"
     assert found(sweep.parent)[0] == ("ladder/cpc-100-0", run, 2)
     assert found(sweep, run, sweep / "cpc-100-0/probe") == found(sweep), "given twice, there once"
 
@@ -72,7 +73,14 @@ def test_runs_and_probes_are_found_wherever_they_lie(sweep, tmp_path):
     assert (run.name, [(p.name, p.task) for p in run.probes]) == (
         "a", [("a-probe", "ptbxl_sub"), ("a-probe", "ptbxl_super")],
     )  # fmt: skip
+    # In its workdir too, also where that was moved.
+    write_probe(tmp_path / "runs/a/probe", tmp_path / "gone", config, 25, 0.2)
+    (run,) = find_runs([tmp_path / "runs/a"])
+    assert (run.name, [probe.folder.parent.name for probe in run.probes]) == ("a", ["a"])
     other = write_sweep(tmp_path / "again", [{"name": "cpc-100-0", "recordings": 100, "loss": 0.5}])
+    assert [name for name, _, _ in found(sweep / "cpc-100-0/run", other / "cpc-100-0")] == [
+        "ladder/cpc-100-0", "again/cpc-100-0",
+    ]  # fmt: skip
     assert [name for name, _, _ in found(sweep, other)] == [
         "ladder/cpc-100-0",
         "jepa-200-1",
@@ -88,10 +96,21 @@ def test_a_sweeps_further_probes_are_found_in_stores_and_tasks(tmp_path):
     for store in ("ptbxl", "chapman"):
         place = sweep / "a-0/probes/all" / store / "ptbxl_sub"
         write_probe(place, run, config_of(), 25, 0.3, task="ptbxl_sub")
+    # The first store lay in the probe's own folder while it was the only one.
+    write_probe(sweep / "a-0/probes/frozen", run, config_of(), 25, 0.3, mode="frozen")
+    write_probe(sweep / "a-0/probes/frozen/ningbo", run, config_of(), 25, 0.3, mode="frozen", store="8" * 64)
     (found,) = find_runs([sweep])
     assert [(p.name, p.task) for p in found.probes] == [
         ("probe", "ptbxl_super"), ("all/chapman", "ptbxl_sub"), ("all/ptbxl", "ptbxl_sub"),
+        ("frozen", "ptbxl_super"), ("frozen/ningbo", "ptbxl_super"),
     ]  # fmt: skip
+    assert not found.remarks
+    # What the sweep does not count among its results is not of it, and that is said.
+    (sweep / "a-0/probes/frozen/finished.json").write_text('{"stores": {"ningbo": ["ningbo"]}}')
+    (found,) = find_runs([sweep])
+    assert [p.name for p in found.probes if p.mode == "frozen"] == ["frozen/ningbo"]
+    (remark,) = found.remarks
+    assert f"the probe {sweep / 'a-0/probes/frozen'} is left out" in remark
 
 
 def test_runs_that_are_not_finished_say_how_far_they_are(tmp_path):
@@ -139,10 +158,68 @@ def test_damaged_files_are_named(tmp_path):
     broken("sweep.json", "{")
     broken("a/run/config.json", "{}")
     broken("a/run/selection.json", "{}")
-    broken("a/run/made_with.json", '{"starts": [{}]}')
     broken("a/run/log.jsonl", "x\n")
     broken("a/probe/predictions.npz", "")
     assert "metric" in broken("a/probe/results.json", '{"task": "ptbxl_super"}')
+
+
+def test_a_run_is_finished_when_its_log_or_a_checkpoint_says_so(tmp_path):
+    names = ("pruned", "logless", "halfway")
+    sweep = write_sweep(tmp_path / "s", [{"name": name, "recordings": 100, "loss": 0.5} for name in names])
+
+    def keep(name, step):
+        for part in ("metrics", "meta", "state"):
+            (sweep / name / "run/checkpoints" / str(step) / part).mkdir(parents=True)
+        (sweep / name / "run/checkpoints" / str(step) / "_CHECKPOINT_METADATA").write_text("{}")
+
+    keep("pruned", 12)  # the best, and not the last
+    keep("logless", 25)
+    keep("halfway", 12)
+    (sweep / "logless/run/log.jsonl").unlink()
+    (sweep / "halfway/run/log.jsonl").unlink()
+    assert {run.name: run.state for run in find_runs([sweep])} == {
+        "pruned": "finished", "logless": "finished", "halfway": "at step 12 of 25",
+    }  # fmt: skip
+
+
+def test_cost_is_summed_over_attempts_and_unknown_where_one_was_not_measured(tmp_path):
+    sweep = write_sweep(tmp_path / "s", [{"name": "a", "recordings": 100, "loss": 0.5}])
+    (sweep / "a/times.jsonl").write_text('{"pretrain": 5.0}\n')
+    path = sweep / "a/run/made_with.json"
+    (start,) = json.loads(path.read_text())["starts"]
+
+    def read(*changes):
+        path.write_text(json.dumps({"starts": [start | change for change in changes]}))
+        (run,) = find_runs([sweep])
+        return run
+
+    run = read({"seconds": 3600.0, "devices": 4}, {"step": 12, "seconds": 1800.0, "devices": 1})
+    assert run.device_hours == pytest.approx(4 + 0.5)
+    assert (run.seconds, run.windows_per_s, run.remarks) == (5400, pytest.approx(200 / 5400), ())
+    run = read({"seconds": None}, {"step": 12, "seconds": 1.0})
+    assert (run.device_hours, run.windows_per_s, run.seconds, run.unmeasured) == (None, None, 1.0, 1)
+    assert "1 of 2 attempts were killed" in run.remarks[0]
+    run = read({"step": 12, "seconds": 1.0})
+    assert (run.device_hours, run.windows_per_s) == (None, None)
+    assert "before step 12" in run.remarks[0]
+    path.write_text('{"starts": [{}]}')
+    (run,) = find_runs([sweep])
+    assert (run.device_hours, run.seconds, run.finished) == (None, None, True), "it is a run all the same"
+    assert str(path) in run.remarks[0]
+
+
+def test_operations_are_unknown_for_want_of_a_field_and_not_by_an_error(tmp_path, monkeypatch):
+    sweep = write_sweep(tmp_path / "s", [{"name": "a", "recordings": 100, "loss": 0.5}])
+    path = sweep / "a/run/config.json"
+    config = json.loads(path.read_text())
+    del config["model"]["layers"]
+    path.write_text(json.dumps(config))
+    (run,) = find_runs([sweep])
+    assert run.train_flops is None
+    assert "lacks the field layers" in run.remarks[0]
+    monkeypatch.setattr("ecg_jax.studies.flops.stem", lambda *sizes: None + 1)
+    with pytest.raises(TypeError):
+        find_runs([sweep])
 
 
 def test_folders_without_anything_are_refused(tmp_path):
@@ -164,6 +241,26 @@ def test_every_start_of_a_run_is_noted(tmp_path):
     assert (first["step"], second["step"], first["parameters"]) == (0, 3, 7)
     assert (first["devices"], first["processes"]) == (len(jax.devices()), 1)
     assert "jax" in first["versions"]
+
+
+def test_a_damaged_record_of_starts_is_set_aside(tmp_path, capsys):
+    (tmp_path / "made_with.json").write_text('{"starts": [{}]}')
+    with run_starts.noted_start(tmp_path, 3, 7, time.monotonic()):
+        pass
+    (start,) = run_starts.read_starts(tmp_path)
+    assert start["step"] == 3
+    (aside,) = tmp_path.glob("made_with.json.damaged-*")
+    assert aside.read_text() == '{"starts": [{}]}'
+    assert aside.name in capsys.readouterr().err
+
+
+def test_seconds_that_cannot_be_noted_are_told(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with run_starts.noted_start(workdir, 0, 7, time.monotonic()):
+        (workdir / "made_with.json").unlink()
+        workdir.rmdir()
+    assert "seconds that this start took are not noted" in capsys.readouterr().err
 
 
 def test_the_revision_is_that_of_a_checkout_and_no_other(tmp_path):

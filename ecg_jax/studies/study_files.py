@@ -1,81 +1,32 @@
-"""One run of a study and its probes, as their files tell them.
+"""One run of a study, as its files tell it.
 
 Nothing here needs a device, a store, or a checkpoint that is still there: a run is what its config, selection, log
 and probes say of it.
 """
 
-import functools
 import hashlib
 import json
 import math
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from ecg_jax.data.selection import SELECTION_NAME, Selection, read_selection
 from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.errors import UserError
 from ecg_jax.run_setup import IMPORT_NAME
-from ecg_jax.run_starts import read_starts
+from ecg_jax.run_starts import Damaged, read_starts
 from ecg_jax.studies.flops import training_flops
+from ecg_jax.studies.study_probes import StudyProbe, probed_run, read_json
 from ecg_jax.sweep_folder import read_status, spent
 from ecg_jax.training.checkpoint import finished_steps
 from ecg_jax.training.metric_writers import read_log, read_warnings
 
 FINISHED = "finished"
-SWEEP, RESULTS, PREDICTIONS = "sweep.json", "results.json", "predictions.npz"
+SWEEP = "sweep.json"
 _CONFIG, _CONTRACT = "config.json", "preprocessing.json"
-
-
-@dataclass(frozen=True)
-class StudyProbe:
-    """A finished probe of one task.
-
-    Attributes:
-        folder: its workdir.
-        name: "probe", or the path under `probes/`, or its folder's name; without the task's own folder.
-        task, mode, metric: as in its results; the metric is "macro_auroc" or "mae".
-        error: 1 - macro AUROC, or the mean absolute error in standard deviations; NaN where it is undefined.
-        step: of the checkpoint that was probed.
-        results: what results.json holds.
-    """
-
-    folder: Path
-    name: str
-    task: str
-    mode: str
-    metric: str
-    error: float
-    step: int | None
-    results: dict[str, Any]
-
-    @functools.cached_property
-    def _arrays(self) -> dict[str, np.ndarray]:
-        path = self.folder / PREDICTIONS
-        try:
-            with np.load(path) as file:
-                return dict(file)
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path} is missing or damaged ({error}); run the probe again") from error
-
-    def predictions(self) -> dict[str, np.ndarray]:
-        """The arrays of predictions.npz, read when they are first asked for.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
-        return self._arrays
-
-    @property
-    def tested_on(self) -> str:
-        """Fingerprint of the store whose recordings were tested on."""
-        results = self.results
-        return (results["test_store"] or results["store"])["fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +47,7 @@ class StudyRun:
         train_flops: operations of `windows` by formula (spec §8), forward and backward, without validation.
         seconds: of pretraining, all attempts whose length is known; None: no measurement.
         unmeasured: attempts that were killed, whose seconds are in no figure.
+        device_hours: seconds times devices over all attempts, in hours; None unless every attempt was measured.
         devices, device_kind: of the last attempt.
         log: the logged steps.
         val_loss, best_val_loss: the last and the lowest logged one.
@@ -107,6 +59,7 @@ class StudyRun:
         parameters: trainable ones of the whole objective.
         synthetic: whether any of its recordings were synthetic; None where its stores are not known.
         state: "finished", or how far it is.
+        remarks: sentences on what of it is not known, or was left out, and why.
         probes: in the order of their names and tasks.
     """
 
@@ -125,6 +78,7 @@ class StudyRun:
     train_flops: float | None
     seconds: float | None
     unmeasured: int
+    device_hours: float | None
     devices: int | None
     device_kind: str | None
     log: list[dict[str, Any]] = field(repr=False)
@@ -138,6 +92,7 @@ class StudyRun:
     parameters: int | None
     synthetic: bool | None
     state: str
+    remarks: tuple[str, ...] = ()
     probes: list[StudyProbe] = field(default_factory=list)
 
     @property
@@ -146,11 +101,9 @@ class StudyRun:
         return self.state == FINISHED
 
     @property
-    def device_hours(self) -> float | None:
-        """Seconds of pretraining times devices, in hours; None where either is not known."""
-        if self.seconds is None or self.devices is None:
-            return None
-        return self.seconds * self.devices / 3600
+    def windows_per_s(self) -> float | None:
+        """All windows over all seconds; None where `device_hours` is."""
+        return self.windows / self.seconds if self.device_hours and self.windows else None
 
 
 class Place(NamedTuple):
@@ -164,25 +117,6 @@ class Place(NamedTuple):
 
 def is_run(folder: Path) -> bool:
     return (folder / _CONFIG).is_file() and (folder / _CONTRACT).is_file()
-
-
-def subfolders(folder: Path) -> list[Path]:
-    try:
-        return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return content
 
 
 def read_run(place: Place) -> StudyRun:
@@ -206,10 +140,12 @@ def read_run(place: Place) -> StudyRun:
     recordings = None if selection is None else len(selection.train)
     if steps is None and recordings is not None:
         steps = math.ceil(epochs * recordings / batch)
+    # The last checkpoint may have been removed to save space, and a log may be gone: either says how far it came.
     step = max([*finished_steps(folder)[-1:], *(entry["step"] for entry in log[-1:])], default=None)
     losses = [entry["val_loss"] for entry in log if entry.get("val_loss") is not None]
     windows = None if step is None else step * batch
-    cost = _flops(config)
+    cost, no_cost = _flops(config)
+    attempts, unknown_attempts = _attempts(place)
     declared = place.declared
     return StudyRun(
         name=place.name,
@@ -235,22 +171,20 @@ def read_run(place: Place) -> StudyRun:
             "validation": None if selection is None else _validation(selection),
         },
         synthetic=None if selection is None else any(s.corpus == SYNTHETIC for s in selection.sources),
-        state=_state(folder, step, steps, begun, log),
-        **_attempts(place),
+        state=_state(folder, step, steps, begun),
+        remarks=tuple(filter(None, (no_cost, unknown_attempts))),
+        **attempts,
     )
 
 
-def _state(folder: Path, step: int | None, steps: int | None, begun: bool, log: list[dict]) -> str:
+def _state(folder: Path, step: int | None, steps: int | None, begun: bool) -> str:
     if (folder / IMPORT_NAME).exists():
         return "imported, so that nothing is known of its pretraining"
     if not begun or step is None:
         return "not begun" if not begun else "before its first logged step"
     if steps is None:
         return f"at step {step}; how many it has is not known, as it has no {SELECTION_NAME}"
-    saved = finished_steps(folder)
-    # Checkpoints may have been removed to save space; the last step is logged either way.
-    reached = [entry["step"] for entry in log[-1:]] + saved[-1:]
-    return FINISHED if reached and min(reached) >= steps else f"at step {step} of {steps}"
+    return FINISHED if step >= steps else f"at step {step} of {steps}"
 
 
 def _rung(data: dict[str, Any], selection: Selection | None) -> str:
@@ -277,92 +211,57 @@ def _group(config: dict[str, Any]) -> str:
     return f"{config['objective']['name']}-{config['model']['backbone']}-{digest}"
 
 
-def _flops(config: dict[str, Any]) -> int | None:
-    """Of one window; None for a config from before a field that the formula needs, or an objective without formula."""
+def _flops(config: dict[str, Any]) -> tuple[int | None, str]:
+    """Of one window; None and why, for an objective without formula or a config from before a field of the formula."""
     try:
-        return training_flops(ConfigDict(config))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return None
+        return training_flops(ConfigDict(config)), ""
+    except ValueError as error:
+        return None, f"its operations are not known: {error}"
+    except AttributeError as error:
+        if not isinstance(error.obj, ConfigDict):
+            raise
+        return None, f"its operations are not known: its config lacks the field {error.name}"
 
 
-def _attempts(place: Place) -> dict[str, Any]:
-    """What is known of the processes that worked on a run."""
-    starts = read_starts(place.folder)
+def _attempts(place: Place) -> tuple[dict[str, Any], str]:
+    """What is known of the processes that worked on a run, and what is not."""
     found: dict[str, Any] = {
-        "seconds": None, "unmeasured": 0, "devices": None, "device_kind": None,
+        "seconds": None, "unmeasured": 0, "device_hours": None, "devices": None, "device_kind": None,
         "versions": {}, "revision": None, "dirty": None, "parameters": None,
     }  # fmt: skip
+    remark = ""
+    try:
+        starts = read_starts(place.folder)
+    except Damaged as error:
+        starts, remark = [], f"what it cost is not known: {error}"
     if starts:
         last = starts[-1]
-        measured = [start["seconds"] for start in starts if start["seconds"] is not None]
-        git = last["git"] or {"revision": None, "dirty": None}
-        found = {
-            "seconds": sum(measured) if measured else None,
+        measured = [start for start in starts if start["seconds"] is not None]
+        found |= {
+            "seconds": sum(start["seconds"] for start in measured) if measured else None,
             "unmeasured": len(starts) - len(measured),
-            **git,
+            **(last["git"] or {}),
             **{name: last[name] for name in ("devices", "device_kind", "versions", "parameters")},
         }
-    if place.of_sweep is not None:
-        seconds = spent(place.of_sweep)["pretrain"]
-        if seconds is not None:
-            found["seconds"] = seconds
+        if starts[0]["step"]:
+            remark = f"its device-hours are not known: nothing is noted of the time before step {starts[0]['step']}"
+        elif found["unmeasured"]:
+            remark = (
+                f"its device-hours are not known: {found['unmeasured']} of {len(starts)} attempts were killed"
+            )
+        else:
+            found["device_hours"] = sum(start["seconds"] * start["devices"] for start in starts) / 3600
+    elif place.of_sweep is not None:  # a run from before starts were noted
         status = read_status(place.of_sweep)
-        if status is not None and not starts:
+        found["seconds"] = None if remark else spent(place.of_sweep)["pretrain"]
+        if status is not None:
             found |= {"parameters": status["parameters"], "versions": status["versions"]}
-            if status["device"]:
-                count, _, kind = status["device"].partition(" x ")
-                found |= {"devices": int(count), "device_kind": kind}
-    return found
-
-
-def probes_of(place: Place) -> list[StudyProbe]:
-    """Finished probes that a sweep made of a run."""
-    if place.of_sweep is None:
-        return []
-    top = place.of_sweep
-    found = [(path, "probe") for path in _finished_probes(top / "probe")]
-    for inside in subfolders(top / "probes") if (top / "probes").is_dir() else []:
-        found += [(path, path.relative_to(top / "probes").as_posix()) for path in _finished_probes(inside)]
-    return [read_probe(path, name) for path, name in found]
-
-
-def _finished_probes(folder: Path, depth: int = 0) -> list[Path]:
-    """A probe's workdir, or those in it: of stores, of tasks."""
-    if not folder.is_dir():
-        return []
-    if (folder / RESULTS).is_file():
-        return [folder]
-    return (
-        [path for inside in subfolders(folder) for path in _finished_probes(inside, depth + 1)]
-        if depth < 3
-        else []
-    )
-
-
-def read_probe(folder: Path, name: str) -> StudyProbe:
-    path = folder / RESULTS
-    results = read_json(path)
-    try:
-        task, metric = results["task"], results["metric"]
-        value = results[metric]
-        probed = results["checkpoint"]
-        (results["test_store"] or results["store"])["fingerprint"], results["bootstrap"]["undefined"]
-        error = math.nan if value is None else 1 - value if metric == "macro_auroc" else value
-        step = None if probed is None else probed["step"]
-        mode = results["mode"]
-        if folder.name == task and name != "probe":
-            name = name.removesuffix(task).rstrip("/") or folder.parent.name
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} lacks the field {error}; run its probe again with this version of ecg_jax"
-        ) from error
-    return StudyProbe(folder, name, task, mode, metric, float(error), step, results)
-
-
-def probed_run(probe: StudyProbe) -> Path | None:
-    """Where the run that was probed lies, or lay."""
-    checkpoint = probe.results["checkpoint"]
-    return None if checkpoint is None else Path(checkpoint["run"])
+        if status is not None and status["device"]:
+            count, _, kind = status["device"].partition(" x ")
+            found |= {"devices": int(count), "device_kind": kind}
+            if found["seconds"] is not None:
+                found["device_hours"] = found["seconds"] * int(count) / 3600
+    return found, remark
 
 
 def without_workdir(probe: StudyProbe, name: str) -> StudyRun:
@@ -385,6 +284,7 @@ def without_workdir(probe: StudyProbe, name: str) -> StudyRun:
         train_flops=None,
         seconds=None,
         unmeasured=0,
+        device_hours=None,
         devices=None,
         device_kind=None,
         log=[],

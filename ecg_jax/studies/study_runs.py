@@ -3,27 +3,26 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ecg_jax.errors import UserError
-from ecg_jax.studies.study_files import (
+from ecg_jax.studies.study_files import SWEEP, Place, StudyRun, is_run, read_run, without_workdir
+from ecg_jax.studies.study_probes import (
     PREDICTIONS,
     RESULTS,
-    SWEEP,
-    Place,
     StudyProbe,
-    StudyRun,
-    is_run,
     probed_run,
-    probes_of,
+    probes_of_sweep,
     read_json,
     read_probe,
-    read_run,
     subfolders,
-    without_workdir,
 )
+from ecg_jax.sweep_folder import PROBE, RUN
 
 __all__ = ["StudyProbe", "StudyRun", "find_runs"]
 
+# In a run's workdir, where no probes are.
+_NOT_PROBES = ("checkpoints", "tensorboard")
 _DEPTH = 4  # folders below a given one: of sweeps or runs, a run's probes, their stores, their tasks
 
 
@@ -42,7 +41,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[StudyRun]:
     if not folders:
         raise UserError("no folder is given; name the folder of a sweep, or of runs")
     places: dict[Path, tuple[Place, Path]] = {}
-    probes: list[tuple[Path, Path]] = []
+    probes: list[tuple[Path, Path | None, Path]] = []
     for given in map(Path, folders):
         if not given.is_dir():
             raise UserError(f"there is no folder {given}; name the folder of a sweep, of a run or of a probe")
@@ -53,60 +52,88 @@ def find_runs(folders: Sequence[str | Path]) -> list[StudyRun]:
             )
         for place in found_places:
             places.setdefault(place.folder.resolve(), (place, given))
-        probes += [(path, given) for path in found_probes]
-    runs = {
-        resolved: (read_run(place), given, probes_of(place)) for resolved, (place, given) in places.items()
-    }
-    taken = {probe.folder.resolve() for _, _, own in runs.values() for probe in own}
-    for path, given in probes:
+        probes += [(path, inside, given) for path, inside in found_probes]
+    runs = {resolved: (*_with_probes(place), given) for resolved, (place, given) in places.items()}
+    taken = {probe.folder.resolve() for _, own, _ in runs.values() for probe in own}
+    for path, inside, given in probes:
         if path.resolve() in taken:
             continue
         taken.add(path.resolve())
         probe = read_probe(path, path.name)
         probed = probed_run(probe)
+        if inside is not None and not (probed and is_run(probed)):
+            probed = inside  # which was moved after it was probed
         key = probed.resolve() if probed else path.resolve()
         if key not in runs:
             if probed and is_run(probed):
-                run = read_run(Place(_relative(probed, given), probed, None, None))
+                run = read_run(_place(probed, given))
             else:
                 run = without_workdir(probe, _relative(path, given))
-            runs[key] = (run, given, [])
-        runs[key][2].append(probe)
+            runs[key] = (run, [], given)
+        runs[key][1].append(probe)
     return _named(list(runs.values()))
 
 
-def _look(given: Path) -> tuple[list[Place], list[Path]]:
-    """Runs and probes in a folder."""
-    places: list[Place] = []
-    probes: list[Path] = []
+def _with_probes(place: Place) -> tuple[StudyRun, list[StudyProbe]]:
+    run = read_run(place)
+    if place.of_sweep is None:
+        return run, []
+    probes, remarks = probes_of_sweep(place.of_sweep)
+    return replace(run, remarks=(*run.remarks, *remarks)), probes
 
-    def look(folder: Path, depth: int) -> None:
+
+def _look(given: Path) -> tuple[list[Place], list[tuple[Path, Path | None]]]:
+    """Runs in a folder; and probes, each with the run in whose workdir it lies."""
+    places: list[Place] = []
+    probes: list[tuple[Path, Path | None]] = []
+
+    def look(folder: Path, depth: int, run: Path | None = None) -> None:
         if (folder / SWEEP).is_file():
-            places.extend(_of_sweep(folder, given))
-        elif is_run(folder):
-            places.append(Place(_relative(folder, given), folder, None, None))
-        elif is_run(folder / "run"):
-            places.append(Place(_relative(folder, given), folder / "run", folder, None))
-        elif (folder / RESULTS).is_file() and (folder / PREDICTIONS).is_file():
-            probes.append(folder)
-        elif depth < _DEPTH:
-            for inside in subfolders(folder):
-                look(inside, depth + 1)
+            found = list(_of_sweep(folder, given))
+        elif is_run(folder) or is_run(folder / RUN):
+            found = [_place(folder if is_run(folder) else folder / RUN, given, folder)]
+        else:
+            if (folder / RESULTS).is_file() and (folder / PREDICTIONS).is_file():
+                probes.append((folder, run))
+            for inside in subfolders(folder) if depth < _DEPTH else []:
+                look(inside, depth + 1, run)
+            return
+        places.extend(found)
+        for place in found:
+            for inside in subfolders(place.folder) if place.folder.is_dir() else []:
+                if inside.name not in _NOT_PROBES:
+                    look(inside, depth + 1, place.folder)
 
     look(given, 0)
     return places, probes
 
 
+def _place(run: Path, given: Path, top: Path | None = None) -> Place:
+    """Of the workdir of a run, which a sweep may have given it; found in `top`."""
+    own = run.absolute().parent
+    if run.absolute().name == RUN and (own.parent / SWEEP).is_file():
+        declared = _declared(own.parent)
+        if own.name in declared:
+            return Place(_relative(own, given), run, own, declared[own.name])
+    if top is not None and top != run:
+        return Place(_relative(top, given), run, top, None)
+    return Place(_relative(run, given), run, None, None)
+
+
 def _of_sweep(folder: Path, given: Path) -> Iterator[Place]:
-    path = folder / SWEEP
+    prefix = "" if folder == given else f"{_relative(folder, given)}/"
+    for name, run in _declared(folder).items():
+        yield Place(f"{prefix}{name}", folder / name / RUN, folder / name, run)
+
+
+def _declared(sweep: Path) -> dict[str, Any]:
+    """The runs of a sweep as it was begun."""
+    path = sweep / SWEEP
     declared = read_json(path)
     try:
-        runs = {name: (run["group"], run["config"]["seed"]) and run for name, run in declared["runs"].items()}
+        return {name: (run["group"], run["config"]["seed"]) and run for name, run in declared["runs"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged; run the sweep again, which writes it") from error
-    prefix = "" if folder == given else f"{_relative(folder, given)}/"
-    for name, run in runs.items():
-        yield Place(f"{prefix}{name}", folder / name / "run", folder / name, run)
 
 
 def _relative(folder: Path, given: Path) -> str:
@@ -115,14 +142,18 @@ def _relative(folder: Path, given: Path) -> str:
     return folder.relative_to(given).as_posix()
 
 
-def _named(found: list[tuple[StudyRun, Path, list[StudyProbe]]]) -> list[StudyRun]:
+def _named(found: list[tuple[StudyRun, list[StudyProbe], Path]]) -> list[StudyRun]:
     """Runs with their probes, and with names of their own: that of the folder given is added where two share one."""
     names = [run.name for run, _, _ in found]
     named: list[StudyRun] = []
-    for run, given, probes in found:
-        name = run.name if names.count(run.name) == 1 else f"{given.resolve().name}/{run.name}"
+    for run, probes, given in found:
+        name, above = run.name, given.resolve()
+        if names.count(name) > 1:
+            while above.name in (RUN, run.name):
+                above = above.parent
+            name = f"{above.name}/{run.name}"
         if any(other.name == name for other in named):
             name = str(run.folder or name)
-        ordered = sorted(probes, key=lambda probe: (probe.name != "probe", probe.name, probe.task))
+        ordered = sorted(probes, key=lambda probe: (probe.name != PROBE, probe.name, probe.task))
         named.append(replace(run, name=name, probes=ordered))
     return named
