@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import ecg_jax
 from ecg_jax.config_checks import MOST_SAMPLES, check_config
 from ecg_jax.config_flags import load_config, override, split_overrides, with_argument
 from ecg_jax.errors import UserError, closest
-from ecg_jax.files import write_atomic
 from ecg_jax.models.encoder import BACKBONES
 from ecg_jax.probe_provenance import made_with
 from ecg_jax.run_setup import CONFIGS, DTYPES, flatten
@@ -32,9 +30,10 @@ from ecg_jax.studies import (
     tune_conv,
 )
 from ecg_jax.studies.cost_scaling import Point
-from ecg_jax.studies.efficiency import Cell, encoder_parameters, measure
+from ecg_jax.studies.efficiency import Cell, measure
+from ecg_jax.studies.efficiency_programs import encoder_parameters
 from ecg_jax.studies.error_cost import error_cost_figures
-from ecg_jax.studies.figure_folder import INDEX, read_figures, write_figures
+from ecg_jax.studies.figure_folder import open_folder, write_figures
 from ecg_jax.studies.programs import without_compilation_cache
 from ecg_jax.studies.roofline import measure_roofline
 
@@ -250,26 +249,6 @@ def _check_overrides(options: argparse.Namespace, overrides: Sequence[tuple[str,
             override(shipped[0], path, value)
 
 
-def _open_folder(output: str, study: str) -> Path:
-    """Makes the folder, before anything is measured.
-
-    Raises:
-        UserError: it cannot be written, or holds figures of something else, whose index would be lost.
-    """
-    folder = Path(output)
-    if (folder / INDEX).exists():
-        before = read_figures(folder)
-        if (before.kind, before.about.get("study")) != (KIND, study):
-            raise UserError(f"--output={output} holds the figures of another study; choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write into --output={output}: {error.strerror}") from error
-    return folder
-
-
 def provenance(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Where figures come from: device, versions and options. No date and no name of a machine."""
     device = jax.devices()[0]
@@ -293,7 +272,7 @@ def _made_of(options: argparse.Namespace, study: str, runs: Sequence[str]) -> di
     made = made_with(["ecg_jax", "jax", "jaxlib", "flax", "numpy", "matplotlib"])
     device = jax.devices()[0].device_kind
     return {
-        "command": ["efficiency", *options.argv],
+        "command": ["ecg-jax", "efficiency", *options.argv],
         "study": study,
         "runs": list(runs),
         "device": device,
@@ -305,8 +284,8 @@ def _encoder_parameters(backbone: str) -> int:
     return encoder_parameters(published_costs.shipped_config(backbone))
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _say(line: str) -> None:
@@ -331,7 +310,7 @@ def table(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> 
         cell: run_config(cell.backbone, cell.objective, precision=cell.precision, batch=cell.batch, **fields)
         for cell in cells
     }
-    folder = _open_folder(options.output, TABLE)
+    folder = open_folder(options.output, KIND, TABLE)
     # Read before anything is measured: a folder that holds no results costs nothing then.
     errors, runs = error_cost_figures(options.results, _say) if options.results else ([], [])
     about = provenance(options, overrides)
@@ -346,9 +325,11 @@ def table(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> 
         efficiency_figures.published_figure(compared),
         *errors,
     ]
-    _write_json(folder / "efficiency.json", {**about, "roofline": roofline._asdict(), "rows": rows})
-    write_atomic(folder / "efficiency.md", efficiency_report.report(rows, compared, roofline, about).encode())
-    write_figures(folder, KIND, figures, _made_of(options, TABLE, runs))
+    files = {
+        "efficiency.json": _json({**about, "roofline": roofline._asdict(), "rows": rows}),
+        "efficiency.md": efficiency_report.report(rows, compared, roofline, about).encode(),
+    }
+    write_figures(folder, KIND, figures, _made_of(options, TABLE, runs), files)
     for head, cells, text_columns in (
         (efficiency_report.COST_HEAD, efficiency_report.cost_cells(rows), 3),
         (efficiency_report.MEMORY_HEAD, efficiency_report.memory_cells(rows), 3),
@@ -383,7 +364,7 @@ def scaling(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
                 quick=options.quick,
                 overrides=overrides,
             )
-    folder = _open_folder(options.output, SCALING)
+    folder = open_folder(options.output, KIND, SCALING)
     rows = cost_scaling.measure_scaling(configs, repeats=options.repeats, say=_say)
     fits = cost_scaling.fit_all(rows)
     about = provenance(options, overrides) | {
@@ -391,9 +372,9 @@ def scaling(options: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -
         "windows_at_each_length": fixed,
         "objective": options.objectives[0],
     }
-    _write_json(folder / "scaling.json", {**about, "rows": rows, "fits": fits})
+    files = {"scaling.json": _json({**about, "rows": rows, "fits": fits})}
     figure = efficiency_figures.scaling_figure(rows, fits, about)
-    write_figures(folder, KIND, [figure], _made_of(options, SCALING, []))
+    write_figures(folder, KIND, [figure], _made_of(options, SCALING, []), files)
     print(f"\n{efficiency_report.aligned(efficiency_report.FIT_HEAD, efficiency_report.fit_cells(fits))}")
     print(f"\nwritten: {folder}/scaling.json, .png, .svg, .csv, figures.json")
 

@@ -1,5 +1,7 @@
 """Error against cost: fronts against their definition, and points and words against runs written by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -89,6 +91,41 @@ def _config(run):
     from ml_collections import ConfigDict
 
     return ConfigDict(run.config)
+
+
+def test_a_killed_attempt_or_another_runs_parameters_make_nothing_cheap(tmp_path):
+    runs = [("cpc", 0, 60.0, ""), ("jepa", 0, 60.0, ""), ("data2vec", 0, 60.0, "base/run")]
+    entries = [
+        {"name": f"{objective}-{seed}", "recordings": 256, "loss": 1.0, "objective": objective, "seed": seed,
+         "seconds": seconds, "init__checkpoint": begun, "errors": {"ptbxl_super": 0.2}}
+        for objective, seed, seconds, begun in runs
+    ]  # fmt: skip
+    sweep = write_sweep(tmp_path / "s", entries)
+    path = sweep / "jepa-0" / "run" / "made_with.json"
+    (start,) = json.loads(path.read_text())["starts"]
+    path.write_text(json.dumps({"starts": [start | {"seconds": None}, start | {"seconds": 1.0}]}))
+    ((figure,), _) = error_cost_figures([str(sweep)])
+    rows = [dict(zip(figure.columns, row, strict=True)) for row in figure.rows]
+    cpc, jepa, begun = ({name: row[name] for name in COSTS} for row in rows)
+    assert None not in cpc.values()
+    assert [name for name in COSTS if jepa[name] is None] == ["windows_per_s", "device_hours"]
+    assert [name for name in COSTS if begun[name] is None] == ["train_flops", "device_hours"]
+    assert rows[1]["front_device_hours"] is rows[2]["front_train_flops"] is None
+    assert "1 of 3 runs had an attempt that was killed, whose time is not known" in figure.shows
+    assert "1 of 3 runs begin with another run's parameters" in figure.shows
+
+
+def test_seeds_whose_sizes_differ_by_a_few_are_one_point(tmp_path):
+    entries = [
+        {"name": f"cpc-{seed}", "recordings": n, "loss": 1.0, "seed": seed, "errors": {"ptbxl_super": error}}
+        for seed, (n, error) in enumerate([(256, 0.14), (258, 0.16), (600, 0.12)])
+    ]
+    ((figure,), _) = error_cost_figures([str(write_sweep(tmp_path / "s", entries))])
+    rows = [dict(zip(figure.columns, row, strict=True)) for row in figure.rows]
+    assert [(row["recordings"], row["seeds"]) for row in rows] == [(257, 2), (600, 1)]
+    assert rows[0]["error_high"] - rows[0]["error_low"] > rows[1]["error_high"] - rows[1]["error_low"]
+    words = [text.get_text() for text in figure.picture.axes[-1].get_legend().get_texts()]
+    assert [word for word in words if "recordings" in word] == ["257 recordings", "600 recordings"]
 
 
 def test_words_name_the_front_and_its_limits(study):

@@ -13,7 +13,7 @@ from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.models.encoder import BACKBONES, tokens_of
 from ecg_jax.run_setup import OBJECTIVES, build_objective, build_optimiser, build_teacher, initial_state
 from ecg_jax.studies import flops, published_costs
-from ecg_jax.studies.efficiency import encoder_parameters
+from ecg_jax.studies.efficiency_programs import encoder_parameters
 from ecg_jax.training.train_state import train_step
 
 CONFIGS = {

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ecg_jax.studies.efficiency import build, encoder_program
+from ecg_jax.studies.efficiency_programs import build, encoder_program
 from ecg_jax.studies.programs import DoesNotFit, Program, memory_errors
 from ecg_jax.studies.timing import time_in_turns
 

@@ -1,5 +1,4 @@
-"""The figures and tables of `ecg-jax efficiency`, with a paragraph on what each shows and what it does "
-"not."""
+"""The figures and tables of `ecg-jax efficiency`, with a paragraph on what each shows and what it does not."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +13,8 @@ _STEP_COLUMNS = (
     "windows_per_s", "windows_per_s_low", "windows_per_s_high", "peak_bytes",
 )  # fmt: skip
 _QUICK = (
-    "The models were made narrow and shallow (--quick) and the batch small: neither these figures nor "
-    "their ratios are "
-    "those of the models that the configs train. "
+    "The models were made narrow and shallow (--quick) and the batch small: neither these figures nor their "
+    "ratios are those of the models that the configs train. "
 )
 
 
@@ -38,13 +36,10 @@ def table_figures(rows: Sequence[dict[str, Any]], roofline: Roofline, about: dic
                 f"Speed and memory of a training step on {about['device_kind']}",
                 _speed_shows(measured, about),
                 f"{quick}One device, windows of {about['window_s']:g} s. A run also reads its data, "
-                "validates, saves and, "
-                "on several devices, communicates. FLOPs are counted by formula without FFTs, norms and "
-                "the generation "
-                "of S4 kernels, so a share of the roofline is of the counted work, not of all work. "
-                "Quartiles are over "
-                "turns in one process on one occasion: they do not say how another day or machine would "
-                "differ.",
+                "validates, saves and, on several devices, communicates. FLOPs are counted by formula "
+                "without FFTs, norms and the generation of S4 kernels, so a share of the roofline is of "
+                "the counted work, not of all work. Quartiles are over turns in one process on one "
+                "occasion: they do not say how another day or machine would differ.",
                 _STEP_COLUMNS,
                 [_step_line(row) for row in measured],
                 efficiency_plots.draw_table(measured, roofline, about["device_kind"]),
@@ -57,17 +52,12 @@ def table_figures(rows: Sequence[dict[str, Any]], roofline: Roofline, about: dic
             "operations",
             "Parameters and operations of a window, forward and backward",
             "Operations of one window, by formula (a multiply-add is 2; convolutions and matrix products) "
-            "and as XLA "
-            "counts them in the compiled programs, of the encoder and of the whole training step, forward "
-            "and backward "
-            f"apart, in GFLOP.{lost}",
+            "and as XLA counts them in the compiled programs, of the encoder and of the whole training "
+            f"step, forward and backward apart, in GFLOP.{lost}",
             f"{quick}The two counts are of different things: the compiler's has norms, activations, "
-            "dropout, masks and "
-            "the optimiser, counts the matrix products that a convolution was turned into, and on some "
-            "devices leaves "
-            "out FFTs. Its backward is a difference of two programs, so that what XLA fuses or drops in "
-            "one of them "
-            "lands there. Neither is a time.",
+            "dropout, masks and the optimiser, counts the matrix products that a convolution was turned "
+            "into, and on some devices leaves out FFTs. Its backward is a difference of two programs, so "
+            "that what XLA fuses or drops in one of them lands there. Neither is a time.",
             efficiency_report.COST_HEAD,
             efficiency_report.cost_cells(rows),
         )
@@ -78,11 +68,10 @@ def table_figures(rows: Sequence[dict[str, Any]], roofline: Roofline, about: dic
                 "memory",
                 "Memory and traffic of a training step",
                 "What a step reads and writes at least, the compiler's estimate of its traffic, what it "
-                "holds at once by "
-                "the compiler's plan, what the device saw, and how long the program took to compile.",
+                "holds at once by the compiler's plan, what the device saw, and how long the program took "
+                "to compile.",
                 f"{quick}The memory of a run is larger: batches that are read ahead, checkpoints being "
-                "written, and the "
-                "allocator's own blocks come on top. "
+                "written, and the allocator's own blocks come on top. "
                 + (
                     "Compile times tell nothing here: several programs were compiled at once, or read from "
                     "JAX's cache."
@@ -98,13 +87,11 @@ def table_figures(rows: Sequence[dict[str, Any]], roofline: Roofline, about: dic
                 "speed",
                 "Windows per second and shares of the roofline",
                 "Windows per second of the encoder's forward pass, of its forward and backward pass, and "
-                "of the whole "
-                f"training step, medians of {about['repeats']} turns that all programs take one after the "
-                "other, and "
-                "their shares of what the device reached in matrix products and copies.",
+                f"of the whole training step, medians of {about['repeats']} turns that all programs take "
+                "one after the other, and their shares of what the device reached in matrix products and "
+                "copies.",
                 f"{quick}Differences of a few percent are within what a shared machine moves between two "
-                "turns; the "
-                "quartiles of the step are beside it.",
+                "turns; the quartiles of the step are beside it.",
                 efficiency_report.SPEED_HEAD,
                 efficiency_report.speed_cells(rows),
             )
@@ -123,13 +110,11 @@ def _speed_shows(rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> str:
 
     fastest, slowest = max(rows, key=speed), min(rows, key=speed)
     text = (
-        "Left, operations per second of each training step over its operations per byte, under the "
-        "roofline of this "
-        "device (copies and matrix products, measured in the same process). Middle, windows per second, "
-        "the lines from "
-        f"the lower to the upper quartile of {about['repeats']} turns. Right, the memory that the step "
-        "holds at once by "
-        f"the compiler's plan. Fastest is {name(fastest)} ({speed(fastest):.3g} windows a second)"
+        "Left, operations per second of each training step over its operations per byte, under the roofline "
+        "of this device (copies and matrix products, measured in the same process). Middle, windows per "
+        f"second, the lines from the lower to the upper quartile of {about['repeats']} turns. Right, the "
+        f"memory that the step holds at once by the compiler's plan. Fastest is {name(fastest)} "
+        f"({speed(fastest):.3g} windows a second)"
     )
     if fastest is not slowest:
         text += f", slowest {name(slowest)} ({speed(slowest):.3g})"
@@ -164,14 +149,12 @@ def published_figure(compared: Sequence[Compared]) -> Figure:
         "published",
         "Parameters and operations beside the published figures",
         f"Of one crop, forward, in GFLOP: {ratios}. What differs: {differences}. The open markers are our "
-        "formula under "
-        f"that reading, which gives {every} published figure to the digits that were published.",
+        f"formula under that reading, which gives {every} published figure to the digits that were "
+        "published.",
         "How the paper measured: its code for that is not public, and that a counting gives all of its "
-        "figures does "
-        "not prove that it is the one used. The extra product at each token may be a convolution of the "
-        "stem or a head. "
-        "Nothing here depends on what was measured on this device: ours are the shipped configs at full "
-        "size.",
+        "figures does not prove that it is the one used. The extra product at each token may be a "
+        "convolution of the stem or a head. Nothing here depends on what was measured on this device: ours "
+        "are the shipped configs at full size.",
         (
             "backbone",
             "quantity",
@@ -228,12 +211,11 @@ def scaling_figure(
         "scaling",
         f"How time and memory of the encoder grow on {about['device_kind']}",
         "Time (with quartiles over turns) and temporary memory of the encoder's forward and backward pass "
-        "over the length "
-        f"of the window and over the batch, with fitted exponents: {said}.",
+        f"over the length of the window and over the batch, with fitted exponents: {said}.",
         (_QUICK if about["quick"] else "")
         + "An exponent over a few sizes is a description of these sizes: small programs have constant "
-        "costs that pull it "
-        "down, and attention bends upwards, which is why the last doubling stands beside it.",
+        "costs that pull it down, and attention bends upwards, which is why the last doubling stands "
+        "beside it.",
         columns,
         [[row.get(name) for name in columns] for row in rows],
         efficiency_plots.draw_scaling(rows, fits, about),

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap
+from ecg_jax.run_setup import flatten
 from ecg_jax.studies import flops
-from ecg_jax.studies.efficiency import encoder_parameters
 from ecg_jax.studies.efficiency_plots import LOOKS
+from ecg_jax.studies.efficiency_programs import encoder_parameters
 from ecg_jax.studies.error_cost_plot import draw_error_cost
 from ecg_jax.studies.figure_folder import Figure
 from ecg_jax.studies.scaling_points import MEAN, Curve, error_curves, families, usable
@@ -46,11 +47,13 @@ class Point:
     Attributes:
         label: of the family.
         objective, backbone: of the runs.
-        recordings: that each was pretrained on.
+        recordings: that each was pretrained on, the mean where seeds differ by a few.
         runs: names, a run for each seed.
         error, low, high: mean over seeds with its 95 % interval over patients, and over seeds where there are several.
         resampled: float64 [R], the mean over seeds on every resample of the patients.
         costs: means over seeds by the names of `COSTS`; None where a run does not know.
+        begun, killed: how many of the runs begin with another run's parameters, or had an attempt without a measured
+            end; see `costs_of`.
         devices: kinds that the runs were made on.
     """
 
@@ -64,25 +67,33 @@ class Point:
     high: float
     resampled: np.ndarray
     costs: dict[str, float | None]
+    begun: int
+    killed: int
     devices: tuple[str, ...]
 
 
 def costs_of(run: StudyRun) -> dict[str, float | None]:
     """What a run's encoder costs to use, and what the run cost; None where it is not known.
 
-    Windows a second are all windows of the run over all its seconds, with start, compilation and validation.
+    Windows a second are all windows of the run over all its seconds, with start, compilation and validation; they and
+    device-hours are not known of a run with an attempt that was killed. A run that begins with another's parameters has
+    no training cost here: what those cost would belong to it.
     """
     window = {name: run.config["data"][name] for name in ("window_s", "rate_hz")}
     config = {"model": run.config["model"], "data": window}
     parameters, forward = _of_encoder(json.dumps(config, sort_keys=True))
-    rate = run.windows / run.seconds if run.seconds and run.windows else None
+    whole = not _begins_with_another(run)
     return {
         "parameters": parameters,
         "flops_per_window": forward,
-        "train_flops": run.train_flops,
-        "windows_per_s": rate,
-        "device_hours": run.device_hours,
+        "train_flops": run.train_flops if whole else None,
+        "windows_per_s": run.windows_per_s,
+        "device_hours": run.device_hours if whole else None,
     }
+
+
+def _begins_with_another(run: StudyRun) -> bool:
+    return bool(flatten(run.config).get("init.checkpoint"))
 
 
 @functools.cache
@@ -96,10 +107,10 @@ def _of_encoder(config: str) -> tuple[int | None, int | None]:
 
 
 def points_of(curve: Curve) -> list[Point]:
-    """A point for each number of recordings of a curve."""
+    """A point for each size of a curve; the numbers of recordings of its seeds may differ by a few."""
     points = []
-    for recordings in dict.fromkeys(run.recordings for run in curve.runs):
-        chosen = [i for i, run in enumerate(curve.runs) if run.recordings == recordings]
+    for rung in range(curve.n_rungs):
+        chosen = np.flatnonzero(curve.rungs == rung)
         runs = [curve.runs[i] for i in chosen]
         values, resampled = curve.values[chosen], curve.resampled[chosen]
         deviations = bootstrap.seed_deviations(values, resampled.shape[1], np.random.default_rng(0))
@@ -110,11 +121,13 @@ def points_of(curve: Curve) -> list[Point]:
                 curve.family.label,
                 curve.family.objective,
                 curve.family.backbone,
-                recordings,
+                round(np.mean([run.recordings for run in runs])),
                 tuple(run.name for run in runs),
                 *interval,
                 resampled.mean(axis=0),
                 {name: _mean([costs[name] for costs in each]) for name in COSTS},
+                sum(map(_begins_with_another, runs)),
+                sum(run.unmeasured > 0 for run in runs),
                 tuple(sorted({run.device_kind for run in runs if run.device_kind})),
             )
         )
@@ -251,8 +264,29 @@ def _shows(points: Sequence[Point], found, error: str) -> str:
         f"{error} with 95 % intervals over what it costs, {len(points)} points; each is {over} at one "
         "number of recordings, a larger mark for more of them. Ringed are the points that no other beats in both: "
         f"{'; '.join(said)}. The share is how often a point is there when the test patients are drawn again, the same "
-        "draws for all points." + (f" Not known of every run: {', '.join(missing)}." if missing else "")
+        "draws for all points."
+        + (f" Not known of every run: {', '.join(missing)}." if missing else "")
+        + _unpriced(points)
     )
+
+
+def _unpriced(points: Sequence[Point]) -> str:
+    """Which runs have no training cost, and why."""
+    all_runs = sum(len(p.runs) for p in points)
+    begun, killed = sum(p.begun for p in points), sum(p.killed for p in points)
+    text = ""
+    if begun:
+        text += (
+            f" {begun} of {all_runs} runs begin with another run's parameters, whose cost would belong to theirs: they "
+            "are not in the panels of operations of training and device-hours, and their recordings are those of the "
+            "second run alone."
+        )
+    if killed:
+        text += (
+            f" {killed} of {all_runs} runs had an attempt that was killed, whose time is not known: they are not in "
+            "the panels of windows a second and device-hours."
+        )
+    return text
 
 
 def _does_not_show(points: Sequence[Point]) -> str:

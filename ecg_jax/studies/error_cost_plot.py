@@ -8,6 +8,7 @@ import numpy as np
 from ecg_jax.evaluation.drawing import new_figure, plain_axes
 from ecg_jax.evaluation.plots import GREY
 from ecg_jax.studies.efficiency_plots import LOOKS
+from ecg_jax.studies.power_law import rungs_of
 
 #: Objective -> marker.
 MARKERS = {"cpc": "o", "jepa": "s", "data2vec": "^", "dinosr": "v", "hubertpp": "D", "hubert": "P"}
@@ -30,7 +31,7 @@ def draw_error_cost(
     """
     figure = new_figure(13, 8.2)
     panels = figure.subplots(2, 3, sharey=True)
-    sizes = sorted({point.recordings for point in points})
+    sizes = _sizes(points)
     for axes, (name, (label, less)) in zip(panels.flat, costs.items(), strict=False):
         _draw_panel(axes, points, fronts[name], name, sizes)
         note = " (equal ones side by side)" if name in _SHARED else "" if less else " (more is better)"
@@ -43,7 +44,7 @@ def draw_error_cost(
     return figure
 
 
-def _draw_panel(axes, points: Sequence, front: dict, name: str, sizes: list[int]) -> None:
+def _draw_panel(axes, points: Sequence, front: dict, name: str, sizes: dict[int, int]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     if not front:
@@ -99,13 +100,18 @@ def _log_limits(values: Sequence[float]) -> tuple[float, float]:
     return low * math.exp(-room), high * math.exp(room)
 
 
-def _size(recordings: int, sizes: list[int]) -> float:
-    if len(sizes) == 1:
-        return 7.0
-    return float(np.interp(sizes.index(recordings), (0, len(sizes) - 1), (_SMALLEST, _LARGEST)))
+def _sizes(points: Sequence) -> dict[int, int]:
+    """Recordings of a point -> their rung: curves whose sizes differ by a few have marks of one size."""
+    recordings = [point.recordings for point in points]
+    return dict(sorted(zip(recordings, rungs_of(recordings).tolist(), strict=True)))
 
 
-def _draw_legend(axes, points: Sequence, sizes: list[int]) -> None:
+def _size(recordings: int, sizes: dict[int, int]) -> float:
+    last = max(sizes.values())
+    return float(np.interp(sizes[recordings], (0, last), (_SMALLEST, _LARGEST))) if last else 7.0
+
+
+def _draw_legend(axes, points: Sequence, sizes: dict[int, int]) -> None:
     """What colours, markers, sizes and rings are, in the panel that has no cost."""
     from matplotlib.lines import Line2D
 
@@ -116,9 +122,10 @@ def _draw_legend(axes, points: Sequence, sizes: list[int]) -> None:
     objectives = dict.fromkeys(point.objective for point in points)
     handles = [mark(color=LOOKS[name][0], label=LOOKS[name][2]) for name in backbones]
     handles += [mark(marker=MARKERS[name], label=name) for name in objectives]
-    if len(sizes) > 1:
+    one_of_each = {rung: n for n, rung in sizes.items()}.values()
+    if len(one_of_each) > 1:
         handles += [
-            mark(markersize=_size(n, sizes), label=f"{n:,} recordings".replace(",", " ")) for n in sizes
+            mark(markersize=_size(n, sizes), label=f"{n:,} recordings".replace(",", " ")) for n in one_of_each
         ]
     handles.append(
         mark(color="black", markerfacecolor="none", markersize=11, label="no point is better in both (front)")

@@ -17,7 +17,7 @@ import pytest
 
 from ecg_jax.config_flags import load_config, override
 from ecg_jax.studies import flops
-from ecg_jax.studies.efficiency import build, encoder_program, step_program
+from ecg_jax.studies.efficiency_programs import build, encoder_program, step_program
 from ecg_jax.studies.roofline import measure_roofline
 from ecg_jax.studies.timing import time_in_turns
 
