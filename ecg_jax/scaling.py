@@ -3,18 +3,18 @@
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation.drawing import looks_of
-from ecg_jax.files import write_atomic
 from ecg_jax.probe_output import plain
 from ecg_jax.probe_provenance import made_with
 from ecg_jax.studies import scaling_fits
-from ecg_jax.studies.figure_folder import Figure, write_figures
+from ecg_jax.studies.figure_folder import Figure, check_folder, write_figures
 from ecg_jax.studies.scaling_figures import curves_figure, short_label
-from ecg_jax.studies.scaling_fits import PUBLISHED, PUBLISHED_IN, Fitted, fit_curve
+from ecg_jax.studies.scaling_fits import PUBLISHED, PUBLISHED_IN, Fitted, by_kind, fit_curve
 from ecg_jax.studies.scaling_overviews import correlation_figure, exponents_figure, training_figure
 from ecg_jax.studies.scaling_points import (
     AXES,
@@ -42,7 +42,7 @@ There is one curve for each objective, backbone, task and mode of probe, and for
 runs of one size differ part curves. Writes scaling.json (fits, intervals, verdicts, every point with its folder), and
 each picture and table as files with figures.json, which `ecg-jax report` reads.
 """
-RESULT = "scaling.json"
+KIND, RESULT = "scaling", "scaling.json"
 _MODES = ("linear", "frozen", "finetune")
 
 
@@ -76,7 +76,7 @@ def scaling(
             nothing is written then.
     """
     output = Path(output)
-    _check_output(output)
+    check_folder(output, KIND)
     found = find_runs(runs)
     chosen, left_out = usable(found)
     notes = [f"{name} is left out: {why}" for name, why in left_out.items()]
@@ -122,20 +122,9 @@ def scaling(
         }
     )
     figures = _draw(fits, correlated, grouped, chosen)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into --output={output}: {error.strerror}") from error
-    write_atomic(output / RESULT, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-    write_figures(output, "scaling", figures, about)
+    content = (json.dumps(results, indent=1, allow_nan=False) + "\n").encode()
+    write_figures(output, KIND, figures, about, {RESULT: content})
     return results
-
-
-def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output={output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / RESULT).exists():
-        raise UserError(f"--output={output} holds something else than a scaling study; name another folder")
 
 
 def _check_curves(curves: Sequence[Curve], runs: Sequence[StudyRun], tasks, modes) -> None:
@@ -172,15 +161,10 @@ def _fit(curves: Sequence[Curve], axes: Sequence[str], hold_out: bool, resamples
 def _draw(fits: Sequence[Fitted], correlated, grouped, runs: Sequence[StudyRun]) -> list[Figure]:
     """Pictures and tables, in the order of a reader."""
     looks = looks_of(list(dict.fromkeys(short_label(family) for family in grouped)))
-    kinds: dict[tuple, list[Fitted]] = {}
-    for fit in fits:
-        if fit.curve.quantity != BEST_LOSS:
-            kinds.setdefault(
-                (fit.axis, fit.curve.quantity, fit.curve.task, fit.curve.mode, fit.curve.metric), []
-            ).append(fit)
-    means = {(mode, metric) for _, _, task, mode, metric in kinds if task == MEAN}
+    kinds = by_kind([fit for fit in fits if fit.curve.quantity != BEST_LOSS])
+    means = {(mode, metric) for _, _, mode, metric, task, _ in kinds if task == MEAN}
     figures: list[Figure | None] = [training_figure(grouped)]
-    for (axis, quantity, task, mode, metric), own in kinds.items():
+    for (axis, quantity, mode, metric, task, _), own in kinds.items():
         # Over other axes of the errors only the mean over tasks, where there is one. Windows in proportion to the
         # recordings would be the same picture again; operations are not, as they differ between backbones.
         single = quantity == ERROR and task != MEAN and (mode, metric) in means
@@ -191,7 +175,18 @@ def _draw(fits: Sequence[Fitted], correlated, grouped, runs: Sequence[StudyRun])
     chosen = [each for each in correlated if each.task == MEAN or (each.mode, each.metric) not in means]
     figures += [correlation_figure(each) for each in chosen]
     figures += tables(fits, correlated, runs)
-    return [figure for figure in figures if figure is not None]
+    return _named_apart([figure for figure in figures if figure is not None])
+
+
+def _named_apart(figures: Sequence[Figure]) -> list[Figure]:
+    """Figures with a number in the names that would be there again: means over other tasks, tasks spelt alike."""
+    named: dict[str, Figure] = {}
+    for figure in figures:
+        name, again = figure.name, 2
+        while name in named:
+            name, again = f"{figure.name}_{again}", again + 1
+        named[name] = replace(figure, name=name)
+    return list(named.values())
 
 
 def main(argv: list[str]) -> int:

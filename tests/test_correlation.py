@@ -64,7 +64,7 @@ def test_objectives_are_compared_within_themselves():
     y = np.concatenate([-np.arange(5.0), 20 - np.arange(5.0)]) + 0.1 * np.sin(np.arange(10))
     pooled, within, *each = correlate(x, y, groups=groups, rungs=rungs)
     assert pooled.pearson.point > 0.8
-    assert "not comparable" in pooled.remark
+    assert "curves are mixed" in pooled.remark
     assert within.pearson.high < -0.9
     assert within.spearman.high < 0
     assert [one.name for one in each] == ["objective 0", "objective 1"]
@@ -82,7 +82,7 @@ def test_too_few_points_have_no_number():
     assert within.pearson is not None
     groups, rungs = cells(2, 2)
     within = correlate(np.arange(4.0), np.arange(4.0), groups=groups, rungs=rungs)[1]
-    assert within.remark == "too few points for an interval: 4 points for 2 means"
+    assert within.remark == "too few points for an interval: 4 points less 2 that were fitted"
     groups, rungs = cells(1, 5)
     assert "does not vary" in correlate(np.ones(5), np.arange(5.0), groups=groups, rungs=rungs)[0].remark
 
@@ -121,6 +121,31 @@ def test_intervals_hold_the_truth_as_often_as_they_say(correlation, n_groups, n_
         hits += pearson.low <= correlation <= pearson.high
     # Fewer than 133 of 150 at 95 % happen once in a thousand times.
     assert hits >= 133
+
+
+def test_residuals_are_counted_by_what_they_have_left():
+    from scipy.stats import pearsonr
+
+    generator = np.random.default_rng(6)
+    trend = np.linspace(0, 1, 9)
+    x, y = 3 * trend + generator.normal(size=(2, 9))
+    (found, _) = correlate(
+        x, y, groups=["cpc"] * 9, rungs=list(range(9)), trends=trend[:, None], n_resamples=40_000
+    )
+    # A partial correlation has the interval of one point less for each variable that is held constant.
+    line = np.c_[np.ones(9), trend]
+    left = [each - line @ np.linalg.lstsq(line, each, rcond=None)[0] for each in (x, y)]
+    point = pearsonr(*left).statistic
+    ends = np.tanh(np.arctanh(point) + np.array([-1.96, 1.96]) / np.sqrt(9 - 1 - 3))
+    np.testing.assert_allclose(found.pearson, [point, *ends], atol=0.01)
+    # What is a trend of one group only is taken off there only, and only there counted.
+    groups = ["a"] * 4 + ["b"] * 4
+    two = correlate(
+        x[:8], y[:8], groups=groups, rungs=[0, 1, 2, 3] * 2, trends=np.r_[trend[:4], np.zeros(4)][:, None]
+    )
+    assert [each.name for each in two] == ["within curves", "a", "b"]
+    assert [each.pearson is None for each in two] == [False, True, False]
+    assert two[1].remark == "too few points for an interval: 4 points less 2 that were fitted"
 
 
 def test_values_that_do_not_match_are_refused():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ecg_jax.studies.power_law import fit_many, fit_power_law, rungs_of
+from ecg_jax.studies.power_law import decided, fit_many, fit_power_law, rungs_of
 
 RUNGS = np.array([18e3, 45e3, 106e3, 753e3, 11e6])
 RUNS = np.repeat(RUNGS, 3)
@@ -122,6 +122,14 @@ def test_identifiable_fits_have_ends_inside_the_bounds():
     # A curve without an offset to speak of says that it may do without.
     plain = fit_power_law(RUNS, noisy(RUNS**-0.3), offset=True)
     assert "an offset of 0 is not excluded" in plain.reason
+
+
+def test_a_search_that_did_not_end_determines_nothing():
+    law = fit_power_law(RUNS, noisy(RUNS**-0.3), offset=False)
+    assert law.identifiable
+    lost = decided(law._replace(converged=False), law.b_range, None)
+    assert not lost.identifiable
+    assert "did not end" in lost.reason
 
 
 def test_values_that_rise_stop_at_the_bound():

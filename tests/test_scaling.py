@@ -136,8 +136,9 @@ def test_figures_say_what_they_show_and_what_not(study, result):
     assert len(folder.about["runs"]) == 15
     by_name = {figure.name: figure for figure in folder.figures}
     assert {
-        "training", "loss_recordings", "error_linear_mean_recordings", "error_linear_ptbxl_sub_recordings",
-        "loss_flops", "loss_device_hours", "exponents_over_recordings", "correlation_linear_mean", "fits", "models",
+        "training", "loss_recordings", "error_linear_mean_macro_auroc_recordings",
+        "error_linear_ptbxl_sub_macro_auroc_recordings",
+        "loss_flops", "loss_device_hours", "exponents_over_recordings", "correlation_linear_mean_macro_auroc", "fits", "models",
         "largest_size_predicted", "correlations", "points", "runs",
     } <= set(by_name)  # fmt: skip
     loss = by_name["loss_recordings"]

@@ -6,7 +6,7 @@ import pytest
 from ecg_jax.studies.scaling_bootstrap import bootstrap_fit, compare_models, predict_largest
 
 RUNGS = np.array([18e3, 45e3, 106e3, 753e3, 11e6])
-RUNS, SEEDS = np.repeat(RUNGS, 3), np.tile([0, 1, 2], 5)
+RUNS = np.repeat(RUNGS, 3)
 
 
 def noisy(values, sd=0.01, seed=0):
@@ -44,7 +44,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         fit = bootstrap_fit(
             RUNS,
             noisy(truth, seed=study),
-            seeds=SEEDS,
             offset=False,
             sizes=[11e6],
             n_resamples=300,
@@ -88,7 +87,7 @@ def test_patients_shared_by_all_runs_move_the_level_and_not_the_exponent():
 
 def test_what_an_interval_leaves_out_is_said():
     single = bootstrap_fit(RUNGS, noisy(RUNGS**-0.2), offset=False)
-    assert single.n_seeds == 1
+    assert single.runs_of_rung == 1
     assert any(remark.startswith("one seed") for remark in single.remarks)
     assert any("test recordings are not in the interval" in remark for remark in single.remarks)
     two = bootstrap_fit(RUNGS[:2], RUNGS[:2] ** -0.2, offset=False)
@@ -96,9 +95,9 @@ def test_what_an_interval_leaves_out_is_said():
     assert np.isnan([two.b.low, two.b.high, two.low[0]]).all()
     assert any("other seeds are not in the interval" in remark for remark in two.remarks)
     steps = np.repeat([1.05, 0.95, 1.0, 1.05, 0.95], 3)
-    off = bootstrap_fit(RUNS, noisy(RUNS**-0.2 * steps, 0.001), seeds=SEEDS, offset=False)
+    off = bootstrap_fit(RUNS, noisy(RUNS**-0.2 * steps, 0.001), offset=False)
     assert any("further than their seeds explain" in remark for remark in off.remarks)
-    on = bootstrap_fit(RUNS, noisy(RUNS**-0.2, 0.001), seeds=SEEDS, offset=False)
+    on = bootstrap_fit(RUNS, noisy(RUNS**-0.2, 0.001), offset=False)
     assert off.b.high - off.b.low > 10 * (on.b.high - on.b.low)
 
 
@@ -111,8 +110,24 @@ def test_resamples_without_an_error_are_left_out_and_counted():
     assert np.isfinite([fit.b.low, fit.b.high]).all()
     with pytest.raises(ValueError, match="one row for each"):
         bootstrap_fit(RUNS, values, resampled[:4], offset=False)
-    with pytest.raises(ValueError, match="same seed twice"):
-        bootstrap_fit(RUNS, values, seeds=np.zeros(15, int), offset=False)
+
+
+def test_a_verdict_holds_for_the_intervals_that_are_stated():
+    values = noisy(1.32 * RUNS**-0.3 + 0.05, 0.003)
+    runs_alone = bootstrap_fit(RUNS, values, offset=True, n_resamples=300).law
+    assert runs_alone.identifiable
+    assert not runs_alone.reason
+    # Patients that move every run on its own by 10 % leave an offset from none to all of the smallest error.
+    fit = bootstrap_fit(RUNS, values, patients(values, 0.0, 0.1), offset=True)
+    assert fit.c.low == 0
+    assert fit.c.high > 0.95 * fit.law.predict(11e6)
+    assert not fit.law.identifiable
+    assert "an offset of none and of all of the value fit as well" in fit.law.reason
+    assert fit.law.reason in fit.remarks
+    # Patients that move all runs alike move the level of the offset, but not its share.
+    alike = bootstrap_fit(RUNS, values, patients(values, 0.3, 0.0), offset=True)
+    assert alike.c.high > fit.c.high
+    assert alike.law.identifiable
 
 
 def test_the_largest_rung_is_predicted_where_the_law_goes_on_and_not_where_it_ends():
@@ -129,6 +144,10 @@ def test_the_largest_rung_is_predicted_where_the_law_goes_on_and_not_where_it_en
     assert floor.error < -0.1
     assert "further than their seeds explain" in floor.remark
     assert predict_largest(RUNS, noisy(1.32 * RUNS**-0.3 + 0.05), offset=True).inside
+    # An exponent of 0 is not excluded by the smaller sizes, and then three parameters promise nothing.
+    flat = predict_largest(RUNS, noisy(np.full(15, 0.3), 0.05, seed=2), offset=True)
+    assert flat.predicted is flat.error is flat.inside is None
+    assert "no scaling at all, is not excluded" in flat.remark
     few = predict_largest(RUNS[:12], noisy(RUNS[:12] ** -0.3), offset=True)
     assert few.predicted is None
     assert few.remark == "3 smaller rungs do not determine 3 parameters: no prediction"
@@ -155,6 +174,14 @@ def test_models_are_told_apart(truth, best):
     found = compare_models(RUNS, noisy(truth, seed=3))
     assert found.best == best
     assert found.verdict.startswith(f"{best} is best supported (AICc over 15 runs: ")
+
+
+def test_no_scaling_is_compared_at_its_best():
+    # AICc of a constant is that of the variance about the mean; about another value it would be tilted against it.
+    n = np.repeat([1e3, 1e4, 1e5, 1e6], [4, 1, 1, 1])
+    values = 0.3 * np.exp(0.02 * np.random.default_rng(1).standard_exponential(7))
+    found = compare_models(n, values).candidates[0]
+    assert found.aicc == pytest.approx(7 * np.log(np.log(values).var()) + 4 + 12 / 4, abs=1e-6)
 
 
 def test_aicc_is_that_of_regression():

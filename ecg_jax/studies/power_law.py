@@ -72,6 +72,8 @@ class PowerLaw(NamedTuple):
     offset: bool
     """Whether c was fitted."""
     converged: bool
+    flat: bool
+    """Whether the values are the same at every size."""
     identifiable: bool
     reason: str
     """One sentence: why it is not identifiable, or what to know of it; "" if there is nothing to say."""
@@ -80,7 +82,6 @@ class PowerLaw(NamedTuple):
     c_range: tuple[float, float] | None
     """The same of the offset; None for a fit without."""
     scatter: Scatter
-    n_runs: int
     n_sizes: int
 
     def predict(self, n) -> np.ndarray:
@@ -323,41 +324,39 @@ def _profile(x, y, at, residuals, corner, scatter: Scatter, which: int, offset: 
     return np.array(ends)
 
 
-def _verdict(
-    law_is, offset: bool, sizes: int, scatter: Scatter, b_range, c_range, largest: float, flat: bool
-):
-    """(identifiable, reason) in words."""
-    parameters = 2 + offset
-    if sizes < parameters + 1:
-        return False, (
-            f"not identifiable: {parameters} parameters need at least {parameters + 1} distinct sizes, "
-            f"there are {sizes}"
-        )
-    if flat:
-        return False, "not identifiable: the values are the same at every size"
-    if not scatter.dof:
-        return False, "not identifiable: no degree of freedom is left to tell noise from curve"
-    low, high = b_range
-    if offset and low <= 0:
-        return False, (
-            "not identifiable: an exponent of 0, so no scaling at all, is not excluded, "
-            "and then a and c are one number"
-        )
-    if high >= MAX_EXPONENT and (offset or low <= 0):
-        return False, (
-            f"not identifiable: exponents from {low:.3g} to the bound of {MAX_EXPONENT:g} fit the points as well"
-        )
-    if offset and c_range[0] <= 0 and c_range[1] >= 0.95 * largest:
-        return False, "not identifiable: an offset of none and of all of the value fit the points as well"
-    if law_is.b == 0:
-        return True, "the values do not fall with size: the exponent is at its bound 0"
-    if low <= 0:
-        return True, "an exponent of 0, so no scaling at all, is not excluded"
-    if high >= MAX_EXPONENT:
-        return True, f"the exponent reaches its bound of {MAX_EXPONENT:g}"
-    if offset and c_range[0] <= 0:
-        return True, "an offset of 0 is not excluded: a power law without offset may do"
-    return True, ""
+def decided(law: PowerLaw, b_range, share_range) -> PowerLaw:
+    """The law with its verdict: whether the points determine it, and the reason.
+
+    Args:
+        law: fitted.
+        b_range, share_range: exponents, and shares of the offset in the value at the largest size (None without
+            offset), that are not excluded, of whatever the verdict is to hold for.
+    """
+    offset, needed, (low, high) = law.offset, 3 + law.offset, b_range
+    no_offset = offset and share_range[0] <= 0
+    bound = f"the bound of {MAX_EXPONENT:g}"
+    nothing = "an exponent of 0, so no scaling at all, is not excluded"
+    too_few = f"{needed - 1} parameters need at least {needed} distinct sizes, there are {law.n_sizes}"
+    for so, why in (
+        (law.n_sizes < needed, too_few),
+        (law.flat, "the values are the same at every size"),
+        (not law.scatter.dof, "no degree of freedom is left to tell noise from curve"),
+        (not law.converged, "the search for the best curve did not end"),
+        (offset and low <= 0, f"{nothing}, and then a and c are one number"),
+        (high >= MAX_EXPONENT and (offset or low <= 0), f"exponents from {low:.3g} to {bound} fit as well"),
+        (no_offset and share_range[1] >= 0.95, "an offset of none and of all of the value fit as well"),
+    ):
+        if so:
+            return law._replace(identifiable=False, reason=f"not identifiable: {why}")
+    for so, what in (
+        (law.b == 0, "the values do not fall with size: the exponent is at its bound 0"),
+        (low <= 0, nothing),
+        (high >= MAX_EXPONENT, f"the exponent reaches {bound}"),
+        (no_offset, "an offset of 0 is not excluded: a power law without offset may do"),
+    ):
+        if so:
+            return law._replace(identifiable=True, reason=what)
+    return law._replace(identifiable=True, reason="")
 
 
 def fit_power_law(n, values, *, offset: bool) -> PowerLaw:
@@ -383,20 +382,16 @@ def fit_power_law(n, values, *, offset: bool) -> PowerLaw:
     scatter = scatter_of(residuals, rung, 2 + offset, corner)
     a, b, c, converged = (each[0].item() for each in fits)
     x, y = np.log(n / n.max()), np.log(values)
+    b_range, c_range, share_range = (0.0, MAX_EXPONENT), None, None
+    if offset:
+        share_range, c_range = (0.0, 1.0), (0.0, float(np.exp(at[0])))
     if scatter.dof and sizes > 1:
         low, high = _profile(x, y, at, residuals, corner, scatter, 1, offset)[:, 1]
         b_range = (float(low), float(high))
-    else:
-        b_range = (0.0, MAX_EXPONENT)
-    c_range = None
-    largest = float(np.exp(at[0]))
-    if offset:
-        c_range = (0.0, largest)
-        if scatter.dof and sizes > 1:
+        if offset:
             ends = _profile(x, y, at, residuals, corner, scatter, 2, True)
-            ends_of_c = ends[:, 2] * np.exp(ends[:, 0])
-            c_range = (float(ends_of_c[0]), float(ends_of_c[1]))
-    law = PowerLaw(a, b, c, offset, converged, False, "", b_range, c_range, scatter, len(n), sizes)
+            share_range = tuple(ends[:, 2])
+            c_range = tuple((ends[:, 2] * np.exp(ends[:, 0])).tolist())
     flat = float(np.ptp(y)) < 1e-9
-    identifiable, reason = _verdict(law, offset, sizes, scatter, b_range, c_range, largest, flat)
-    return law._replace(identifiable=identifiable, reason=reason)
+    law = PowerLaw(a, b, c, offset, converged, flat, False, "", b_range, c_range, scatter, sizes)
+    return decided(law, b_range, share_range)

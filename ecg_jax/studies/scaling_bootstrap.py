@@ -17,7 +17,6 @@ Rungs that lie off the curve by as much as seeds differ leave 92 % of 5 rungs an
 tests/benchmarks/results/2026-11-22-scaling-coverage.md.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +48,7 @@ class ScalingFit(NamedTuple):
     """[M]"""
     over: tuple[str, ...]
     """What the intervals contain: some of "runs", "recordings"."""
-    n_seeds: int
+    runs_of_rung: int
     """Largest number of runs of one rung."""
     remarks: tuple[str, ...]
     """Sentences on what the intervals do not contain and what to know of the fit."""
@@ -62,7 +61,7 @@ class HeldOut(NamedTuple):
     observed: float
     """Geometric mean over the runs of the largest rung; the prediction is for this."""
     predicted: Interval | None
-    """None where the smaller rungs do not determine the curve."""
+    """None where the smaller rungs do not determine the curve; then so are the next two."""
     error: float | None
     """predicted / observed − 1: positive where the curve promised a larger loss or error than was found."""
     inside: bool | None
@@ -126,11 +125,26 @@ def _log_patients(points, resampled_errors) -> tuple[np.ndarray | None, int]:
     return np.log(resampled[:, usable] / np.asarray(points)[:, None]).T, int((~usable).sum())
 
 
+def _decided(law: PowerLaw, n, fits: Fits) -> PowerLaw:
+    """The law with a verdict that holds for its profile and for what the simulated studies add: test recordings."""
+
+    def either(profile, values):
+        found = interval(0.0, values, LEVEL)
+        return min(profile[0], found.low), max(profile[1], found.high)
+
+    shares = None
+    if law.c_range:
+        largest = float(law.predict(np.max(n)))
+        # Of each study's own value: patients who move all errors alike leave the share as it is.
+        simulated = fits.c / fits.predict([np.max(n)])[:, 0]
+        shares = either([c / largest for c in law.c_range], simulated)
+    return power_law.decided(law, either(law.b_range, fits.b), shares)
+
+
 def bootstrap_fit(
     n,
     points,
     resampled_errors=None,
-    seeds: Sequence[int] | None = None,
     *,
     offset: bool,
     sizes=None,
@@ -144,60 +158,51 @@ def bootstrap_fit(
         points: [P], its loss or its error on all test recordings, positive.
         resampled_errors: [P, R], its error on R resamples of the patients, the same resamples for all runs; None for
             losses, whose intervals are over runs only. Resamples on which an error is undefined or 0 are left out.
-        seeds: [P], the seed of each run; None if they are not known.
         offset: whether c is fitted.
         sizes: [M], where to give the curve; 60 from the smallest to the largest n by default.
         n_resamples: number of simulated studies; with `resampled_errors`, as many as these have.
         seed: of NumPy's default generator.
 
     Raises:
-        ValueError: shapes that do not match, values that are not positive, or a rung with the same seed twice.
+        ValueError: shapes that do not match, or values that are not positive.
     """
     n, points = np.asarray(n, dtype=np.float64), np.asarray(points, dtype=np.float64)
     law = power_law.fit_power_law(n, points, offset=offset)
-    rung = power_law.rungs_of(n)
-    if seeds is not None and len(set(zip(rung.tolist(), seeds, strict=True))) < len(n):
-        raise ValueError("a rung has the same seed twice")
     log_patients, left_out = _log_patients(points, resampled_errors)
     sizes = np.geomspace(n.min(), n.max(), 60) if sizes is None else np.asarray(sizes, dtype=np.float64)
     over = (("runs",) if law.scatter.dof else ()) + (("recordings",) if log_patients is not None else ())
-    remarks = list(_remarks(law, int(np.bincount(rung).max()), log_patients is not None, left_out))
     R = n_resamples if log_patients is None else len(log_patients)
     if over:
         simulated = _simulated(law, n, log_patients, R, np.random.default_rng(seed))
         fits = power_law.fit_many(n, simulated, offset=offset)
+        law = _decided(law, n, fits)
     else:
         fits = Fits(*(np.full(1, np.nan) for _ in range(4)))
     curve, curves = law.predict(sizes), fits.predict(sizes)
     low, high = (np.quantile(curves, (1 + sign * LEVEL) / 2, axis=0) for sign in (-1, 1))
-    b = interval(law.b, fits.b, LEVEL)
-    if not law.reason and (b.low <= 0 or b.high >= power_law.MAX_EXPONENT):
-        end = "0" if b.low <= 0 else f"{power_law.MAX_EXPONENT:g}"
-        remarks.append(
-            f"the interval of the exponent ends at its bound {end}, not at what the points exclude"
-        )
+    runs_of_rung = int(np.bincount(power_law.rungs_of(n)).max())
     return ScalingFit(
         law,
         interval(law.a, fits.a, LEVEL),
-        b,
+        interval(law.b, fits.b, LEVEL),
         interval(law.c, fits.c, LEVEL) if offset else None,
         sizes,
         curve,
         low,
         high,
         over,
-        int(np.bincount(rung).max()),
-        tuple(remarks),
+        runs_of_rung,
+        tuple(_remarks(law, runs_of_rung, log_patients is not None, left_out)),
     )
 
 
-def _remarks(law: PowerLaw, n_seeds: int, recordings: bool, left_out: int):
+def _remarks(law: PowerLaw, runs_of_rung: int, recordings: bool, left_out: int):
     if law.reason:
         yield law.reason
     scatter = law.scatter
     if not scatter.dof:
         yield "no run is left over to show how runs differ, so other seeds are not in the interval"
-    elif n_seeds == 1:
+    elif runs_of_rung == 1:
         yield (
             "one seed: seeds are not repeated, the spread of runs is taken from their scatter about the curve "
             f"({scatter.dof} degrees of freedom), which is right only if the curve is"
@@ -259,29 +264,31 @@ def predict_largest(
     predicted = Interval(*(float(each) for each in np.exp(log_interval)))
     inside = bool(predicted.low <= observed <= predicted.high)
     error = predicted.point / observed - 1
-    n_seeds = int(np.bincount(rung[~held]).max())
-    remark = "; ".join(_remarks(law, n_seeds, log_patients is not None, 0))
+    law = _decided(law, n[~held], fits)
+    remark = "; ".join(_remarks(law, int(np.bincount(rung[~held]).max()), log_patients is not None, 0))
+    if not law.identifiable:
+        return HeldOut(size, observed, None, None, None, law, remark)
     return HeldOut(size, observed, predicted, error, inside, law, remark)
 
 
 MODELS = ("no scaling", "power law", "power law with offset")
 
 
-def _log_curve(k: int, n, points, at) -> np.ndarray:
-    """Log values [M] at the sizes `at` of the model of k parameters fitted to points [P]."""
+def _log_curve(k: int, n, points, at, weights) -> np.ndarray:
+    """Log values [M] at the sizes `at` of the model of k parameters fitted to points [P], a constant with weights."""
     if k == 1:
-        return np.full(len(at), np.median(np.log(points)))
+        return np.full(len(at), np.average(np.log(points), weights=weights))
     return np.log(power_law.robust_fit(n, points, offset=k == 3)[0].predict(at)[0])
 
 
-def _left_out_error(k: int, n, points, rung) -> float | None:
+def _left_out_error(k: int, n, points, rung, weights) -> float | None:
     """Root mean square of the log mean of a rung less its prediction by the others; None with too few of those."""
     sizes = int(rung.max()) + 1
     if sizes - 1 < k:
         return None
     errors = []
     for held in (rung == i for i in range(sizes)):
-        predicted = _log_curve(k, n[~held], points[~held], n[held])
+        predicted = _log_curve(k, n[~held], points[~held], n[held], weights[~held])
         errors.append(float((np.log(points[held]) - predicted).mean()))
     return float(np.sqrt(np.mean(np.square(errors))))
 
@@ -322,7 +329,7 @@ def compare_models(n, points) -> ModelComparison:
     m = int(unit.max()) + 1
     candidates = []
     for k, (name, law) in enumerate(zip(MODELS, laws, strict=True), start=1):
-        residuals = np.log(points) - _log_curve(k, n, points, n)
+        residuals = np.log(points) - _log_curve(k, n, points, n, weights)
         total = np.bincount(unit, weights)
         squares = np.bincount(unit, weights * residuals) ** 2 / total**2 * total / np.bincount(unit)
         # Residuals of exact values are rounding and tell no model from another.
@@ -335,7 +342,7 @@ def compare_models(n, points) -> ModelComparison:
         if aicc is None:
             why = f"needs more than {k} sizes" if sizes <= k else f"is undefined for {m} {_units(by_rung)}"
             remark = "; ".join(filter(None, [f"AICc {why}", remark]))
-        error = _left_out_error(k, n, points, rung)
+        error = _left_out_error(k, n, points, rung, weights)
         candidates.append(Candidate(name, k, None if aicc is None else float(aicc), error, remark))
     best = best_left_out = None
     defined = [each for each in candidates if each.aicc is not None]

@@ -83,10 +83,10 @@ def log_axes(axes, sizes: Sequence[float] = ()) -> None:
 
 
 def curves_figure(fits: Sequence[Fitted], looks) -> Figure | None:
-    """The curves of one quantity, task and mode over one axis, a panel for each objective; None without any place.
+    """The curves of one kind over one axis, a panel for each objective; None without any place.
 
     Args:
-        fits: of one quantity, task, mode and axis.
+        fits: of one kind, see `scaling_fits.by_kind`.
         looks: of `drawing.looks_of` for the short labels of all families.
     """
     fits = [fit for fit in fits if fit.x is not None]
@@ -137,7 +137,7 @@ def curves_figure(fits: Sequence[Fitted], looks) -> Figure | None:
     quantity = "error" if first.curve.quantity == ERROR else first.curve.quantity
     curve = first.curve
     return Figure(
-        file_name(quantity, curve.mode, curve.task, first.axis),
+        file_name(quantity, curve.mode, curve.task, curve.metric, first.axis),
         title,
         _shows(fits),
         limits(fits),
@@ -232,6 +232,8 @@ def _shows(fits: Sequence[Fitted]) -> str:
     text += ", dashed beyond the largest size; a line is missing where the points determine no curve."
     if over := _over(fits):
         text += f" Shaded is the 95 % interval of the curve over {over}."
+    if first.curve.task == MEAN:
+        text += f" The error is the mean over {', '.join(first.curve.tasks)}."
     if first.curve.quantity == ERROR:
         text += " Thin bars are the 95 % intervals of single runs over other patients."
     sentences = [one_by_one(fit) for fit in fits] if len(fits) <= 4 else in_short(fits)

@@ -152,25 +152,37 @@ def _of_rungs(x: np.ndarray, rungs: np.ndarray) -> np.ndarray:
     return np.exp(means[rungs])
 
 
+def by_kind(fits: Sequence[Fitted]) -> dict[tuple, list[Fitted]]:
+    """Fits by their axis and what their values are; errors of other tasks share no picture and no correlation."""
+    kinds: dict[tuple, list[Fitted]] = {}
+    for fit in fits:
+        curve = fit.curve
+        key = (fit.axis, curve.quantity, curve.mode, curve.metric, curve.task, curve.tasks)
+        kinds.setdefault(key, []).append(fit)
+    return kinds
+
+
 @dataclass(frozen=True)
 class Correlated:
     """Pretraining loss and error of the runs of one task and mode.
 
     Attributes:
-        task, mode, metric: of the errors.
+        task, mode, metric, tasks: of the errors.
         labels: [P], the family of each run.
         names: [P], of the runs.
         recordings: [P].
         losses, errors: [P].
         residuals: [P], log of the error over the fitted curve at its size.
         loss_residuals: [P], the same of the loss.
-        against: what -> correlations: "loss and error", "loss and residual error", "residual loss and residual error".
+        against: what -> correlations: "loss and error", "loss and residual error" (without intervals: it is near 0 by
+            construction), "residual loss and residual error".
         without_fit: labels of families whose error no curve was determined for; their runs have NaN residuals.
     """
 
     task: str
     mode: str
     metric: str
+    tasks: tuple[str, ...]
     labels: list[str]
     names: list[str]
     recordings: np.ndarray
@@ -183,21 +195,21 @@ class Correlated:
 
 
 PAIRS = ("loss and error", "loss and residual error", "residual loss and residual error")
+BY_CONSTRUCTION = (
+    "near 0 whatever the truth: the loss is mostly a trend over the recordings, and the curve of the error took that "
+    "trend off; no interval"
+)
 
 
 def correlations(fits: Sequence[Fitted]) -> list[Correlated]:
-    """Loss against error for every task and mode, over the recordings axis.
+    """Loss against error for every kind of error, over the recordings axis.
 
     Args:
         fits: of losses ("loss") and errors, over recordings.
     """
     losses = {each.curve.family.label: each for each in fits if each.curve.quantity == "loss"}
-    by_task: dict[tuple[str, str, str], list[Fitted]] = {}
-    for each in fits:
-        if each.curve.quantity == ERROR and each.curve.family.label in losses:
-            key = (each.curve.task, each.curve.mode, each.curve.metric)
-            by_task.setdefault(key, []).append(each)
-    return [found for key, own in by_task.items() if (found := _correlated(key, own, losses))]
+    errors = [each for each in fits if each.curve.quantity == ERROR and each.curve.family.label in losses]
+    return [found for own in by_kind(errors).values() if (found := _correlated(own, losses))]
 
 
 def _residuals(fit: Fitted) -> np.ndarray:
@@ -218,13 +230,21 @@ def _resampled_residuals(fit: Fitted) -> np.ndarray:
     return residuals
 
 
-def _correlated(key, fits: Sequence[Fitted], losses: dict[str, Fitted]) -> Correlated | None:
-    """None where no run has both."""
+def _trends(fit: Fitted) -> np.ndarray:
+    """What the curve of the error has besides its level, as columns [P, 2]: log n, and the offset's d log f / dc."""
+    offset = np.zeros(len(fit.curve.values))
+    if fit.drawn == WITH:
+        offset = 1 / fit.forms[WITH].law.predict(fit.at)
+    return np.stack([np.log(fit.at), offset], axis=1)
+
+
+def _correlated(fits: Sequence[Fitted], losses: dict[str, Fitted]) -> Correlated | None:
+    """Of one kind of error; None where no run has both."""
     rows: list[dict[str, Any]] = []
     without = []
     for fit in fits:
         curve, of_loss = fit.curve, losses[fit.curve.family.label]
-        residuals, resampled_residuals = _residuals(fit), _resampled_residuals(fit)
+        residuals, resampled_residuals, trends = _residuals(fit), _resampled_residuals(fit), _trends(fit)
         loss_of = {
             run.name: (value, residual)
             for run, value, residual in zip(
@@ -241,7 +261,7 @@ def _correlated(key, fits: Sequence[Fitted], losses: dict[str, Fitted]) -> Corre
                         "label": curve.family.label, "name": run.name, "recordings": run.recordings,
                         "rung": int(curve.rungs[i]), "loss": loss, "error": curve.values[i],
                         "residual": residuals[i], "loss_residual": loss_residual, "resampled": curve.resampled[i],
-                        "resampled_residual": resampled_residuals[i],
+                        "resampled_residual": resampled_residuals[i], "trends": trends[i],
                     }
                 )  # fmt: skip
     if not rows:
@@ -250,36 +270,40 @@ def _correlated(key, fits: Sequence[Fitted], losses: dict[str, Fitted]) -> Corre
     with np.errstate(divide="ignore", invalid="ignore"):
         log_resampled = np.log(columns["resampled"])
     logs = {"loss": np.log(columns["loss"]), "error": np.log(columns["error"])}
-    x_y = dict(
-        zip(
-            PAIRS,
-            (
-                (logs["loss"], logs["error"], log_resampled),
-                (logs["loss"], columns["residual"], columns["resampled_residual"]),
-                (columns["loss_residual"], columns["residual"], columns["resampled_residual"]),
-            ),
-            strict=True,
-        )
+    pairs = (
+        (logs["loss"], logs["error"], log_resampled, None),
+        (logs["loss"], columns["residual"], columns["resampled_residual"], None),
+        (columns["loss_residual"], columns["residual"], columns["resampled_residual"], columns["trends"]),
     )
-    against = {}
-    for pair, (x, y, others) in x_y.items():
+    against: dict[str, list[Correlation]] = {}
+    for pair, (x, y, others, trends) in zip(PAIRS, pairs, strict=True):
         known = np.isfinite(x) & np.isfinite(y)
-        against[pair] = (
-            correlate(
+        against[pair] = []
+        if known.any():
+            against[pair] = correlate(
                 x[known],
                 y[known],
                 groups=columns["label"][known].tolist(),
                 rungs=columns["rung"][known].tolist(),
                 resampled_y=others[known],
+                trends=None if trends is None else trends[known],
             )
-            if known.any()
-            else []
-        )
-    task, mode, metric = key
+    against[PAIRS[1]] = [_without_interval(each) for each in against[PAIRS[1]]]
+    curve = fits[0].curve
     return Correlated(
-        task, mode, metric, columns["label"].tolist(), columns["name"].tolist(), columns["recordings"],
-        columns["loss"], columns["error"], columns["residual"], columns["loss_residual"], against, tuple(without),
+        curve.task, curve.mode, curve.metric, curve.tasks, columns["label"].tolist(), columns["name"].tolist(),
+        columns["recordings"], columns["loss"], columns["error"], columns["residual"], columns["loss_residual"],
+        against, tuple(without),
     )  # fmt: skip
+
+
+def _without_interval(found: Correlation) -> Correlation:
+    """A correlation with a trend that is taken off by construction; seeds within rungs have none."""
+    if found.pearson is None or found.spearman is None or found.name == "seeds within rungs":
+        return found
+    pearson, spearman = (Interval(each.point, np.nan, np.nan) for each in (found.pearson, found.spearman))
+    remark = "; ".join(filter(None, (found.remark, BY_CONSTRUCTION)))
+    return found._replace(pearson=pearson, spearman=spearman, over=(), remark=remark)
 
 
 def described(fit: Fitted) -> dict[str, Any]:
@@ -341,7 +365,7 @@ def _form(fit: ScalingFit) -> dict[str, Any]:
         "c_profile": law.c_range and list(law.c_range),
         "scatter": law.scatter._asdict(),
         "intervals_over": list(fit.over),
-        "seeds_per_rung": fit.n_seeds,
+        "runs_of_rung": fit.runs_of_rung,
         "remarks": list(fit.remarks),
         "band": {
             "x": fit.sizes.tolist(),
@@ -374,6 +398,7 @@ def correlated(found: Correlated) -> dict[str, Any]:
         "task": found.task,
         "mode": found.mode,
         "metric": found.metric,
+        "tasks": list(found.tasks),
         "without_fit": list(found.without_fit),
         "runs": found.names,
         "correlations": {

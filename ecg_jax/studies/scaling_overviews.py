@@ -9,9 +9,11 @@ from ecg_jax.evaluation.plots import GREY
 from ecg_jax.studies.figure_folder import Figure
 from ecg_jax.studies.power_law import rungs_of
 from ecg_jax.studies.scaling_figures import ERRORS, count, file_name, log_axes, panels, quantity_of, task_of
-from ecg_jax.studies.scaling_fits import PAIRS, PUBLISHED_IN, Correlated, Fitted, published
-from ecg_jax.studies.scaling_points import BEST_LOSS, ERROR, MEAN, Family, populations
+from ecg_jax.studies.scaling_fits import PAIRS, PUBLISHED_IN, Correlated, Fitted, by_kind, published
+from ecg_jax.studies.scaling_points import BEST_LOSS, MEAN, Family, populations
 from ecg_jax.studies.scaling_words import limits, shown
+
+_COLUMNS = 3
 
 
 def training_figure(families: Sequence[Family]) -> Figure | None:
@@ -66,7 +68,9 @@ def training_figure(families: Sequence[Family]) -> Figure | None:
     unfinished = sum(
         1
         for run in runs
-        if len(run.log) > 1 and run.val_loss is not None and run.val_loss <= run.best_val_loss
+        if sum(entry.get("val_loss") is not None for entry in run.log) > 1
+        and run.val_loss is not None
+        and run.val_loss <= run.best_val_loss
     )
     return Figure(
         "training",
@@ -84,18 +88,25 @@ def training_figure(families: Sequence[Family]) -> Figure | None:
 
 
 def exponents_figure(fits: Sequence[Fitted]) -> Figure:
-    """Exponents over recordings with intervals, a row for each family, a panel for each quantity, task and mode."""
-    fits = [fit for fit in fits if fit.axis == "recordings" and fit.curve.quantity != BEST_LOSS]
-    kinds = list(dict.fromkeys((fit.curve.quantity, fit.curve.task, fit.curve.mode) for fit in fits))
-    if any(task == MEAN for _, task, _ in kinds):  # its tasks are in the table
-        kinds = [kind for kind in kinds if kind[0] != ERROR or kind[1] == MEAN]
-    kinds = kinds[:4]
+    """Exponents over recordings with intervals, a row for each family, a panel for each kind of value.
+
+    Errors of single tasks have none where there is a mean over tasks of their mode and metric; they are in the table.
+    """
+    kinds = by_kind([fit for fit in fits if fit.axis == "recordings" and fit.curve.quantity != BEST_LOSS])
+    means = {key[2:4] for key in kinds if key[4] == MEAN}
+    drawn = [own for key, own in kinds.items() if key[4] in ("", MEAN) or key[2:4] not in means]
+    fits = [fit for own in drawn for fit in own]
     labels = list(dict.fromkeys(fit.curve.family.label for fit in fits))
-    figure = new_figure(3.0 + 2.9 * len(kinds), 0.34 * len(labels) + 1.7)
-    grid = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
+    columns = min(len(drawn), _COLUMNS)
+    lines = -(-len(drawn) // columns)
+    figure = new_figure(3.0 + 2.9 * columns, lines * (0.34 * len(labels) + 0.9) + 0.8)
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for unused in grid.ravel()[len(drawn) :]:
+        unused.set_axis_off()
     rows = []
-    for axes, kind in zip(grid, kinds, strict=True):
-        own = [fit for fit in fits if (fit.curve.quantity, fit.curve.task, fit.curve.mode) == kind]
+    for axes, own in zip(grid.ravel(), drawn, strict=False):
+        curve = own[0].curve
+        kind = [curve.quantity, curve.task, curve.mode, curve.metric]
         for fit in own:
             y = labels.index(fit.curve.family.label)
             reference = published(fit)
@@ -120,8 +131,9 @@ def exponents_figure(fits: Sequence[Fitted]) -> Figure:
         axes.set_xlabel("exponent b", fontsize=9)
         axes.set_title(_heading(own[0]), fontsize=9, loc="left")
         plain_axes(axes, "x")
-    grid[0].set_yticks(range(len(labels)), labels)
-    grid[0].set_ylim(len(labels) - 0.4, -0.6)
+    for first in grid[:, 0]:
+        first.set_yticks(range(len(labels)), labels)
+        first.set_ylim(len(labels) - 0.4, -0.6)
     style = {"color": "#0072B2", "marker": "o", "linewidth": 1.3}
     extra = [
         style | {"label": "fitted, 95 % interval"},
@@ -134,19 +146,20 @@ def exponents_figure(fits: Sequence[Fitted]) -> Figure:
             "label": f"paper, {PUBLISHED_IN}",
         },
     ]
-    add_legend(figure, {}, extra, columns=1 if len(kinds) < 2 else 3)
+    add_legend(figure, {}, extra, columns=1 if columns < 2 else 3)
     determined = sum(fit.drawn is not None for fit in fits)
     return Figure(
         "exponents_over_recordings",
         "Exponents over recordings",
         f"The exponent b of each curve with its 95 % interval: losses fall as a N^-b, errors as a N^-b + c. "
         f"{determined} of {len(fits)} curves are determined by their points. An interval that holds 0 does not "
-        "exclude that the quantity stays the same at every size.",
+        "exclude that the quantity stays the same at every size."
+        + (" Errors of single tasks are in the table of fits." if means else ""),
         "Exponents with and without offset are not the same quantity: an offset takes up what does not fall, and makes "
         "the exponent of the rest larger. Stars are the paper's, from other recordings, sizes of 18 thousand to 11 "
         "million and longer training; they are printed for reference and no result of these runs. "
         + limits(fits),
-        ("curve", "quantity", "task", "mode", "form", "b", "low", "high", "published"),
+        ("curve", "quantity", "task", "mode", "metric", "form", "b", "low", "high", "published"),
         rows,
         figure,
     )
@@ -197,17 +210,19 @@ def correlation_figure(found: Correlated) -> Figure:
     ]  # fmt: skip
     lines = [_best_line(found, pair).split("\n") for pair in PAIRS if found.against[pair]]
     sentences = [f"{line[0].capitalize()}: {'; '.join(line[1:])}" for line in lines]
-    task = MEAN if found.task == MEAN else found.task
+    task = f"mean of {len(found.tasks)} tasks" if found.task == MEAN else found.task
     return Figure(
-        file_name("correlation", found.mode, task),
-        f"Pretraining loss and downstream error: {'mean over tasks' if task == MEAN else task}, {found.mode}",
+        file_name("correlation", found.mode, found.task, found.metric),
+        f"Pretraining loss and downstream error: {task}, {found.mode}",
         f"Each marker is one of {len(found.names)} runs. Left: its error over its last validation loss; middle: what "
         "is left of the error when the curve fitted over the number of recordings is divided out; right: the same of "
         "both. The axes are logarithmic, and correlations are of logarithms. " + ". ".join(sentences) + ".",
         "Losses of different objectives have different scales, so that a trend across colours means nothing; the "
         "correlations named are within curves (objective and backbone), of the means over seeds at each size. Loss and "
-        "error both fall with the number of recordings, which alone correlates them: only the middle and the right "
-        "panel look past it, and a curve fitted to a handful of sizes takes off part of what it should leave."
+        "error both fall with the number of recordings, which alone correlates them. In the middle there is nothing to "
+        "be found, and so no interval: the loss is mostly a trend over the recordings, and the curve of the error took "
+        "that trend off, so that the correlation is near 0 whatever the truth. The right panel looks past the size, at "
+        "what few sizes leave: its correlation takes a degree of freedom off for every parameter of the curve."
         + (
             f" No curve is determined for {', '.join(found.without_fit)}: left out there."
             if found.without_fit
@@ -220,14 +235,16 @@ def correlation_figure(found: Correlated) -> Figure:
 
 
 def _best_line(found: Correlated, pair: str) -> str:
-    """The correlation within objectives, or of the only one."""
+    """The correlation within curves, or of the only one."""
     named = {each.name: each for each in found.against[pair]}
     if not named:
         return pair
-    each = named["within objectives"] if "within objectives" in named else named["all runs"]
+    each = named["within curves"] if "within curves" in named else named["all runs"]
     if each.pearson is None or each.spearman is None:
         return f"{pair}\n{each.remark}"
-    where = "within curves" if each.name == "within objectives" else "one curve"
-    return (
-        f"{pair}\nr = {shown(each.pearson)}, of ranks {shown(each.spearman)}\n{where}, {each.n_units} cells"
-    )
+    where = "within curves" if each.name == "within curves" else "one curve"
+    if pair == PAIRS[1]:
+        numbers = f"{each.pearson.point:.2g}, near 0 by construction: no interval"
+    else:
+        numbers = f"{shown(each.pearson)}, of ranks {shown(each.spearman)}"
+    return f"{pair}\nr = {numbers}\n{where}, {each.n_units} cells"

@@ -8,12 +8,12 @@ from ecg_jax.studies.scaling_fits import PUBLISHED_IN, Correlated, Fitted, publi
 from ecg_jax.studies.scaling_points import axis_of
 from ecg_jax.studies.study_runs import StudyRun
 
-_CURVE = ("curve", "quantity", "task", "mode", "axis")
+_CURVE = ("curve", "quantity", "task", "mode", "metric", "axis")
 
 
 def _curve(fit: Fitted) -> list[str]:
     curve = fit.curve
-    return [curve.family.label, curve.quantity, curve.task, curve.mode, fit.axis]
+    return [curve.family.label, curve.quantity, curve.task, curve.mode, curve.metric, fit.axis]
 
 
 def _triple(value: Interval | None) -> list[float | None]:
@@ -107,8 +107,8 @@ def _held_out(fits: Sequence[Fitted]) -> Figure:
 
 def _correlations(correlated: Sequence[Correlated]) -> Figure:
     rows = [
-        [of.task, of.mode, pair, each.name, each.n_runs, each.n_units, *_triple(each.pearson), *_triple(each.spearman),
-         " and ".join(each.over), each.remark]
+        [of.task, of.mode, of.metric, pair, each.name, each.n_runs, each.n_units, *_triple(each.pearson),
+         *_triple(each.spearman), " and ".join(each.over), each.remark]
         for of in correlated for pair, own in of.against.items() for each in own
     ]  # fmt: skip
     return Figure(
@@ -116,17 +116,18 @@ def _correlations(correlated: Sequence[Correlated]) -> Figure:
         "Correlations of pretraining loss and downstream error",
         "Pearson and Spearman correlations of logarithms with 95 % intervals. The unit is the cell (curve and size) "
         "with the mean over its seeds; 'seeds within rungs' compares runs of one cell with each other.",
-        "Across objectives losses are not comparable: the rows 'all runs' of several objectives mix their scales and "
-        "are printed to be seen, not to be believed. Loss and error correlate already because both fall with size.",
-        ("task", "mode", "pair", "over", "n_runs", "n_units", "pearson", "pearson_low", "pearson_high", "spearman",
-         "spearman_low", "spearman_high", "intervals_over", "remark"),
+        "Across objectives losses are not comparable: the rows 'all runs' of several curves mix their scales and are "
+        "printed to be seen, not to be believed. Loss and error correlate already because both fall with size; loss "
+        "and residual error are near 0 by construction, whatever the truth, and have no interval.",
+        ("task", "mode", "metric", "pair", "over", "n_runs", "n_units", "pearson", "pearson_low", "pearson_high",
+         "spearman", "spearman_low", "spearman_high", "intervals_over", "remark"),
         rows,
     )  # fmt: skip
 
 
 def _points(fits: Sequence[Fitted]) -> Figure:
     rows = [
-        [*_curve(fit)[:4], run.name, run.seed, run.recordings, float(fit.curve.values[i]), fit.curve.sources[i]]
+        [*_curve(fit)[:5], run.name, run.seed, run.recordings, float(fit.curve.values[i]), fit.curve.sources[i]]
         for fit in fits if fit.axis == "recordings" for i, run in enumerate(fit.curve.runs)
     ]  # fmt: skip
     return Figure(
@@ -134,7 +135,7 @@ def _points(fits: Sequence[Fitted]) -> Figure:
         "Every point",
         "Each value that was fitted, with the run and the folder that it was read from.",
         "Values of one task and mode are comparable across runs; losses only within an objective.",
-        (*_CURVE[:4], "run", "seed", "recordings", "value", "folder"),
+        (*_CURVE[:5], "run", "seed", "recordings", "value", "folder"),
         rows,
     )
 
