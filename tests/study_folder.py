@@ -74,7 +74,8 @@ def scores_of(targets: np.ndarray, auroc: float, noise: np.ndarray) -> np.ndarra
 
 
 def probe_config(mode: str, task: str, seed: int, **overrides) -> dict:
-    config = load_config(with_argument("configs/probe.py", mode=mode, task=task))
+    config = load_config(with_argument("configs/probe.py", mode=mode))
+    config.task = task
     for name, value in {"seed": seed, **overrides}.items():
         override(config, name.replace("__", "."), str(value))
     return json.loads(json.dumps(config.to_dict()))
