@@ -128,6 +128,27 @@ def test_seeds_whose_sizes_differ_by_a_few_are_one_point(tmp_path):
     assert [word for word in words if "recordings" in word] == ["257 recordings", "600 recordings"]
 
 
+def test_means_are_of_the_tasks_that_all_families_have_and_of_the_same_records(tmp_path):
+    """One family has an easy task more, which makes nothing of it better; then it was tested on another store."""
+    tasks = {"ptbxl_super": 0.3, "ptbxl_sub": 0.4}
+    entries = [
+        {"name": f"{objective}-0", "recordings": 256, "loss": 1.0, "objective": objective, "errors": tasks | easy}
+        for objective, easy in (("cpc", {}), ("jepa", {"ptbxl_form": 0.02}))
+    ]  # fmt: skip
+    sweep = write_sweep(tmp_path / "s", entries)
+    figures = {figure.title: figure for figure in error_cost_figures([str(sweep)])[0]}
+    mean = figures["Error against cost: the mean over ptbxl_super, ptbxl_sub, linear"]
+    cpc, jepa = (dict(zip(mean.columns, row, strict=True)) for row in mean.rows)
+    assert cpc["error"] == pytest.approx(jepa["error"])
+    assert mean.shows.startswith("The mean over ptbxl_super, ptbxl_sub. 1 - macro AUROC with")
+    assert [row[1] for row in figures["Error against cost: ptbxl_form, linear"].rows] == ["jepa"]
+    for path in sweep.glob("jepa-0/**/results.json"):
+        results = json.loads(path.read_text())
+        path.write_text(json.dumps(results | {"store": results["store"] | {"fingerprint": "8" * 64}}))
+    with pytest.raises(UserError, match="differ in store"):
+        error_cost_figures([str(sweep)])
+
+
 def test_words_name_the_front_and_its_limits(study):
     (figure,) = read_figures(study / "out").figures
     assert "3 points; each is the mean over 1 to 2 seeds" in figure.shows

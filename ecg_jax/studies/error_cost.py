@@ -29,6 +29,7 @@ from ecg_jax.studies.study_runs import StudyRun, find_runs
 RESAMPLES = 1000
 #: More tasks than this are drawn as their mean only; all are in the table.
 MOST_TASKS = 6
+_MOST_NAMED = 3  # in a title
 
 #: Cost -> what it is called on an axis, and whether less of it is better.
 COSTS = {
@@ -186,7 +187,8 @@ def error_cost_figures(
         say: hears which runs are left out.
 
     Raises:
-        UserError: no finished run in the folders was probed, or a file of one is damaged.
+        UserError: no finished run in the folders was probed, runs were probed in other ways or tested on other records
+            (see `error_curves`), or a file of one is damaged.
     """
     runs, left_out = usable(find_runs(folders))
     for name, why in left_out.items():
@@ -197,28 +199,30 @@ def error_cost_figures(
             f"--results={','.join(folders)}: no finished pretraining run there has a probe of its last step; "
             "probe one, or leave --results out"
         )
-    by_task: dict[tuple[str, str, str], list[Point]] = {}
+    by_task: dict[tuple[str, str, str], list[Curve]] = {}
     for curve in curves:
-        by_task.setdefault((curve.task, curve.mode, curve.metric), []).extend(points_of(curve))
+        by_task.setdefault((curve.task, curve.mode, curve.metric), []).append(curve)
     tasks = {task for task, _, _ in by_task if task != MEAN}
     figures = [
-        _figure(key, points, picture=len(tasks) <= MOST_TASKS or key[0] == MEAN)
-        for key, points in by_task.items()
+        _figure(of_task, picture=len(tasks) <= MOST_TASKS or task == MEAN)
+        for (task, _, _), of_task in by_task.items()
     ]
-    used = {run.name: str(run.folder) for run in runs}
-    names = dict.fromkeys(name for points in by_task.values() for point in points for name in point.runs)
-    return figures, [used[name] for name in names]
+    return figures, list(dict.fromkeys(str(run.folder) for curve in curves for run in curve.runs))
 
 
-def _figure(key: tuple[str, str, str], points: list[Point], *, picture: bool) -> Figure:
-    task, mode, metric = key
+def _figure(curves: Sequence[Curve], *, picture: bool) -> Figure:
+    """Of the curves of one task, mode and metric, which were tested on the same records; a mean is over `tasks`."""
+    task, mode, metric, tasks = (getattr(curves[0], name) for name in ("task", "mode", "metric", "tasks"))
+    points = [point for curve in curves for point in points_of(curve)]
     found = fronts(points)
     error = "1 - macro AUROC" if metric == "macro_auroc" else "mean absolute error"
-    where = f"the mean over tasks, {mode}" if task == MEAN else f"{task}, {mode}"
+    named = ", ".join(tasks)
+    several = named if len(tasks) <= _MOST_NAMED else f"{len(tasks)} tasks"
+    where = f"the mean over {several}, {mode}" if task == MEAN else f"{task}, {mode}"
     return Figure(
         "error_cost_" + re.sub(r"[^a-z0-9]+", "_", f"{task}_{mode}_{metric}".lower()).strip("_"),
         f"Error against cost: {where}",
-        _shows(points, found, error),
+        (f"The mean over {named}. " if task == MEAN else "") + _shows(points, found, error),
         _does_not_show(points),
         (
             "family", "objective", "backbone", "recordings", "seeds", "runs", "error", "error_low", "error_high",
@@ -261,8 +265,8 @@ def _shows(points: Sequence[Point], found, error: str) -> str:
     over = f"{seeds[0]} seeds" if seeds[0] == seeds[-1] else f"{seeds[0]} to {seeds[-1]} seeds"
     over = "one seed" if seeds[-1] == 1 else f"the mean over {over}"
     return (
-        f"{error} with 95 % intervals over what it costs, {len(points)} points; each is {over} at one "
-        "number of recordings, a larger mark for more of them. Ringed are the points that no other beats in both: "
+        f"{error} with 95 % intervals over what it costs, {len(points)} points; each is {over} at one size "
+        "(a larger mark for more recordings). Ringed are the points that no other beats in both: "
         f"{'; '.join(said)}. The share is how often a point is there when the test patients are drawn again, the same "
         "draws for all points."
         + (f" Not known of every run: {', '.join(missing)}." if missing else "")
