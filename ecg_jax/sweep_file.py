@@ -126,9 +126,10 @@ def load_sweep(path: str) -> Sweep:
         init             name of an earlier run, whose parameters this one begins with; init.part says which
         targets          {"features", "codes"} of offline targets
 
-    The file may have a string NOTE for the foot of the table, in which {recordings} stands for their number, and
-    `def STUDIES(output)` (or `STUDIES(output, arg)`), which returns (name, [command, argument, ...]) of each `ecg-jax`
-    command that follows the tables when every run is finished; what it writes belongs into OUTPUT/studies/NAME.
+    The file may have a string NOTE for the foot of the table, in which {recordings} stands for how many were trained
+    on, and `def STUDIES(output)` (or `STUDIES(output, arg)`), which returns (name, [command, argument, ...]) of each
+    `ecg-jax` command that follows the tables when every run is finished; what it writes belongs into
+    OUTPUT/studies/NAME.
 
     Raises:
         UserError: names the run and what is wrong with it.

@@ -157,20 +157,22 @@ def is_finished(output: Path, run: Run) -> bool:
 def is_compared(output: Path, run: Run) -> bool:
     """Whether a run has what the tables of the sweep compare.
 
-    results.json is the last thing a probe writes; of a run without that probe its status says it.
+    results.json is the last thing a probe writes; of a run without that probe its status says it, unless somebody
+    removed what it trained, to have it made anew.
     """
     if run.probe_config is not None:
         return (output / run.name / PROBE / "results.json").exists()
     status = _readable_status(output, run)
-    return status is not None and (status["state"] == FINISHED or (bool(run.further) and _has_ended(status)))
+    ended = status is not None and (status["state"] == FINISHED or (bool(run.further) and _has_ended(status)))
+    return ended and last_step(output / run.name / RUN) is not None
 
 
 def is_pretrained(output: Path, run: Run) -> bool:
     """Whether another run may begin with its parameters."""
-    if run.probe_config is not None and is_compared(output, run):
+    if is_compared(output, run):
         return True
     status = _readable_status(output, run)
-    return status is not None and _has_ended(status)
+    return status is not None and _has_ended(status) and bool(finished_steps(output / run.name / RUN))
 
 
 def may_begin(output: Path, run: Run) -> bool:
@@ -302,10 +304,13 @@ def damage(folder: Path) -> Iterator[None]:
 
 
 def spent(folder: Path) -> dict[str, float | None]:
-    """Seconds of all attempts at pretraining and at probing a run; None where none was measured."""
+    """Seconds of all attempts at pretraining and at probing a run, its further probes too; None: none was measured."""
     path = folder / TIMES
     entries = read_jsonl(path) if path.exists() else []
-    found = {what: [entry[what] for entry in entries if what in entry] for what in ("pretrain", "probe")}
+    found: dict[str, list[float]] = {"pretrain": [], "probe": []}
+    for entry in entries:
+        for what, seconds in entry.items():
+            found[PROBE if what.startswith(f"{FURTHER}/") else what].append(seconds)
     return {what: sum(seconds) if seconds else None for what, seconds in found.items()}
 
 

@@ -1,6 +1,7 @@
 """The further probes of a run: which of them are to be made, where they go, and making them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,8 +13,9 @@ from ecg_jax.evaluation.tasks import ALL
 from ecg_jax.files import write_atomic
 from ecg_jax.probe import probe as probe_one
 from ecg_jax.probe import probe_all
-from ecg_jax.sweep_file import FurtherProbe, Run
-from ecg_jax.sweep_folder import FURTHER, MADE, RUN, is_finished, is_made, read_made
+from ecg_jax.probe_provenance import store_identity
+from ecg_jax.sweep_file import FurtherProbe, Run, plain
+from ecg_jax.sweep_folder import FURTHER, MADE, PROBE, RUN, is_finished, is_made, read_made
 from ecg_jax.sweep_stores import StoreChoice, fits
 
 
@@ -122,6 +124,7 @@ def _probe_store(
         return []
     arguments = probe.config, folder / place, str(output / run.name / RUN), store
     if probe.config.task == ALL:
+        _take_over(run, probe, store, folder / place, output)
         results: dict[str, dict[str, Any]] = probe_all(*arguments)
         return [str(Path(place) / task) for task in results]
     results = probe_one(*arguments)
@@ -130,3 +133,19 @@ def _probe_store(
     between = "" if low is None else f" ({low:.3f} to {high:.3f})"
     print(f"{run.name}: {probe.name}: {results['task']}, {results['mode']}: {shown}{between}", flush=True)
     return [place]
+
+
+def _take_over(run: Run, probe: FurtherProbe, store: str, folder: Path, output: Path) -> None:
+    """Copies the results of the run's main probe, where the same probe of all tasks would make them once more."""
+    main, compared = output / run.name / PROBE, run.probe_config
+    if compared is None or plain(probe.config) | {"task": compared.task} != plain(compared):
+        return
+    there = folder / compared.task
+    results = json.loads((main / "results.json").read_text())
+    same = results["store"] == store_identity(Store(store)) and results["checkpoint"]["run"] == str(
+        (output / run.name / RUN).resolve()
+    )
+    if not same or (there / "results.json").exists():
+        return
+    shutil.copytree(main, there, dirs_exist_ok=True, ignore=shutil.ignore_patterns("results.json"))
+    write_atomic(there / "results.json", (main / "results.json").read_bytes())

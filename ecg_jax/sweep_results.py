@@ -6,20 +6,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import plots
 from ecg_jax.files import write_atomic
 from ecg_jax.studies import comparison, comparison_tables
 from ecg_jax.studies.comparison import FinishedRun
-from ecg_jax.sweep_entry import STORE, STORES
+from ecg_jax.sweep_entry import STORE
 from ecg_jax.sweep_file import Run, Sweep
-from ecg_jax.sweep_folder import DAMAGED, damage, is_compared, lacking, spent
+from ecg_jax.sweep_folder import DAMAGED, PROBE, RUN, damage, is_compared, lacking, spent
 from ecg_jax.sweep_locks import held_for_tables
 from ecg_jax.sweep_table import collect, loss_table, write_table
 from ecg_jax.training.metric_writers import read_log, read_warnings
 
 OF_THE_SAMPLE = (
-    "Pretrained on the {recordings} recordings of the sample that ships with the package: a check that everything "
+    "Pretrained on {recordings} recordings of the sample that ships with the package: a check that everything "
     "runs, and no comparison."
 )
 OF_SYNTHETIC = (
@@ -67,13 +68,13 @@ def write_tables(sweep: Sweep, output: Path, wait: bool = True) -> Tables:
             return Tables({}, damaged)
         done = {run.name for run in finished}
         rows = [row for row in table.to_pylist() if row["name"] in done]
-        read = {row["recordings"] for row in rows}
-        recordings = read.pop() if len(read) == 1 else None
-        note = sweep.note or _own_note(rows, output)
+        trained = {row["train_recordings"] for row in rows}
+        recordings = trained.pop() if len(trained) == 1 else None
+        note = " ".join(filter(None, (sweep.note, _own_note(rows, output))))
         results = {
             "sweep": sweep.path,
             "note": note.replace("{recordings}", str(recordings or "differing numbers of")),
-            "recordings": recordings,
+            "train_recordings": recordings,
             "missing": [run.name for run in sweep.runs if run.name not in done],
             "lacking": {run.name: left for run in sweep.runs if (left := lacking(output, run))},
             **comparison.compare(finished),
@@ -91,14 +92,14 @@ def write_tables(sweep: Sweep, output: Path, wait: bool = True) -> Tables:
 
 
 def _own_note(rows: list[dict[str, Any]], output: Path) -> str:
-    """What has to be said of results on the stores that the sweep made, where its file says nothing."""
-    pretrained = [[Path(store) for store in (row["store"] or "").split(",")] for row in rows]
-    if all(stores == [output / STORE] for stores in pretrained):
-        return OF_THE_SAMPLE
-    probed = [Path(row["probe_store"]) for row in rows if row["probe_store"]]
-    every = [*(store for stores in pretrained for store in stores), *probed]
-    made = (output / STORES).resolve()
-    return OF_SYNTHETIC if any(store.resolve().parent == made for store in every) else ""
+    """What has to be said of results on made-up recordings, and on the sample, whatever the sweep's file says."""
+    if any(row["synthetic"] for row in rows):
+        return OF_SYNTHETIC
+    sample = output / STORE
+    if not (sample / "zarr.json").exists():
+        return ""
+    is_sample = {row["store_fingerprint"] == Store(sample).fingerprint for row in rows}
+    return OF_THE_SAMPLE if is_sample == {True} else ""
 
 
 def read_finished(sweep: Sweep, output: Path) -> tuple[list[FinishedRun], dict[str, str]]:
@@ -119,9 +120,9 @@ def _read(run: Run, folder: Path) -> FinishedRun:
     Raises:
         UserError: one of its files is damaged.
     """
-    with damage(folder / "probe"):
-        results = json.loads((folder / "probe" / "results.json").read_text())
-        with np.load(folder / "probe" / "predictions.npz") as file:
+    with damage(folder / PROBE):
+        results = json.loads((folder / PROBE / "results.json").read_text())
+        with np.load(folder / PROBE / "predictions.npz") as file:
             predictions = dict(file)
         n = len(predictions["targets"])
         twins = predictions["probabilities_random_init_seeds"]
@@ -144,8 +145,8 @@ def _read(run: Run, folder: Path) -> FinishedRun:
         group=run.group,
         results=results,
         predictions=predictions,
-        log=read_log(folder / "run"),
-        warnings=read_warnings(folder / "run"),
+        log=read_log(folder / RUN),
+        warnings=read_warnings(folder / RUN),
         seconds=spent(folder)["pretrain"],
         init=run.init.group if run.init else "",
     )

@@ -146,6 +146,10 @@ def check_stores(choice: StoreChoice, runs: Sequence[Run], output: Path) -> None
     check = _StoreChecks(output)
     for run in runs:
         store, probed = choice.pretraining(run, output), choice.probing(run, output)
+        if run.targets is not None and "," in store:
+            raise UserError(
+                f"the run {run.name} reads offline targets, which lie beside one store; give it one instead of {store}"
+            )
         done, folder = is_compared(output, run), output / run.name
         if check.is_there(store):
             fingerprint = check.fingerprint(run, store)

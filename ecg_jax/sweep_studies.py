@@ -1,10 +1,11 @@
 """What is made of the finished runs of a sweep: the `ecg-jax` commands that its file names in STUDIES.
 
 Each leaves its files in OUTPUT/studies/NAME, and this module beside them made_of.json, when it has succeeded: which
-command, and a digest of the runs that it was made of.
+command, and digests of the runs that it was made of and of the code of ecg_jax that made it.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+import ecg_jax
 from ecg_jax.errors import Stopped, UserError
 from ecg_jax.files import write_atomic
 from ecg_jax.sweep_entry import STUDIES, Study
@@ -56,7 +58,9 @@ def study_states(sweep: Sweep, output: Path) -> list[StudyState]:
 
 
 def make_studies(sweep: Sweep, output: Path, *, here: bool) -> dict[str, str]:
-    """Runs the studies whose files are missing, or were made of other runs; one that fails stops no other.
+    """Runs the studies whose files are missing, or were made of other runs or by another version of ecg_jax.
+
+    One that fails stops no other.
 
     Args:
         sweep: whose runs are all finished, and their tables written.
@@ -117,7 +121,16 @@ def _made_of(sweep: Sweep, study: Study, output: Path, earlier: list[dict[str, A
     command = [word.replace(str(output), "OUTPUT") for word in study.command]
     if command[0] == _READS_STUDIES:
         digest.update(json.dumps(earlier).encode())
-    return {"command": command, "runs": digest.hexdigest()}
+    return {"command": command, "runs": digest.hexdigest(), "code": _code()}
+
+
+@functools.cache
+def _code() -> str:
+    """A digest of the package's modules: of a checkout no version says what it holds."""
+    root, digest = Path(ecg_jax.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _is_made(output: Path, study: Study, made_of: dict[str, Any]) -> bool:

@@ -11,10 +11,11 @@
 | loss, best_loss | the last and the lowest logged one, in training |
 | val_loss, best_val_loss | the same, in validation |
 | windows_per_s | median over the logged steps |
-| seconds, probe_seconds | of all attempts at pretraining and probing that ended by themselves |
+| seconds, probe_seconds | of all attempts at pretraining, and at all its probes, that ended by themselves |
 | attempts | how often a process took the run up |
 | parameters, encoder_parameters | trainable ones of the whole objective, and of the encoder alone |
-| recordings | in the store, or stores, that it was pretrained on |
+| train_recordings | that it was trained on, of the `store_recordings` in its store, or stores |
+| synthetic | whether any recordings were synthetic that it was pretrained on, or probed by the probe of this table |
 | train_windows | crops that it was trained on so far: step times batch size |
 | train_flops | operations of those by formula (`studies.flops`), forward and backward; null where there is none |
 | device_hours | seconds times the number of devices of the last attempt, in hours |
@@ -36,12 +37,25 @@ from typing import Any
 
 import numpy as np
 
+from ecg_jax.data.selection import SELECTION_NAME
+from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
 from ecg_jax.run_setup import flatten
 from ecg_jax.studies.flops import training_flops
 from ecg_jax.sweep_file import Run, Sweep, plain
-from ecg_jax.sweep_folder import DAMAGED, STATUS, VERSIONS, damage, read_status, spent, state_of
+from ecg_jax.sweep_folder import (
+    DAMAGED,
+    FINISHED,
+    PROBE,
+    RUN,
+    STATUS,
+    VERSIONS,
+    damage,
+    read_status,
+    spent,
+    state_of,
+)
 from ecg_jax.training.metric_writers import read_log, read_warnings
 
 TABLE = "results_table"
@@ -55,7 +69,8 @@ _AFTER = {
     **dict.fromkeys(("loss", "best_loss", "val_loss", "best_val_loss", "windows_per_s"), _FLOAT),
     "seconds": _FLOAT,
     "probe_seconds": _FLOAT,
-    **dict.fromkeys(("attempts", "parameters", "encoder_parameters", "recordings", "train_windows"), _INT),
+    **dict.fromkeys(("attempts", "parameters", "encoder_parameters"), _INT),
+    **dict.fromkeys(("train_recordings", "store_recordings", "train_windows"), _INT),
     **dict.fromkeys(("train_flops", "device_hours"), _FLOAT),
     "task": _TEXT,
     "n_records": _INT,
@@ -63,6 +78,7 @@ _AFTER = {
     **dict.fromkeys(("macro_auroc", "ci_low", "ci_high"), _FLOAT),
     **{f"{name}{end}": _FLOAT for name in _INTERVALS for end in ("", "_ci_low", "_ci_high")},
     "collapse_warnings": _INT,
+    "synthetic": "bool",
     **dict.fromkeys(("store", "store_fingerprint", "selection_fingerprint"), _TEXT),
     **dict.fromkeys(("probe_store", "probe_store_fingerprint", "device", "host", "began", "ended"), _TEXT),
     **{f"version_{name}": _TEXT for name in VERSIONS},
@@ -119,7 +135,9 @@ def _row(output: Path, run: Run) -> dict[str, Any]:
     try:
         state = state_of(output, run)
         row |= {"state": state.kind, "error": state.error or None, "step": state.step}
-        row |= _of_status(folder) | _of_pretraining(folder) | (_of_probe(folder) if run.probe_config else {})
+        row |= _of_status(folder) | _of_pretraining(folder)
+        probed = _of_probe(folder) if run.probe_config else {}
+        row |= probed | {"synthetic": row["synthetic"] or probed["synthetic"]} if probed else {}
         row |= _cost(run, row)
     except UserError as error:
         row |= {"state": DAMAGED, "error": str(error)}
@@ -130,30 +148,34 @@ def _of_status(folder: Path) -> dict[str, Any]:
     status = read_status(folder)
     if status is None:
         return {}
-    names = ("attempts", "parameters", "recordings", "device", "host", "began", "ended")
+    names = ("attempts", "parameters", "device", "host", "began", "ended")
     with damage(folder / STATUS):
         versions = {f"version_{name}": status["versions"][name] for name in VERSIONS}
-    return {name: status[name] for name in names} | versions
+    return {name: status[name] for name in names} | {"store_recordings": status["recordings"]} | versions
 
 
 def _of_pretraining(folder: Path) -> dict[str, Any]:
     seconds = spent(folder)
-    row: dict[str, Any] = {"seconds": seconds["pretrain"], "probe_seconds": seconds["probe"]}
-    path = folder / "run" / "config.json"
-    if not path.is_file():
+    row: dict[str, Any] = {"seconds": seconds["pretrain"], "probe_seconds": seconds[PROBE]}
+    run = folder / RUN
+    if not (run / "config.json").is_file():
         return row
-    with damage(folder / "run"):
-        config = json.loads(path.read_text())
+    with damage(run):
+        config = json.loads((run / "config.json").read_text())
         for name in ("store", "store_fingerprint", "selection_fingerprint"):
             # Runs of before the ladder have no selection.
             row[name] = config.get(name)
-    log = read_log(folder / "run")
+        if (run / SELECTION_NAME).is_file():
+            selection = json.loads((run / SELECTION_NAME).read_text())
+            row["train_recordings"] = selection["train"]
+            row["synthetic"] = any(store["corpus"] == SYNTHETIC for store in selection["stores"])
+    log = read_log(run)
     for name in ("loss", "val_loss"):
         values = [entry[name] for entry in log if name in entry]
         row |= {name: values[-1] if values else None, f"best_{name}": min(values, default=None)}
     rates = [entry["windows_per_s"] for entry in log if "windows_per_s" in entry]
     row["windows_per_s"] = float(np.median(rates)) if rates else None
-    row["collapse_warnings"] = len(read_warnings(folder / "run"))
+    row["collapse_warnings"] = len(read_warnings(run))
     return row
 
 
@@ -170,18 +192,19 @@ def _cost(run: Run, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_probe(folder: Path) -> dict[str, Any]:
-    path = folder / "probe" / "results.json"
+    path = folder / PROBE / "results.json"
     if not path.is_file():
         return {}
-    with damage(folder / "probe"):
+    with damage(folder / PROBE):
         results = json.loads(path.read_text())
-        with np.load(folder / "probe" / "predictions.npz"):  # its table of contents, which a cut file lacks
+        with np.load(folder / PROBE / "predictions.npz"):  # its table of contents, which a cut file lacks
             pass
         names = ("task", "n_records", "n_patients", "encoder_parameters", "macro_auroc", "ci_low", "ci_high")
         row = {name: results[name] for name in names}
         row |= {
             "probe_store": results["store"]["path"],
             "probe_store_fingerprint": results["store"]["fingerprint"],
+            "synthetic": results["store"]["corpus"] == SYNTHETIC,
         }
         intervals = {name: results["baselines"][name] for name in _BASELINES}
         intervals["difference_to_random_init"] = results["difference_to_random_init"]
@@ -211,7 +234,7 @@ def write_table(table, output: Path) -> None:
 
 def loss_table(table) -> list[str]:
     """Lines of a Markdown table of losses by group, for sweeps that only pretrain; [] while no run is finished."""
-    rows = [row for row in table.to_pylist() if row["state"] == "finished"]
+    rows = [row for row in table.to_pylist() if row["state"] == FINISHED]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)

@@ -9,13 +9,13 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from pyarrow import parquet
 
 from ecg_jax import cli, sweep, sweep_folder, sweep_locks, sweep_run, sweep_table
+from ecg_jax.data.selection import read_selection
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.pretrain import pretrain
@@ -28,7 +28,7 @@ from ecg_jax.sweep_results import write_tables
 from ecg_jax.sweep_stores import StoreChoice, check_stores
 from ecg_jax.sweep_table import collect
 from ecg_jax.training.metric_writers import read_log, read_warnings
-from tiny_sweep import FAILS, status, write_sweep
+from tiny_sweep import FAILS, status, trained, write_sweep
 
 TINY = """
 NOTE = "A check on {recordings} recordings and no ranking."
@@ -51,8 +51,6 @@ OFFLINE = """    yield run("offline", 0, "configs/hubert.py:variant=offline", {"
               **{"objective.codes": 8})
 """
 NAMES = ["cpc-0", "cpc-1", "offline-0"]
-#: What stands in for pretraining where only its end matters.
-NOTHING_TRAINED = SimpleNamespace(params={})
 #: What the shipped probe spends its time on is the solves of the heads.
 QUICK_PROBE = """
 from ecg_jax.config_flags import load_config
@@ -171,7 +169,9 @@ def test_collected_table_holds_settings_and_results(tiny):
             assert (row[name], row[f"best_{name}"]) == (values[-1], min(values))
         assert row["config.objective.name"] == run.config.objective.name
         assert row["parameters"] > row["encoder_parameters"]
-        assert row["recordings"] == 304
+        selection = read_selection(folder / "run" / "selection.json")
+        assert (row["train_recordings"], row["store_recordings"]) == (len(selection.train), 304)
+        assert (row["train_recordings"] < 304, row["synthetic"]) == (True, False)
         assert row["store_fingerprint"] == row["probe_store_fingerprint"] == probed["store"]["fingerprint"]
         assert row["version_jax"] == probed["versions"]["jax"]
         assert (row["attempts"], row["windows_per_s"] > 0, row["seconds"] > 0) == (1, True, True)
@@ -217,8 +217,18 @@ def test_baselines_stand_in_the_table(tiny):
     assert results["baselines"][1]["each_seed"] == pytest.approx(twins(["offline"]))
     markdown = (output / "results.md").read_text()
     assert "random initialisation (offline)" in markdown
-    assert "A check on 304 recordings and no ranking." in markdown
+    n = len(read_selection(output / "cpc-0" / "run" / "selection.json").train)
+    assert f"A check on {n} recordings and no ranking. Pretrained on {n} recordings of the sample" in markdown
     assert "A single seed, so the interval is over patients only: offline." in markdown
+
+
+def test_moved_sweep_still_says_what_it_was_made_of(tiny, tmp_path, monkeypatch):
+    path, output = tiny
+    shutil.copytree(output, tmp_path / "moved")
+    before = (tmp_path / "moved" / "results.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sweep", str(path), "--output=./moved/", "--collect"]) == 0
+    assert (tmp_path / "moved" / "results.md").read_text() == before
 
 
 def test_again_does_nothing(tiny, capsys):
@@ -273,7 +283,7 @@ def test_failing_run_does_not_stop_the_others(tmp_path, synthetic_store, capsys,
     def fails_for_broken(config, workdir):
         if config.model.width == 32:
             raise RuntimeError("out of something\nsecond line")
-        return pretrain(config, workdir) if config.data.window_s == 60.0 else NOTHING_TRAINED
+        return pretrain(config, workdir) if config.data.window_s == 60.0 else trained(config, workdir)
 
     monkeypatch.setattr(sweep_run, "pretrain", fails_for_broken)
     args = ["sweep", str(path), f"--output={output}", f"--store={synthetic_store}"]
@@ -410,7 +420,7 @@ def test_damaged_status_of_a_run_that_only_pretrains(tmp_path, synthetic_store, 
     (output / "a" / "status.json").write_text('{"state": "fini')
     declare(load_sweep(str(path)), tmp_path / "declared")
     shutil.copy(tmp_path / "declared" / "sweep.json", output)
-    monkeypatch.setattr(sweep_run, "pretrain", lambda config, workdir: NOTHING_TRAINED)
+    monkeypatch.setattr(sweep_run, "pretrain", trained)
     args = ["sweep", str(path), f"--output={output}", f"--store={synthetic_store}"]
     assert cli.main(args) == 2
     err = capsys.readouterr().err
@@ -433,7 +443,7 @@ def test_tables_that_cannot_be_made_do_not_stop_the_runs(tmp_path, synthetic_sto
         return write_tables(*args, wait=wait)
 
     monkeypatch.setattr(sweep, "write_tables", fails_at_first)
-    monkeypatch.setattr(sweep_run, "pretrain", lambda config, workdir: NOTHING_TRAINED)
+    monkeypatch.setattr(sweep_run, "pretrain", trained)
     assert cli.main(["sweep", str(path), f"--output={output}", f"--store={synthetic_store}"]) == 0
     assert calls == [False, False, True]
     assert "no tables now: OSError: no space left" in capsys.readouterr().err
@@ -471,14 +481,14 @@ def test_run_that_another_process_let_go_of(
     lock = (output / "held" / ".lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
 
-    def trained(config, workdir):
+    def ends_the_other(config, workdir):
         if config.seed == 1:
             if becomes != "died":
                 theirs.end(becomes, "out of luck" if becomes == "failed" else "")
             lock.close()
-        return NOTHING_TRAINED
+        return trained(config, workdir)
 
-    monkeypatch.setattr(sweep_run, "pretrain", trained)
+    monkeypatch.setattr(sweep_run, "pretrain", ends_the_other)
     assert cli.main(args) == code
     assert "the run held is being worked on by process" in capsys.readouterr().err
     assert status(output, "held")["attempts"] == attempts

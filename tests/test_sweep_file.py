@@ -1,10 +1,7 @@
-"""Sweep files: arguments, names that are derived, stores, and the sweeps that ship with the package."""
-
-import functools
+"""Sweep files: arguments, names that are derived, and stores."""
 
 import pytest
 
-from ecg_jax.config_flags import shipped_configs
 from ecg_jax.errors import UserError
 from ecg_jax.sweep_entry import Study, split_stores, synthetic_arguments
 from ecg_jax.sweep_file import (
@@ -15,12 +12,8 @@ from ecg_jax.sweep_file import (
     parse_sweep_arg,
     synthetic_store,
 )
-from ecg_jax.sweep_stores import StoreChoice, check_choice
+from ecg_jax.sweep_stores import StoreChoice, check_choice, check_stores
 from tiny_sweep import write_studies, write_sweep
-
-loaded = functools.cache(load_sweep)
-#: Those that need no argument of their own; tests/test_sweep_files.py has the others.
-QUICK = ("backbone_objective", "data_ladder", "input_size", "learning_rate", "s4_width", "seeds")
 
 
 def test_derived_name_says_config_and_overrides():
@@ -217,6 +210,14 @@ def test_several_stores_need_one_to_probe_on(tmp_path):
         StoreChoice("a,b", None).probing(run, tmp_path)
 
 
+def test_runs_with_offline_targets_need_one_store(tmp_path):
+    runs = [run for run in load_sweep("configs/sweeps/hubert_offline.py:quick,seeds=1").runs if run.targets]
+    with pytest.raises(
+        UserError, match="reads offline targets, which lie beside one store; give it one inst"
+    ):
+        check_stores(StoreChoice("a,b", "c"), runs, tmp_path)
+
+
 def test_bad_keys_are_refused(tmp_path):
     for change, message in (
         ('{"store": ""}', "store='' must be a folder"),
@@ -241,48 +242,3 @@ def test_bad_keys_are_refused(tmp_path):
         load_sweep(
             str(write_sweep(tmp_path, 'run("a")', 'run("b") | {"probe": "configs/probe.py:mode=linear"}'))
         )
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_shipped_sweep_passes_its_checks(name):
-    """In full and quick: every config of every run; the full one asks for a store, the quick one has the sample."""
-    few = "" if name == "seeds" else ":seeds=1"
-    for argument, store in ((few, GIVEN), (":quick", None)):
-        sweep = loaded(f"configs/sweeps/{name}.py{argument}")
-        assert {run.store for run in sweep.runs} == {store}
-        assert sweep.probes
-    text = (shipped_configs() / "configs" / "sweeps" / f"{name}.py").read_text()
-    assert f"ecg-jax sweep configs/sweeps/{name}.py" in text
-    assert f"{name}.py:quick --output" in text
-    assert "million" in text  # what it costs
-
-
-def groups(spec):
-    """Group -> config of its first run."""
-    return {run.group: run.config for run in reversed(loaded(f"configs/sweeps/{spec}").runs)}
-
-
-def test_shipped_sweeps_are_what_they_say():
-    both = groups("backbone_objective.py:seeds=1")
-    assert {(c.model.backbone, c.objective.name) for c in both.values()} == {
-        (backbone, objective)
-        for backbone in ("s4", "transformer", "net1d")
-        for objective in ("cpc", "jepa", "data2vec", "dinosr", "hubertpp")
-    }
-    assert not both["cpc-net1d"].model.bidirectional
-    ladder = groups("data_ladder.py:seeds=1").values()
-    assert {(c.data.rung, c.data.ladder) for c in ladder} == {
-        (rung, "nested") for rung in ("18k", "45k", "106k", "753k", "11m")
-    }
-    paper = groups("data_ladder.py:top=45k,ladder=paper,seeds=1").values()
-    assert {(c.data.rung, c.data.ladder) for c in paper} == {("18k", "paper"), ("45k", "paper")}
-    widths = {c.model.width for c in groups("s4_width.py:seeds=1").values()}
-    assert widths == {128, 256, 384, 512, 768, 1024}
-    windows = groups("input_size.py:seeds=1").values()
-    assert {(c.data.window_s, c.model.l_max, c.objective.steps_ahead) for c in windows} == {
-        (2.5, 300, 14),
-        (5.0, 600, 14),
-        (10.0, 1200, 14),
-    }
-    assert len({c.optimiser.learning_rate for c in groups("learning_rate.py:seeds=1").values()}) == 5
-    assert [run.config.seed for run in loaded("configs/sweeps/seeds.py").runs] == [0, 1, 2, 3, 4]

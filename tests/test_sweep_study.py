@@ -5,11 +5,10 @@ import functools
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 
-from ecg_jax import cli, sweep_launch, sweep_probes, sweep_run, sweep_stores, sweep_studies
+from ecg_jax import cli, probe, sweep_launch, sweep_probes, sweep_run, sweep_stores, sweep_studies
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
 from ecg_jax.studies.flops import training_flops
@@ -18,7 +17,7 @@ from ecg_jax.sweep_file import load_sweep
 from ecg_jax.sweep_folder import RunStatus, is_finished, is_made, read_made, state_of
 from ecg_jax.sweep_stores import StoreChoice, check_stores
 from ecg_jax.sweep_table import collect
-from tiny_sweep import FAILS, status, write_studies, write_sweep
+from tiny_sweep import FAILS, status, trained, write_studies, write_sweep
 
 #: A probe of few numbers, beside a sweep file.
 QUICK_PROBE = """
@@ -106,6 +105,12 @@ def test_tables_say_what_it_cost_and_what_it_began_with(study):
         row = rows[run.name]
         assert row["train_windows"] == 4 * 8
         assert row["train_flops"] == 4 * 8 * training_flops(run.config)
+        times = [json.loads(line) for line in (output / run.name / "times.jsonl").read_text().splitlines()]
+        assert len(times) == 2 + len(run.further)
+        assert row["seconds"] + row["probe_seconds"] == pytest.approx(
+            sum(sum(each.values()) for each in times)
+        )
+        assert (row["synthetic"], row["store_recordings"]) == (True, 64)
         assert row["device_hours"] == pytest.approx(row["seconds"] * 8 / 3600)  # the devices of the tests
     results = json.loads((output / "results.json").read_text())
     base, child = results["groups"]
@@ -136,6 +141,13 @@ def test_again_makes_only_what_is_missing(study, tmp_path, capsys, monkeypatch):
     assert "study listed: is made already" in printed.out
     assert printed.err.splitlines()[-1] == "ecg-jax sweep: error: studies failed, see above: wrong"
     assert cli.main([*args, "--no-studies"]) == 0
+    # What its recordings are is known without its stores, wherever those lay.
+    (output / "results.md").unlink()
+    stores = (output / "stores").readlink()
+    (output / "stores").unlink()
+    assert cli.main([*args, "--collect", "--no-studies"]) == 0
+    assert "nothing about ECG" in (output / "results.md").read_text()
+    (output / "stores").symlink_to(stores)
     # Another result of a run makes its studies out of date.
     times = output / "base" / "times.jsonl"
     times.write_text(times.read_text() + '{"pretrain": 1.0}\n')
@@ -209,34 +221,34 @@ def copies(file):
 def test_changed_further_probe_is_refused_and_a_new_one_is_made(study, tmp_path, capsys, monkeypatch):
     output, _ = copied(study, tmp_path)
     changed = CHILD.replace('"frozen.epochs": 1', '"frozen.epochs": 2')
-    args = ["sweep", str(same_probe(study, tmp_path, changed)), f"--output={output}", "--no-studies"]
+    args = ["sweep", str(same_probe(study, tmp_path, BASE, changed)), f"--output={output}", "--no-studies"]
     assert cli.main(args) == 2
     assert "its run child differs in probes.axis.config.frozen.epochs" in capsys.readouterr().err
     added = CHILD.replace('"noise":', '"more": f"{PROBE}:task=synthetic_axis", "noise":')
-    args[1] = str(same_probe(study, tmp_path, added))
+    args[1] = str(same_probe(study, tmp_path, BASE, added))
     monkeypatch.setattr(sweep_probes, "probe_one", copies_beside)
     assert cli.main([*args, "--list"]) == 0
     assert "begun at step 4, lacks the probe more" in capsys.readouterr().out
     assert cli.main(args) == 0
     assert (output / "child" / "probes" / "more" / "results.json").exists()
     # Left out for a call, it comes back as it was: its results are those of no other probe.
-    args[1] = str(same_probe(study, tmp_path, CHILD))
+    args[1] = str(same_probe(study, tmp_path, BASE, CHILD))
     assert cli.main(args) == 0
     other = added.replace("PROBE}:task=synthetic_axis", "PROBE}:task=synthetic_noise")
-    args[1] = str(same_probe(study, tmp_path, other))
+    args[1] = str(same_probe(study, tmp_path, BASE, other))
     for _ in range(2):
         assert cli.main(args) == 2
         err = capsys.readouterr().err
         assert "its run child differs in probes.more.config.task; " in err
         assert "give the probe another name" in err
-    args[1] = str(same_probe(study, tmp_path, added))
+    args[1] = str(same_probe(study, tmp_path, BASE, added))
     assert cli.main([*args, "--list"]) == 0
     assert re.search(r"child +child +finished", capsys.readouterr().out)
 
 
-def same_probe(study, folder, child):
-    """A sweep file with another child, whose probes are those of the finished sweep."""
-    path = sweep_file(folder, BASE, child)
+def same_probe(study, folder, *runs):
+    """A sweep file with other runs, whose probes are those of the finished sweep."""
+    path = sweep_file(folder, *runs)
     path.write_text(
         path.read_text().replace(str(folder / "quick_probe.py"), str(study[0].with_name("quick_probe.py")))
     )
@@ -268,11 +280,6 @@ def test_folder_of_an_older_version_goes_on(study, tmp_path):
 
 
 # Runs that wait, without training anything.
-
-
-def trained(config, workdir):
-    """Pretraining as far as another run can tell."""
-    return SimpleNamespace(params={})
 
 
 CHAIN = ('run("a")', 'run("b", init="a")', 'run("c", init="b")', 'run("d")')
@@ -319,6 +326,20 @@ def test_run_waits_for_the_one_that_it_begins_with(tmp_path, synthetic_store, ca
     assert begun == [("a", ""), ("b", f"{output}/a/run"), ("c", f"{output}/b/run")]
 
 
+def test_run_waits_for_one_whose_pretraining_was_removed(tmp_path, synthetic_store, monkeypatch):
+    path, output = write_sweep(tmp_path, *CHAIN), tmp_path / "out"
+    args = ["sweep", str(path), f"--output={output}", f"--store={synthetic_store}"]
+    monkeypatch.setattr(sweep_run, "pretrain", trained)
+    assert cli.main([*args, "--only=a"]) == 0
+    a, b = load_sweep(str(path)).runs[:2]
+    assert (is_finished(output, a), state_of(output, b).kind) == (True, "not begun")
+    shutil.rmtree(output / "a" / "run")
+    assert not is_finished(output, a)
+    assert str(state_of(output, b)) == "waiting for a"
+    assert cli.main(args) == 0
+    assert is_finished(output, b)
+
+
 def test_run_whose_first_one_another_process_works_on_is_left_for_later(
     tmp_path, synthetic_store, capsys, monkeypatch
 ):
@@ -346,7 +367,10 @@ def test_jobs_run_in_waves(tmp_path, synthetic_store, monkeypatch):
     finished.end("finished")
     order = tmp_path / "order"
     command = f"""for word; do [[ $word != --only=* ]] || name=${{word#--only=}}; done
-    echo begin $name >> {order}; sleep 0.3; echo end $name >> {order}; cp {tmp_path}/done/status.json {output}/$name"""
+    echo begin $name >> {order}
+    for i in {{1..1000}}; do [[ $name = a ]] && ! grep -q "begin d" {order} && sleep 0.1; done
+    echo end $name >> {order}; mkdir {output}/$name/run; echo '{{"step": 4}}' > {output}/$name/run/log.jsonl
+    cp {tmp_path}/done/status.json {output}/$name"""
     monkeypatch.setattr(sweep_launch, "COMMAND", ("bash", "-c", command, "bash"))
     assert cli.main(["sweep", str(path), f"--output={output}", f"--store={synthetic_store}", "--jobs=3"]) == 0
     lines = order.read_text().split("\n")
@@ -469,7 +493,7 @@ def test_further_probes_take_every_store_that_they_fit(study, tmp_path, syntheti
     def compared(config, workdir, checkpoint, store):
         made.append(store)
         workdir.mkdir()
-        (workdir / "results.json").write_text("{}")
+        (workdir / "results.json").write_text('{"store": null}')
         return main
 
     monkeypatch.setattr(sweep_run, "probe", compared)
@@ -519,13 +543,13 @@ def test_further_probe_keeps_what_it_has_of_each_store(study, tmp_path, syntheti
     folder, run, made = output / "a" / "probes" / "x", load_sweep(str(path)).runs[0], []
 
     def fails_at(*names):
-        def probe(config, workdir, checkpoint, store):
+        def one(config, workdir, checkpoint, store):
             made.append(workdir.relative_to(folder).as_posix())
             if made[-1] in names:
                 raise RuntimeError("out of memory")
             return copies_beside(config, workdir)
 
-        return probe
+        return one
 
     def killed(config, workdir, checkpoint, store):
         if store == str(stores["three"]):
@@ -554,6 +578,38 @@ def test_further_probe_keeps_what_it_has_of_each_store(study, tmp_path, syntheti
     assert (made, is_finished(output, run)) == ([], True)
     assert cli.main([*args, offered]) == 0
     assert made == ["three"]
+
+
+def test_task_of_the_main_probe_is_taken_over(study, tmp_path, monkeypatch):
+    """As one of all tasks, where it is the same probe of the same store; then it is there for `probe_all`."""
+    _, output, _ = study
+    text = BASE[:-1] + (
+        ', probes={"same": f"{PROBE}:task=all", "other": {"probe": f"{PROBE}:task=all",'
+        ' "overrides": {"linear.max_steps": 30}}})'
+    )
+    run = load_sweep(str(same_probe(study, tmp_path, text))).runs[0]
+    store = str(output / "stores" / "synthetic-64-0")
+    made = []
+
+    def probe_all(config, workdir, checkpoint, store):
+        made.extend(path.name for path in workdir.glob("*"))
+        config.task = "synthetic_rhythm"
+        return {config.task: probe.probe(config, workdir / config.task, checkpoint, store)}
+
+    def fits(*args):
+        raise AssertionError("made twice")
+
+    monkeypatch.setattr(sweep_probes, "probe_all", probe_all)
+    monkeypatch.setattr(probe, "fit", fits)
+    same, other = run.further
+    assert sweep_probes._probe_store(run, same, store, tmp_path / "same", ".", output) == ["synthetic_rhythm"]
+    assert made == ["synthetic_rhythm"]
+    for name in ("results.json", "predictions.npz"):
+        copied_file = tmp_path / "same" / "synthetic_rhythm" / name
+        assert copied_file.read_bytes() == (output / "base" / "probe" / name).read_bytes()
+    with pytest.raises(AssertionError, match="made twice"):
+        sweep_probes._probe_store(run, other, store, tmp_path / "other", ".", output)
+    assert made == ["synthetic_rhythm"]
 
 
 def test_probe_that_no_store_fits_is_refused_before_anything_runs(tmp_path, synthetic_store):
@@ -592,6 +648,10 @@ def test_studies_follow_when_every_run_is_finished(tmp_path, synthetic_store, ca
     assert made_of["command"] == ["tasks", "--output=OUTPUT/studies/one/x"]
     assert cli.main([*args, "--collect"]) == 2
     assert "study one: is made already" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_studies, "_code", lambda: "of a later version")
+        assert cli.main([*args, "--list"]) == 0
+        assert "study one: out of date" in capsys.readouterr().out
     (output / "studies" / "one" / "x").unlink()
     assert cli.main([*args, "--list"]) == 0
     assert "study one: out of date\nstudy two: failed: no luck" in capsys.readouterr().out

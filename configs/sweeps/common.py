@@ -97,12 +97,13 @@ def linear_probe(task=""):
 
 def modes(objective, seed, *, quick):
     """Further probes of a run in the three modes of the study, on every task that the probe stores can serve; quick: on
-    one task, and hardly trained.
+    one task, which its main probe has done linearly, and hardly trained.
 
     The first run of JEPA, which stands for its backbone as it is without a pretext task (bidirectional, inputs
     standardised), also trains the network from scratch.
     """
-    names = ["linear", "frozen", "finetune"] + ["supervised"] * (objective == "jepa" and seed == 0)
+    names = ["frozen", "finetune"] if quick else ["linear", "frozen", "finetune"]
+    names += ["supervised"] * (objective == "jepa" and seed == 0)
     task = TASK if quick else "all"
     return {
         mode: {
@@ -129,13 +130,13 @@ def given(arg, name, meaning):
     return getattr(arg, name)
 
 
-def number(arg, name, default):
+def number(arg, name, default, least=1):
     """The whole number of an argument that is free text.
 
     Raises:
-        UserError: it is none, or not above 0.
+        UserError: it is none, or less than `least`.
     """
     text = getattr(arg, name) or str(default)
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise UserError(f"sweep argument {name}={text!r} must be a whole number above 0")
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise UserError(f"sweep argument {name}={text!r} must be a whole number, at least {least}")
     return int(text)

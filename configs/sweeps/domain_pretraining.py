@@ -11,7 +11,7 @@ task=TASK (else ptbxl_super), objective=cpc|jepa|data2vec|dinosr|hubertpp, backb
 Three groups of N updates: `base`, `domain`, and `base-then-domain`, whose second half, counted as its run, begins with
 the parameters of the fourth group, `base-half`, and goes on with the domain at a tenth of the learning rate, as
 configs/domain.py does. At the defaults 12 runs, 3.2 million windows in all; ten epochs of a base of 11 million
-recordings are steps=1700000.
+recordings are steps=1700000. N is 2 at least.
 
 The table can tell whether N updates are better spent on one store or on both. It cannot tell whether the domain helps
 by its patients or by its machines, nor what another share than half would do; and where the domain's store is the one
@@ -45,7 +45,7 @@ def sweep(arg=""):
     else:
         base = common.given(arg, "base", "the store to begin with")
         domain = common.given(arg, "domain", "the store of the domain")
-    steps = common.number(arg, "steps", QUICK_STEPS if arg.quick else STEPS)
+    steps = common.number(arg, "steps", QUICK_STEPS if arg.quick else STEPS, least=2)
     half = -(-steps // 2)
     probed = {"probe_store": arg.probe or domain, "probe": common.linear_probe(arg.task)}
     groups = {

@@ -6,8 +6,9 @@
 
 Arguments: backbone=s4|transformer|net1d, data=18k|45k|106k|753k|11m, seeds=3|1|2|5, quick. Three groups: `hubertpp`,
 with 128 and 256 prototypes, and `offline-100` and `offline-500` with as many k-means clusters of spectra, which the
-sweep makes beside the store before the first run that needs them, once. At the defaults 9 runs of 180 000 windows, 1.6
-million in all, and the clusters. Offline targets lie beside one store, so that --store is one folder.
+sweep makes beside the store before the first run that needs them, once, of all its training recordings: below the rung
+that holds them all, offline clusters have seen recordings that no run is trained on. At the defaults 9 runs of 180 000
+windows, 1.6 million in all, and the clusters. Offline targets lie beside one store, so that --store is one folder.
 
 The table can tell whether clusters that follow the features do better than clusters of spectra that stay. It cannot
 tell which part does it: the two also differ in the weight of visible tokens (alpha), the temperature and a teacher. And
@@ -17,6 +18,11 @@ HuBERT-ECG goes on to cluster features of its own first run, which is two more c
 
 from configs.sweeps import common
 from ecg_jax.sweep_file import parse_sweep_arg
+
+NOTE = (
+    "The offline clusters were fitted on every training recording of the store, also of a run that was trained on "
+    "fewer of them."
+)
 
 CODES = (100, 500)
 QUICK_CODES = (8, 16)

@@ -12,8 +12,8 @@ SEEDS = (0, 1, 2)
 STEPS = 180
 
 NOTE = (
-    "A pipeline check on {recordings} recordings, and no ranking of objectives: so few recordings, steps and test "
-    "patients cannot tell them apart."
+    "A pipeline check on {recordings} training recordings, and no ranking of objectives: so few recordings, steps and "
+    "test patients cannot tell them apart."
 )
 
 SMALL = {
