@@ -1,5 +1,7 @@
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from ecg_jax import scaling
 from ecg_jax.cli import main
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import metrics
-from ecg_jax.studies.figure_folder import read_figures
-from ecg_jax.studies.scaling_fits import fit_curve
+from ecg_jax.studies.figure_folder import read_figures, write_figures
+from ecg_jax.studies.power_law import fit_many
+from ecg_jax.studies.scaling_correlations import PAIRS, correlations
+from ecg_jax.studies.scaling_fits import WITHOUT, Fitted, fit_curve
 from ecg_jax.studies.scaling_points import error_curves, families, loss_curves, populations, usable
 from ecg_jax.studies.study_runs import find_runs
 from study_folder import write_sweep
@@ -49,10 +53,28 @@ def study(tmp_path_factory):
     return sweep, folder / "out"
 
 
+DRAWN = ("training", "loss_recordings", "correlation_linear_mean_macro_auroc")
+
+
 @pytest.fixture(scope="module")
 def result(study):
+    """scaling.json; of the pictures only some, as saving them takes longest."""
     sweep, output = study
-    assert main(["scaling", f"--runs={sweep}", f"--output={output}", "--resamples=200"]) == 0
+
+    def write(folder, kind, figures, *others):
+        chosen = [figure if figure.name in DRAWN else replace(figure, picture=None) for figure in figures]
+        return write_figures(folder, kind, chosen, *others)
+
+    command = [
+        "scaling",
+        f"--runs={sweep}",
+        f"--output={output}",
+        "--resamples=200",
+        "--x=flops,device_hours",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaling, "write_figures", write)
+        assert main(command) == 0
     return json.loads((output / "scaling.json").read_text())
 
 
@@ -137,20 +159,118 @@ def test_figures_say_what_they_show_and_what_not(study, result):
     by_name = {figure.name: figure for figure in folder.figures}
     assert {
         "training", "loss_recordings", "error_linear_mean_macro_auroc_recordings",
-        "error_linear_ptbxl_sub_macro_auroc_recordings",
-        "loss_flops", "loss_device_hours", "exponents_over_recordings", "correlation_linear_mean_macro_auroc", "fits", "models",
-        "largest_size_predicted", "correlations", "points", "runs",
+        "error_linear_ptbxl_sub_macro_auroc_recordings", "loss_flops", "loss_device_hours", "exponents_over_recordings",
+        "correlation_linear_mean_macro_auroc", "fits", "models", "largest_size_predicted", "correlations", "points",
+        "runs",
     } <= set(by_name)  # fmt: skip
+    assert {figure.name for figure in folder.figures if figure.picture} == set(DRAWN)
     loss = by_name["loss_recordings"]
     for words in ("15 runs", "0.189 for cpc", "not ours"):
         assert words in loss.shows
     for words in ("not comparable", "SYNTHETIC", "number of updates grows with the number of recordings"):
         assert words in loss.does_not_show
+    assert "SYNTHETIC test recordings" not in loss.does_not_show
+    of_errors = by_name["error_linear_ptbxl_sub_macro_auroc_recordings"]
+    assert "SYNTHETIC test recordings" in of_errors.does_not_show
     fit = fit_of(result, "cpc s4")["fits"]["power law"]["b"]
     assert f"b = {fit['point']:.3g}" in loss.shows
     runs = [row for row in loss.rows if row[0] == "run"]
     assert len(runs) == 15
     assert all(figure.shows and figure.does_not_show and figure.rows for figure in folder.figures)
+    mean = by_name["error_linear_mean_macro_auroc_recordings"]
+    assert "the mean over ptbxl_super, ptbxl_sub." in mean.shows
+    # 4 sizes do not show how far they lie off every curve; test recordings of the probes are made up too.
+    for words in ("83 % with 3", "SYNTHETIC test recordings"):
+        assert words in mean.does_not_show
+    assert "take that for exact" in by_name["loss_device_hours"].does_not_show
+    correlation = by_name["correlation_linear_mean_macro_auroc"]
+    assert "near 0 by construction: no interval" in correlation.shows
+    assert "SYNTHETIC test recordings" in correlation.does_not_show
+
+
+def figures_of(folder, monkeypatch, **options):
+    """The figures of a study that is not written."""
+    found = []
+    monkeypatch.setattr(scaling, "write_figures", lambda folder, kind, figures, *_: found.extend(figures))
+    scaling.scaling([folder], folder.parent / "out", resamples=100, hold_out=False, axes=(), **options)
+    return {figure.name: figure for figure in found}
+
+
+def test_means_of_different_metrics_are_apart(tmp_path, monkeypatch):
+    errors = dict.fromkeys(("class_1", "class_2", "number_1", "number_2"), (1.2, 0.3, 0.0))
+    sweep = write_sweep(tmp_path / "s", list(with_errors(entries(SIZES[:2], [0], ["cpc"]), **errors)))
+    for path in sweep.rglob("results.json"):
+        results = json.loads(path.read_text())
+        if results["task"].startswith("number"):
+            path.write_text(json.dumps(results | {"metric": "mae", "mae": 0.6}))
+    figures = figures_of(sweep, monkeypatch)
+    for metric, task in (("mae", "number"), ("macro_auroc", "class")):
+        assert f"the mean over {task}_1, {task}_2." in figures[f"error_linear_mean_{metric}_recordings"].shows
+        assert f"correlation_linear_mean_{metric}" in figures
+    exponents = figures["exponents_over_recordings"]
+    assert [row[1:5] for row in exponents.rows] == [
+        ["loss", "", "", ""], ["error", "mean", "linear", "macro_auroc"], ["error", "mean", "linear", "mae"]
+    ]  # fmt: skip
+    assert "of 3 curves" in exponents.shows, "what is drawn is counted"
+
+
+def test_every_kind_of_value_has_a_panel(tmp_path, monkeypatch):
+    errors = {(f"task_{i}", mode): 0.2 for i in range(1) for mode in ("linear", "frozen", "finetune")}
+    errors |= {("task_2", "frozen"): 0.3, ("task_3", "finetune"): 0.3, ("task_4", "linear"): 0.3}
+    runs = [entry | {"errors": errors} for entry in entries(SIZES[:2], [0], ["cpc"])]
+    exponents = figures_of(write_sweep(tmp_path / "s", runs), monkeypatch)["exponents_over_recordings"]
+    assert [row[1:4] for row in exponents.rows] == [
+        ["loss", "", ""], ["error", "mean", "linear"], ["error", "mean", "frozen"], ["error", "mean", "finetune"],
+    ]  # fmt: skip
+    assert len([axes for axes in exponents.picture.axes if axes.axison]) == 4
+
+
+SHORT = np.array([96.0, 384.0, 1536.0])
+
+
+def noise_alone(generator, n_curves):
+    """Fits of losses and errors whose residuals have nothing to do with each other, over three sizes."""
+    fits = []
+    for number in range(n_curves):
+        for quantity, a, b in (("loss", 3, 0.1), ("error", 1.3, 0.2)):
+            values = a * SHORT**-b * np.exp(0.01 * generator.normal(size=3))
+            law = fit_many(SHORT, values[None], offset=False)
+            form = SimpleNamespace(
+                law=SimpleNamespace(identifiable=True, predict=lambda n, law=law: law.predict(n)[0])
+            )
+            runs = [
+                SimpleNamespace(name=f"{number}-{n}", recordings=n, probes=[], synthetic=False,
+                                fingerprints={"validation": "v", "store": "s"})
+                for n in SHORT
+            ]  # fmt: skip
+            curve = SimpleNamespace(
+                family=SimpleNamespace(label=f"cpc {number}"), synthetic=False, quantity=quantity, task="t", mode="linear",
+                metric="macro_auroc", tasks=("t",), runs=runs, sources=(), values=values, rungs=np.arange(3),
+                resampled=values[:, None] * np.exp(0.02 * generator.normal(size=100)),
+            )  # fmt: skip
+            fits.append(Fitted(curve, "recordings", SHORT, SHORT, {WITHOUT: form}, {}, None, ""))
+    return fits
+
+
+def test_correlations_of_residuals_hold_none_as_often_as_they_say():
+    generator, excluded, points = np.random.default_rng(8), 0, []
+    for _ in range(100):
+        (found,) = correlations(noise_alone(generator, 5))
+        both = {pair: found.against[pair][0] for pair in PAIRS[2:]}
+        within = both[PAIRS[2]]
+        assert (within.name, within.n_units) == ("within curves", 15)
+        excluded += not within.pearson.low <= 0 <= within.pearson.high
+        points.append(found.against[PAIRS[1]][1].pearson.point)
+    # More than 12 of 100 at 95 % happen less than twice in a thousand times; not counting parameters makes it 22.
+    assert excluded <= 12
+    # What a curve took off does not correlate with what it left, which is no finding and has no interval.
+    assert np.std(points) < 0.1
+    loss_and_residual = found.against[PAIRS[1]]
+    assert [each.name for each in loss_and_residual][:2] == ["all runs", "within curves"]
+    assert all(each.pearson is None or np.isnan(each.pearson.low) for each in loss_and_residual)
+    assert "whatever the truth" in loss_and_residual[1].remark
+    # Of one curve through three sizes all residuals are multiples of one vector.
+    assert found.against[PAIRS[2]][1].pearson is None
 
 
 def read(folder, **more):
@@ -262,6 +382,12 @@ def test_an_output_with_other_things_is_left_alone(tmp_path):
     sweep = write_sweep(tmp_path / "s", list(entries(SIZES[:2], [0], ["cpc"])))
     with pytest.raises(UserError, match="holds something else"):
         scaling.scaling([sweep], sweep)
+    # What efficiency --scaling writes has the same names.
+    other = tmp_path / "efficiency"
+    write_figures(other, "efficiency", [], {"study": "scaling"}, {"scaling.json": b"{}"})
+    with pytest.raises(UserError, match="figures of another study"):
+        scaling.scaling([sweep], other)
+    assert (other / "scaling.json").read_bytes() == b"{}"
 
 
 def test_losses_without_logarithm_are_left_out(tmp_path):

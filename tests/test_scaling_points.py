@@ -117,6 +117,9 @@ def test_means_are_over_the_tasks_that_all_have(tmp_path):
         if json.loads(results.read_text())["task"] != "ptbxl_sub":
             change(results, lambda content: content["store"].update(corpus="ptbxl"))
     curves, notes = curves_of(sweep)
+    assert {curve.task: curve.synthetic for curve in curves} == {
+        "ptbxl_super": False, "ptbxl_sub": True, "ptbxl_form": False,
+    }  # fmt: skip
     assert "mean" not in {curve.task for curve in curves}
     assert told(notes, "without the synthetic ones of ptbxl_sub")
     assert told(notes, "there is no mean over tasks, linear, macro_auroc: fewer than two are left")

@@ -34,6 +34,7 @@ class Curve:
         sources: [P], the folder that each value was read from; several separated by commas.
         values: float64 [P], positive.
         resampled: float64 [P, R], errors on R resamples of the patients, the same for all runs; None of losses.
+        synthetic: whether the test records of an error are.
     """
 
     family: Family
@@ -46,6 +47,7 @@ class Curve:
     sources: tuple[str, ...]
     values: np.ndarray
     resampled: np.ndarray | None
+    synthetic: bool = False
 
     @property
     def recordings(self) -> np.ndarray:

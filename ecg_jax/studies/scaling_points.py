@@ -248,6 +248,7 @@ def _curve(family: Family, task: _Task, points, note) -> Curve | None:
         tuple(str(probe.folder) for probe in probes),
         np.array([probe.error for probe in probes]),
         np.stack(values),
+        task.probe.synthetic,
     )
 
 
@@ -324,4 +325,5 @@ def _mean(family: Family, parts: Sequence[Curve], where: str, note) -> Curve | N
         tuple(",".join(each) for each in zip(*sources, strict=True)),
         np.mean([curve.values[row] for curve, row in zip(parts, rows, strict=True)], axis=0),
         np.mean([curve.resampled[row] for curve, row in zip(parts, rows, strict=True)], axis=0),
+        any(curve.synthetic for curve in parts),
     )

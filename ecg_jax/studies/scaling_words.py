@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ecg_jax.evaluation.bootstrap import Interval
-from ecg_jax.studies.scaling_fits import Fitted
-from ecg_jax.studies.scaling_points import ERROR, populations
+from ecg_jax.studies.scaling_fits import Fitted, remarks_on
+from ecg_jax.studies.scaling_points import ERROR
 
 #: Simulated studies: tests/benchmarks/results/2026-11-22-scaling-coverage.md.
 OFF_THE_CURVE = (
@@ -113,8 +113,12 @@ def limits(fits: Sequence[Fitted]) -> str:
         dict.fromkeys(name for fit in fits for name in fit.curve.family.moving if _is_told(name))
     ):
         said.append(f"Settings move with the size, and cannot be told from it: {', '.join(moving[:6])}.")
-    said += [f"{text[0].upper()}{text[1:]}." for text in populations(runs)]
-    return " ".join(said)
+    return " ".join([*said, *sentences(remarks_on(fits))])
+
+
+def sentences(remarks: Sequence[str]) -> list[str]:
+    """Remarks with capitals and full stops."""
+    return [f"{text[0].upper()}{text[1:]}." for text in remarks]
 
 
 def _is_told(name: str) -> bool:
