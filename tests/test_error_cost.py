@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from ecg_jax import cli, efficiency
 from ecg_jax.errors import UserError
 from ecg_jax.studies.error_cost import COSTS, error_cost_figures, on_front
 from ecg_jax.studies.figure_folder import read_figures, write_figures
 from ecg_jax.studies.flops import encoder_cost, training_flops
+from ecg_jax.studies.roofline import Roofline
 from ecg_jax.studies.study_runs import find_runs
 from study_folder import write_sweep
 
@@ -162,3 +164,21 @@ def test_runs_without_probes_are_refused(tmp_path):
     write_sweep(tmp_path / "sweep", [{"name": "a-0", "recordings": 64, "loss": 1.0}])
     with pytest.raises(UserError, match="no finished pretraining run there has a probe"):
         error_cost_figures([str(tmp_path / "sweep")])
+
+
+def test_command_adds_the_figure_to_its_own(study, tmp_path, monkeypatch):
+    roofline = Roofline(1e9, {"float32": 1e9, "bfloat16": 1e9}, {"float32": 8, "bfloat16": 8}, 8)
+    monkeypatch.setattr(efficiency, "measure_roofline", lambda **_: roofline)
+    monkeypatch.setattr(
+        efficiency,
+        "measure",
+        lambda configs, *_, **__: [cell._asdict() | {"failed": "out of memory"} for cell in configs],
+    )
+    arguments = [f"--output={tmp_path}", "--backbones=s4", "--objectives=cpc", f"--results={study / 'sweep'}"]
+    assert cli.main(["efficiency", *arguments]) == 0
+    written = read_figures(tmp_path)
+    names = [figure.name for figure in written.figures]
+    assert names == ["operations", "published", "error_cost_ptbxl_super_linear_macro_auroc"]
+    assert written.about["command"] == ["ecg-jax", "efficiency", *arguments]
+    assert written.about["runs"][0] == str(study / "sweep" / "cpc-s4-64-0" / "run")
+    assert [row[4] for row in written.figures[0].rows] == ["out of memory"] * 2  # a row for each precision
