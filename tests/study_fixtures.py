@@ -4,6 +4,7 @@ Scores follow objective, backbone and number of recordings, so that tables have 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,8 @@ def write_run(
         name, objective, backbone, recordings, seed, group: of the run.
         state: "finished", "failed" half-way, or "not begun".
         steps: logged, of `STEPS`.
-        probes: folder in the run -> keyword arguments of `write_result`.
+        probes: folder in the run -> keyword arguments of `write_result`; those in probes/ as a sweep's further ones,
+            9 s each, beside 18 s of "probe".
         synthetic: whether its recordings are.
         revision: of the code; None where it was not known.
 
@@ -60,7 +62,10 @@ def write_run(
     config = json.loads(json.dumps(load_config(f"configs/{objective}.py:backbone={backbone}").to_dict()))
     config |= {"seed": seed, "steps": STEPS, "batch_size": BATCH, "store": str(sweep / "store")}
     config["data"] |= {"max_records": recordings}
-    entry = {"group": group or name, "config": config, "probe": None, "targets": None, "store": None}
+    entry = {
+        "group": group or name, "config": config, "probe": None, "targets": None, "store": None,
+        "probe_store": None, "init": None, "probes": {}, "former_probes": {},
+    }  # fmt: skip
     if state == "not begun":
         return entry
     folder = sweep / name
@@ -93,7 +98,7 @@ def write_run(
         "recordings": recordings + 50, "device": "2 x cpu", "versions": versions,
     }  # fmt: skip
     (folder / "status.json").write_text(json.dumps(status))
-    (folder / "times.jsonl").write_text('{"pretrain": 36.0}\n{"probe": 18.0}\n')
+    times, made = [{"pretrain": 36.0}], {}
     for place, arguments in ({"probe": {}} if probes is None else probes).items():
         changes = {
             "checkpoint": {"run": str(run), "step": done}, "pretraining_config": stored, "seed": seed
@@ -108,6 +113,18 @@ def write_run(
             | arguments
             | {"changes": changes},
         )
+        declared = json.loads(json.dumps(load_config("configs/probe.py").to_dict()))
+        if place == "probe":
+            entry["probe"] = declared
+            times.append({"probe": 18.0})
+        elif place.startswith("probes/"):  # NAME, or of several tasks NAME/TASK
+            further, _, task = place.removeprefix("probes/").partition("/")
+            entry["probes"][further] = {"config": declared, "store": None}
+            made.setdefault(further, []).append(task or ".")
+            times.append({f"probes/{further}": 9.0})
+    for further, tasks in made.items():
+        (folder / "probes" / further / "finished.json").write_text(json.dumps({"stores": {"store": tasks}}))
+    (folder / "times.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in times))
     return entry
 
 
@@ -119,7 +136,12 @@ def write_sweep_json(sweep: Path, entries: dict[str, dict], note: str = "A note.
     return sweep
 
 
-def write_figure_folder(folder: Path, kind: str = "scaling", date: str = "2026-03-02T00:00:00+00:00") -> Path:
+def write_figure_folder(
+    folder: Path,
+    kind: str = "scaling",
+    date: str = "2026-03-02T00:00:00+00:00",
+    runs: Sequence[str] = ("a/run",),
+) -> Path:
     """What a command of a study leaves: a figure and a table."""
     picture = new_figure(5, 3)
     axes = picture.subplots()
@@ -131,6 +153,6 @@ def write_figure_folder(folder: Path, kind: str = "scaling", date: str = "2026-0
         Figure("curve", "Error over recordings", *shows, ("objective", "n", "error"), rows, picture),
         Figure("fits", "Fitted laws", *shows, ("objective", "b", "b_low"), [("cpc", 0.1894321, -0.5)]),
     ]
-    about = {"command": ["ecg-jax", kind], "versions": {"jax": "0.10.0"}, "date": date, "runs": ["a/run"]}
+    about = {"command": ["ecg-jax", kind], "versions": {"jax": "0.10.0"}, "date": date, "runs": list(runs)}
     write_figures(folder, kind, figures, about | {"device": None})
     return folder
