@@ -11,7 +11,7 @@ from ecg_jax.errors import UserError
 from ecg_jax.evaluation.drawing import looks_of
 from ecg_jax.probe_output import plain
 from ecg_jax.probe_provenance import made_with
-from ecg_jax.studies import scaling_fits
+from ecg_jax.studies import scaling_correlations, scaling_fits
 from ecg_jax.studies.figure_folder import Figure, check_folder, write_figures
 from ecg_jax.studies.scaling_figures import curves_figure, short_label
 from ecg_jax.studies.scaling_fits import PUBLISHED, PUBLISHED_IN, Fitted, by_kind, fit_curve
@@ -103,7 +103,7 @@ def scaling(
         note("no run has a finished probe of these tasks and modes: losses only")
     fits = _fit(curves, [axis for axis in AXES if axis in axes and axis != "recordings"], hold_out, resamples)
     of_recordings = [fit for fit in fits if fit.axis == "recordings"]
-    correlated = scaling_fits.correlations(of_recordings)
+    correlated = scaling_correlations.correlations(of_recordings)
     about = {
         "command": list(command),
         "runs": [str(run.folder) for run in chosen],
@@ -118,7 +118,7 @@ def scaling(
             "left_out": notes,
             "published": {"exponents_of_the_loss": PUBLISHED, "source": PUBLISHED_IN},
             "fits": [scaling_fits.described(fit) for fit in fits],
-            "correlations": [scaling_fits.correlated(each) for each in correlated],
+            "correlations": [scaling_correlations.correlated(each) for each in correlated],
         }
     )
     figures = _draw(fits, correlated, grouped, chosen)

@@ -71,6 +71,8 @@ def _correlation(x, y) -> np.ndarray:
 
 def _interval(x, y, resampled, codes, dof: int, ranks: bool, n_resamples: int, generator) -> Interval | None:
     """Interval of the correlation of deviations from the groups' means; None if one of them does not vary."""
+    from scipy.special import ndtri
+
     arrange = _ranked if ranks else (lambda values, codes: values)
     x = _centred(arrange(x, codes), codes)
     point = float(_correlation(x, _centred(arrange(y, codes), codes)))
@@ -79,7 +81,9 @@ def _interval(x, y, resampled, codes, dof: int, ranks: bool, n_resamples: int, g
     # Perfect order is one of finitely many: half a swap of neighbours away from it, or rounding.
     edge = 1 - (0.5 / (x**2).sum() if ranks else 1e-12)
     z = np.arctanh(np.clip(point, -edge, edge))
-    draws = z + generator.normal(size=n_resamples) * np.sqrt((1 + point**2 / 2 if ranks else 1) / dof)
+    # Quantiles of the normal in random order: draws of it would have ends of their own, the same in every study.
+    normal = generator.permutation(ndtri((np.arange(n_resamples) + 0.5) / n_resamples))
+    draws = z + normal * np.sqrt((1 + point**2 / 2 if ranks else 1) / dof)
     if resampled is not None:
         others = _correlation(x, _centred(arrange(resampled, codes), codes))
         z_others = np.arctanh(np.clip(others, -edge, edge))

@@ -8,10 +8,11 @@ from ecg_jax.evaluation.drawing import add_legend, looks_of, new_figure, plain_a
 from ecg_jax.evaluation.plots import GREY
 from ecg_jax.studies.figure_folder import Figure
 from ecg_jax.studies.power_law import rungs_of
+from ecg_jax.studies.scaling_correlations import PAIRS, Correlated
 from ecg_jax.studies.scaling_figures import ERRORS, count, file_name, log_axes, panels, quantity_of, task_of
-from ecg_jax.studies.scaling_fits import PAIRS, PUBLISHED_IN, Correlated, Fitted, by_kind, published
+from ecg_jax.studies.scaling_fits import PUBLISHED_IN, Fitted, by_kind, published
 from ecg_jax.studies.scaling_points import BEST_LOSS, MEAN, Family, populations
-from ecg_jax.studies.scaling_words import limits, shown
+from ecg_jax.studies.scaling_words import limits, sentences, shown
 
 _COLUMNS = 3
 
@@ -80,7 +81,7 @@ def training_figure(families: Sequence[Family]) -> Figure | None:
         f"{unfinished} of them the last value is the lowest, so that they might have gone on falling.",
         "Panels have axes of their own, and losses of different objectives are not comparable. A curve that still "
         "falls at its end says that the fitted losses are those of this length of training, not of the objective. "
-        + " ".join(f"{text[0].upper()}{text[1:]}." for text in populations(runs)),
+        + " ".join(sentences(populations(runs))),
         ("curve", "run", "seed", "recordings", "windows", "val_loss", "folder"),
         rows,
         figure,
@@ -209,14 +210,14 @@ def correlation_figure(found: Correlated) -> Figure:
         )
     ]  # fmt: skip
     lines = [_best_line(found, pair).split("\n") for pair in PAIRS if found.against[pair]]
-    sentences = [f"{line[0].capitalize()}: {'; '.join(line[1:])}" for line in lines]
+    said = ". ".join(f"{line[0].capitalize()}: {'; '.join(line[1:])}" for line in lines)
     task = f"mean of {len(found.tasks)} tasks" if found.task == MEAN else found.task
     return Figure(
         file_name("correlation", found.mode, found.task, found.metric),
         f"Pretraining loss and downstream error: {task}, {found.mode}",
         f"Each marker is one of {len(found.names)} runs. Left: its error over its last validation loss; middle: what "
         "is left of the error when the curve fitted over the number of recordings is divided out; right: the same of "
-        "both. The axes are logarithmic, and correlations are of logarithms. " + ". ".join(sentences) + ".",
+        "both. The axes are logarithmic, and correlations are of logarithms. " + said + ".",
         "Losses of different objectives have different scales, so that a trend across colours means nothing; the "
         "correlations named are within curves (objective and backbone), of the means over seeds at each size. Loss and "
         "error both fall with the number of recordings, which alone correlates them. In the middle there is nothing to "
@@ -227,7 +228,8 @@ def correlation_figure(found: Correlated) -> Figure:
             f" No curve is determined for {', '.join(found.without_fit)}: left out there."
             if found.without_fit
             else ""
-        ),
+        )
+        + "".join(f" {text}" for text in sentences(found.remarks)),
         ("curve", "run", "recordings", "val_loss", "error", "log_loss_residual", "log_error_residual"),
         rows,
         figure,

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from ecg_jax.evaluation.bootstrap import Interval
 from ecg_jax.studies.figure_folder import Figure
-from ecg_jax.studies.scaling_fits import PUBLISHED_IN, Correlated, Fitted, published
+from ecg_jax.studies.scaling_correlations import Correlated
+from ecg_jax.studies.scaling_fits import PUBLISHED_IN, Fitted, published
 from ecg_jax.studies.scaling_points import axis_of
 from ecg_jax.studies.study_runs import StudyRun
 
