@@ -23,7 +23,7 @@ from report_fixtures import (
     write_study,
 )
 
-VOID = {"meta", "img", "br", "link", "input", "hr"}
+VOID = {"meta", "img", "br", "wbr", "link", "input", "hr"}
 
 
 class Outline(HTMLParser):
@@ -260,7 +260,9 @@ class TestRefusals:
 
     def test_no_results(self, tmp_path, capsys):
         (tmp_path / "empty").mkdir()
-        assert "holds no results.json" in refusal([tmp_path / "empty"], tmp_path, capsys)
+        said = refusal([tmp_path / "empty"], tmp_path, capsys)
+        assert "holds no results.json" in said
+        assert "or of a sweep, a pretraining run, or figures" in said
 
     def test_twice_the_same(self, small, tmp_path, capsys):
         assert "given twice" in refusal([*small, small[0]], tmp_path, capsys)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from ecg_jax import report
 from ecg_jax.cli import main
 from ecg_jax.run_setup import flatten
 from ecg_jax.studies import comparison
-from ecg_jax.studies.report import board_tables, run_tables
+from ecg_jax.studies.report import board_tables, design, run_tables, study_figures
 from ecg_jax.studies.report import boards as boards_module
 from ecg_jax.studies.report.cells import Table
 from ecg_jax.studies.report.kinds import is_study
@@ -50,7 +51,9 @@ def sweep(tmp_path_factory):
     }.items():
         entries[name] = write_run(folder, name, **fields)
     write_figure_folder(folder / "studies" / "scaling")
-    write_figure_folder(folder / "studies" / "cka", "cka", date="2026-03-01T12:30:00+00:00")
+    # Made before its runs ended, of one of them and of one that has not ended; the folder was moved since.
+    old = {"date": "2026-03-01T12:30:00+00:00", "runs": ("was/cpc-s4-large/run", "was/waits/run")}
+    write_figure_folder(folder / "studies" / "cka", "cka", **old)
     return write_sweep_json(folder, entries)
 
 
@@ -213,12 +216,42 @@ class TestBoxes:
                 rf'id="table-{name}_synthetic_rhythm_linear"[^>]*aria-label="([^"]*)"', page[1]
             )[1]
             assert "SYNTHETIC recordings, no ECGs" in caption
-        assert "rung 1000: 1000 synthetic recordings" in page[1]
+        assert ">1000 recordings (synthetic)<" in page[1]
 
     def test_figures_older_than_runs_are_said_to_be(self, page):
         scaling, cka = (page[1].split(f'<section id="figures-{kind}"')[1] for kind in ("scaling", "cka"))
-        assert "Older than 7 runs of this report" in cka.split("</section>")[0]
-        assert "Older than" not in scaling.split("</section>")[0]
+        cka, scaling = (part.split("</section>")[0] for part in (cka, scaling))
+        assert "Older than 1 run that they were made of" in cka
+        assert "1 of the 2 runs were pretrained on SYNTHETIC recordings" in cka
+        assert "Older than" not in scaling
+        assert "SYNTHETIC" not in scaling
+
+    def test_probes_that_were_declared_and_not_made_are_lacking(self, tmp_path):
+        entries = {
+            name: write_run(
+                tmp_path, name, probes={"probe": SMALL, "probes/there": SMALL | {"mode": "frozen"}}
+            )
+            for name in ("a", "b")
+        }
+        entries["a"] |= {"probe": {}, "probes": {"there": {}, "left": {}}}
+        entries["b"] |= {"probe": {}, "probes": {"there": {}}}
+        for name in entries:
+            made = json.dumps({"stores": {"ptbxl": ["."]}})
+            (tmp_path / name / "probes" / "there" / "finished.json").write_text(made)
+        found = gather([write_sweep_json(tmp_path, entries)])
+        assert {name: state.state for name, state in found.states.items()} == {
+            "a": "lacks the probe left", "b": "finished"
+        }  # fmt: skip
+        assert [run.name for run in found.finished] == ["b"]
+
+    def test_leads_that_encoders_do_not_see_are_said(self, tmp_path):
+        limb = SMALL | {"changes": {"preprocessing": {"kept_leads": ["I", "II"]}}}
+        entries = {
+            name: write_run(tmp_path, name, probes={"probe": p}) for name, p in (("a", SMALL), ("b", limb))
+        }
+        (board,) = boards_module.make_boards(found := gather([write_sweep_json(tmp_path, entries)]))
+        said = "Fed with some leads: b of the leads I, II alone. Simple ECG features are of all twelve."
+        assert said in board_tables.groups_table(board, found).caption
 
     def test_the_sweep_says_its_note(self, page):
         assert "<code>configs/sweeps/mine.py</code>. A note." in page[1]
@@ -265,6 +298,31 @@ class TestGroups:
                 abs=1e-6,
             )
 
+    def test_differences_of_the_same_seeds_are_those_of_the_sweep_itself(self, tmp_path):
+        """Paired seed by seed, whatever the order of the runs; `studies.comparison` pairs them in another way."""
+        entries = {}
+        for seed in (2, 0, 1):
+            for objective in ("cpc", "jepa"):
+                # The seeds differ far more than the objectives.
+                probe = SMALL | {"quality": 1.0 + 0.3 * seed - 0.05 * (objective == "jepa")}
+                name = f"{objective}-{seed}"
+                entries[name] = write_run(
+                    tmp_path, name, objective=objective, seed=seed, group=objective, probes={"probe": probe}
+                )
+        study = gather([write_sweep_json(tmp_path, entries)])
+        (board,) = boards_module.make_boards(study)
+        runs = [
+            comparison.FinishedRun(
+                member.run.name, member.group, member.result.results | {"preprocessing": {}, "encoder_parameters": 1},
+                member.result.predictions, [], [], None,
+            )
+            for member in sorted(study.members, key=lambda member: member.result.results["seed"])
+        ]  # fmt: skip
+        _, theirs = comparison.compare(runs)["groups"]
+        ours = board.resampled["jepa, linear"] - board.resampled["cpc, linear"]
+        said = theirs["difference_to_first"]
+        assert np.quantile(ours, [0.025, 0.975]) == pytest.approx([said["ci_low"], said["ci_high"]], abs=1e-6)
+
     def test_seeds_widen_an_interval(self, boards):
         board = boards["ptbxl_super_linear"]
         (entry,) = (e for row, e in board.scores.entries.items() if row.model == "cpc-s4")
@@ -295,6 +353,25 @@ class TestGroups:
         names = [row.model for row in rows if row.model.startswith("random")]
         assert names == ["random initialisation of s4", "random initialisation of net1d"]
 
+    def test_a_panel_of_modes_has_the_baselines_of_its_own_encoders(self, boards, study):
+        board = boards["ptbxl_super_linear"]
+        points = {row.model: entry.point for row, entry in board.scores.entries.items()}
+        runs = {run.backbone: run for run in study.runs if run.name in ("cpc-net1d", "jepa-s4")}
+        for backbone, run in runs.items():
+            lines = study_figures._references([board], backbone, design.rung_of(run))
+            assert lines["random initialisation"] == points[f"random initialisation of {backbone}"]
+            # Of net1d nothing was trained from scratch.
+            scratch = f"supervised from scratch of {backbone}"
+            assert ("supervised from scratch" in lines) == (scratch in points) == (backbone == "s4")
+
+    def test_groups_do_not_depend_on_the_order_of_runs(self, study, boards):
+        turned = replace(study, members=study.members[::-1])
+        again = {board.name: board for board in boards_module.make_boards(turned)}
+        for name, board in boards.items():
+            for row in (row for row in board.members if not row.baseline):
+                values = [of[name].resampled[row.label] for of in (again, boards)]
+                assert np.allclose(*values, rtol=0, atol=1e-12), row
+
     def test_probes_on_other_records_have_tables_of_their_own(self, tmp_path):
         other = {"store": {"path": "stores/other", "corpus": "ptbxl", "fingerprint": "6" * 64}}
         probes = {"probe": SMALL, "probes/there": SMALL | {"changes": other}}
@@ -306,12 +383,61 @@ class TestGroups:
     def test_two_probes_of_a_run_in_one_table_are_told_apart(self, tmp_path):
         probes = {"probe": SMALL, "probes/ridge": SMALL | {"model": "x", "quality": 0.3}}
         found = gather([write_sweep_json(tmp_path, {"a": write_run(tmp_path, "a", probes=probes)})])
-        assert [member.group for member in found.members] == ["a [probe]", "a [ridge]"]
+        assert [member.row for member in found.members] == ["a [probe]", "a [ridge]"]
+        assert [member.group for member in found.members] == ["a", "a"]
+
+
+class TestProbesOfAllTasks:
+    """A main probe of one task, and a further one of all tasks that makes it again."""
+
+    def study(self, folder, **again):
+        entries = {}
+        for objective in ("cpc", "jepa"):
+            probes = {
+                "probe": SMALL,
+                "probes/all/ptbxl_super": SMALL | {"model": f"{objective} probe"} | again,
+            }
+            probes |= {
+                f"probes/all/{task}": SMALL | {"task": task} for task in ("ptbxl_form", "ptbxl_rhythm")
+            }
+            entries[objective] = write_run(folder, objective, objective=objective, probes=probes)
+        return gather([write_sweep_json(folder, entries)])
+
+    def test_what_was_made_twice_counts_once(self, tmp_path):
+        found = self.study(tmp_path)
+        assert [(m.row, m.probe) for m in found.members if m.result.task == "ptbxl_super"] == [
+            ("cpc", "probe"), ("jepa", "probe")
+        ]  # fmt: skip
+        boards = boards_module.make_boards(found)
+        assert all(len(board.scores.entries) == 5 for board in boards)
+        assert all(board_tables.compact_table(board, found) is not None for board in boards)
+        (places,) = board_tables.places_parts(boards)
+        assert {row[0].text for row in places.rows} >= {"cpc, linear", "jepa, linear"}
+        assert places.head[1] == "mean place, linear (3 tasks)"
+
+    def test_a_task_with_several_probes_of_a_run_is_left_out_of_mean_places(self, tmp_path):
+        boards = boards_module.make_boards(self.study(tmp_path, quality=0.2))
+        (places,) = board_tables.places_parts(boards)
+        assert places.head[1] == "mean place, linear (2 tasks)"
+        assert (
+            "Left out, as runs have several probes of one mode there: ptbxl_super_linear." in places.caption
+        )
+        assert {row[0].text for row in places.rows} >= {"cpc, linear", "jepa, linear"}
+
+    def test_baselines_alone_have_no_places(self, tmp_path):
+        entries = {
+            "a": write_run(tmp_path, "a", probes={"probe": SMALL}),
+            "b": write_run(tmp_path, "b", probes={"probes/form": SMALL | {"task": "ptbxl_form"}}),
+        }
+        boards = boards_module.make_boards(gather([write_sweep_json(tmp_path, entries)]))
+        (sentence,) = board_tables.places_parts(boards)
+        assert "No mean places" in sentence
 
 
 class TestMeanPlaces:
     def task(self, resampled: dict[str, np.ndarray], lower_is_better: bool = False) -> Placed:
-        return Placed({k: float(np.mean(v)) for k, v in resampled.items()}, resampled, lower_is_better)
+        points = {k: float(np.mean(v)) for k, v in resampled.items()}
+        return Placed(points, resampled, lower_is_better, frozenset(resampled))
 
     def test_who_is_best_on_every_resample_is_first_for_certain(self):
         generator = np.random.default_rng(0)
@@ -337,8 +463,22 @@ class TestMeanPlaces:
         places = mean_places([first, second], 0.95)
         assert {name: value.point for name, value in places.items()} == {"a": 1.25, "b": 1.75}
 
+    def test_what_is_drawn_together_is_counted_together(self):
+        generator = np.random.default_rng(0)
+        a, b = generator.normal(0.7, 0.01, (2, 400))
+        same = [self.task({"a": a, "b": b})] * 2
+        # Of two tasks with the same patients the same row is first on a resample; of others it need not be.
+        apart = [same[0], self.task({"a": a[::-1], "b": b[::-1]})]
+        halves = [
+            np.mean([np.greater(task.resampled["a"], task.resampled["b"]) for task in tasks], axis=0)
+            for tasks in (same, apart)
+        ]
+        assert not (halves[0] == 0.5).any()
+        assert (halves[1] == 0.5).mean() > 0.3
+        assert (mean_places(same, 0.5)["a"].low, mean_places(same, 0.5)["a"].high) == (1.0, 2.0)
+
     def test_tasks_of_made_up_recordings_are_not_averaged_with_others(self, boards):
-        assert board_tables.places_tables(list(boards.values())) == []
+        assert board_tables.places_parts(list(boards.values())) == []
 
 
 class TestFolders:
@@ -391,6 +531,13 @@ class TestFolders:
     def test_a_folder_given_twice(self, sweep, tmp_path, capsys):
         assert main(["report", str(sweep), str(sweep), f"--output={tmp_path / 'r.html'}"]) == 2
         assert "given twice" in capsys.readouterr().err
+
+
+def test_paths_in_sentences_are_written_from_the_folder_given(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    text = f"of {folder}/store, {folder}2/store and /other{folder}/store"
+    assert design.shorten(text, [folder]) == f"of mine/store, {folder}2/store and /other{folder}/store"
 
 
 def test_numbers_of_a_figure_folder_keep_four_digits():

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from ecg_jax.data.store import SYNTHETIC
-from ecg_jax.studies.report.boards import Board, placed
+from ecg_jax.studies.report.boards import Board
 from ecg_jax.studies.report.cells import DASH, SCORES, Cell, Table, interval, p_value, texts
 from ecg_jax.studies.report.design import anchors, grid, in_order, rung_of, rungs, shown_path
-from ecg_jax.studies.report.places import mean_places
-from ecg_jax.studies.report.rows import TaskScores
+from ecg_jax.studies.report.page import paragraph
+from ecg_jax.studies.report.places import placed, places_table
 from ecg_jax.studies.report.study import Study
-from ecg_jax.studies.report.tables import resampled
+from ecg_jax.studies.report.tables import leads_said, resampled
 
 _MOST_PATHS = 3  # in one cell
 
@@ -21,8 +21,10 @@ def of_synthetic(board: Board) -> bool:
 
 
 def warning(board: Board) -> str:
-    """A sentence for boards of synthetic recordings, else ""."""
-    return " SYNTHETIC recordings, no ECGs: a check of the machinery." if of_synthetic(board) else ""
+    """Sentences for boards of synthetic recordings and of encoders that see some leads only, else ""."""
+    synthetic = " SYNTHETIC recordings, no ECGs: a check of the machinery." if of_synthetic(board) else ""
+    named = [(row.model, member.result) for row, own in board.members.items() for member in own]
+    return synthetic + leads_said(named)
 
 
 def tested(board: Board) -> str:
@@ -198,69 +200,35 @@ def class_table(board: Board) -> Table:
     )
 
 
-def places_tables(boards: Sequence[Board]) -> list[Table]:
+def places_parts(boards: Sequence[Board]) -> list[Table | str]:
     """Mean places of groups over the tasks of each mode; made-up recordings apart, and nothing for a single task."""
-    real = [board for board in boards if not of_synthetic(board)]
-    made_up = [board for board in boards if of_synthetic(board)]
-    found = [
-        _places(real, "mean_places", ""),
-        _places(made_up, "mean_places_synthetic", "SYNTHETIC recordings: "),
-    ]
-    return [table for table in found if table is not None]
-
-
-def _places(boards: Sequence[Board], name: str, before: str) -> Table | None:
-    modes: dict[str, list[Board]] = {}
-    for board in boards:
-        modes.setdefault(board.mode, []).append(board)
-    columns = {mode: of for mode, of in modes.items() if len(of) > 1}
-    if not columns:
-        return None
-    level = boards[0].scores.first.results["bootstrap"]["level"]
-    places = {mode: mean_places(list(map(placed, of)), level) for mode, of in columns.items()}
-    ranks = {mode: _mean_ranks([board.scores for board in of]) for mode, of in columns.items()}
-    labels = sorted(
-        dict.fromkeys(label for found in places.values() for label in found),
-        key=lambda label: min(found[label].point for found in places.values() if label in found),
-    )
-    if not labels:
-        return None
-    body = []
-    for label in labels:
-        cells = [Cell(label)]
-        for mode in columns:
-            if label in places[mode]:
-                best = min(value.point for value in places[mode].values())
-                mark = "best" if places[mode][label].point == best else ""
-                cells += [
-                    interval(*places[mode][label], mark=mark, digits=1), Cell(f"{ranks[mode][label]:.2f}")
-                ]  # fmt: skip
-            else:
-                cells += [Cell(DASH, mark="mute")] * 2
-        body.append(cells)
-    return Table(
-        name,
-        f"{before}Mean place of each row over the tasks of a mode. On each task the best score has place 1, and the "
-        "order is made anew on every resample; in the mean rank, rows that are not told from the best of their group "
-        "share one. Tasks are resampled each by itself. A row that is not on all tasks of a mode has neither. Places "
-        "of close rows are uncertain, and their intervals lean to the middle.",
-        [
-            "group, mode",
-            *(
-                f"{what}, {mode} ({len(of)} tasks)"
-                for mode, of in columns.items()
-                for what in ("mean place", "mean rank")
-            ),
-        ],
-        body,
-        1,
-    )
-
-
-def _mean_ranks(tasks: Sequence[TaskScores]) -> dict[str, float]:
-    ranks = [{entry.row.label: entry.rank.rank for entry in task.entries.values()} for task in tasks]
-    return {
-        label: sum(of[label] for of in ranks) / len(ranks)
-        for label in ranks[0]
-        if all(label in of for of in ranks)
-    }
+    parts: list[Table | str] = []
+    for name, before, made_up in (
+        ("mean_places", "", False), ("mean_places_synthetic", "SYNTHETIC recordings: ", True)
+    ):  # fmt: skip
+        own = [board for board in boards if of_synthetic(board) == made_up]
+        modes = {
+            mode: [board for board in own if board.mode == mode]
+            for mode in dict.fromkeys(b.mode for b in own)
+        }
+        # Of several probes of a run none is the one that its group has on other tasks.
+        several = [board.name for of in modes.values() if len(of) > 1 for board in of if board.variants]
+        left_out = (
+            f" Left out, as runs have several probes of one mode there: {', '.join(several)}."
+            if several
+            else ""
+        )
+        columns = {
+            mode: [placed(board.scores, board.resampled) for board in kept]
+            for mode, of in modes.items()
+            if len(kept := [board for board in of if not board.variants]) > 1
+        }
+        level = boards[0].scores.first.results["bootstrap"]["level"]
+        table = places_table(name, columns, level, before, left_out)
+        if table is not None:
+            parts.append(table)
+        elif columns or several:
+            parts.append(
+                paragraph(f"{before}No mean places: no group of runs is on all tasks of a mode.{left_out}")
+            )
+    return parts

@@ -2,8 +2,12 @@
 
 A board is one task in one mode. All its rows are scored on the same resamples of the same test records; a row of
 several seeds carries their scatter too, as Student's t with S - 1 degrees of freedom (`bootstrap.seed_deviations`).
+Groups of the same seeds deviate together, seed by seed, on this task and on others, so that their differences are
+paired in seeds as in records; other groups, and baselines, deviate by themselves.
 """
 
+import collections
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +23,6 @@ from ecg_jax.evaluation.ranking import correct, rank_models
 from ecg_jax.evaluation.scoring import score
 from ecg_jax.run_setup import flatten
 from ecg_jax.studies.report.load import Result
-from ecg_jax.studies.report.places import Placed
 from ecg_jax.studies.report.read import MODES, RESULTS
 from ecg_jax.studies.report.rows import (
     ECG_FEATURES,
@@ -47,6 +50,7 @@ class Board:
         mode: of the probes; "supervised" where there are no others.
         scores: a row for each group of runs, and the baselines.
         members: the runs of each row; a baseline has none but an encoder trained from scratch.
+        twins: the runs that each random initialisation stands beside.
         runs: a row for each run, ranked among themselves; the baselines are not in it.
         resampled: label of a row of `scores` -> float64 [R] of its macro score, seeds included.
         gains: label -> the group minus the random initialisations of its own encoders, paired.
@@ -56,6 +60,7 @@ class Board:
     mode: str
     scores: TaskScores
     members: dict[Row, list[Member]]
+    twins: dict[Row, list[Member]]
     runs: TaskScores
     resampled: dict[str, np.ndarray]
     gains: dict[str, Interval]
@@ -64,6 +69,11 @@ class Board:
     def name(self) -> str:
         """Of its tables and figures."""
         return f"{self.task}_{self.mode}"
+
+    @property
+    def variants(self) -> bool:
+        """Whether runs have several probes here, so that a row is one of those of its group."""
+        return any(member.variant for own in self.members.values() for member in own)
 
     def members_of(self, row: Row) -> list[Member]:
         """Runs of a row; [] of a baseline that came with the probes."""
@@ -113,7 +123,8 @@ class _Scorer:
         self._metric = SCORED_AS[first.metric]
         self._targets = first.predictions["targets"].astype(np.float64)
         codes, _ = bootstrap.units(first.predictions["patient_id"].tolist(), len(self._targets))
-        self._counts = bootstrap.draw(codes, self.settings["resamples"], first.results["seed"])
+        # The draws of the sweep's own tables.
+        self._counts = bootstrap.draw(codes, self.settings["resamples"], seed=0)
         self._known: dict[bytes, Scored] = {}
 
     def __call__(self, predictions: np.ndarray) -> Scored:
@@ -142,24 +153,24 @@ class _Scorer:
         return [self(array) for array in result.predictions[name]]
 
     def over_seeds(
-        self, macros: Sequence[tuple[float, np.ndarray]], number: int = 0
+        self, macros: Sequence[tuple[float, np.ndarray]], state: int | Sequence[int] = 1
     ) -> tuple[Interval, np.ndarray]:
         """Mean over seeds with its interval, and its resampled values [R], seeds included.
 
         Args:
-            macros: a seed's score, on the sample and on the resamples [R], each.
-            number: rows of different numbers have seeds that deviate independently of each other.
+            macros: a seed's score, on the sample and on the resamples [R], each, in the order of their seeds.
+            state: of the generator of the seeds' deviations; rows of the same state deviate together.
         """
         points, resampled = zip(*macros, strict=True)
         over_patients = np.mean(resampled, axis=0)
 
-        def with_seeds(generator: int) -> np.ndarray:
-            rng = np.random.default_rng(generator)
+        def with_seeds(state: int | Sequence[int]) -> np.ndarray:
+            rng = np.random.default_rng(state)
             return over_patients + bootstrap.seed_deviations(points, self.settings["resamples"], rng)
 
         # The same draws for every row's own interval: it does not depend on its company.
         interval = bootstrap.interval(np.mean(points), with_seeds(1), self.settings["level"])
-        return interval, with_seeds(1 + number)
+        return interval, with_seeds(state)
 
     def macro(self, scored: Scored) -> tuple[float, np.ndarray]:
         """Of one model, on the sample and the resamples [R]."""
@@ -172,26 +183,31 @@ def _board(task: str, mode: str, members: Sequence[Member], scorer: _Scorer) -> 
     rows: dict[Row, list[Member]] = {}
     for member in probed:
         supervised = mode == "supervised"
-        row = Row(member.group, "from scratch", SUPERVISED) if supervised else Row(member.group, mode)
+        row = Row(member.row, "from scratch", SUPERVISED) if supervised else Row(member.row, mode)
         rows.setdefault(row, []).append(member)
     for name, own in _by_encoder(scratch, SUPERVISED):
         rows[Row(name, "from scratch", SUPERVISED)] = own
+    rows = {row: sorted(own, key=_seed_of) for row, own in rows.items()}
+    states = _states(rows)
+    twins: dict[Row, list[Member]] = {}
     entries: dict[Row, Entry] = {}
     resampled: dict[str, np.ndarray] = {}
     gains: dict[str, Interval] = {}
-    for number, (row, own) in enumerate(rows.items()):
-        entry, values = _group_entry(row, own, scorer, number)
+    for row, own in rows.items():
+        entry, values = _group_entry(row, own, scorer, states[row])
         entries[row], resampled[row.label] = entry, values
         differences = [
             (a[0] - b[0], a[1] - b[1])
             for member in own
-            if (twins := scorer.twins_of(member.result))
-            for a, b in [(scorer.macro(scorer.of_probe(member.result)), scorer.macro(mean_of(twins)))]
+            if (random := scorer.twins_of(member.result))
+            for a, b in [(scorer.macro(scorer.of_probe(member.result)), scorer.macro(mean_of(random)))]
         ]
         if len(differences) == len(own):
             gains[row.label] = scorer.over_seeds(differences)[0]
-    for row, scored, seeds, results in _baselines(probed, scorer):
-        value, values = scorer.over_seeds([scorer.macro(each) for each in scored], len(entries))
+    for row, beside, scored, seeds, results in _baselines(probed, scorer):
+        value, values = scorer.over_seeds([scorer.macro(each) for each in scored], _own_state(row))
+        if row.baseline == RANDOM_INIT:
+            twins[row] = beside
         arrays = [np.asarray(array, dtype=np.float64) for array in results]
         entry = Entry(row, value.point, value.low, value.high, arrays, None, seeds)
         entry.scored = mean_of(scored)
@@ -206,15 +222,40 @@ def _board(task: str, mode: str, members: Sequence[Member], scorer: _Scorer) -> 
     for rank in rank_models(as_one, "exclude", level, _PERCENTILE):
         of_label[rank.model].rank = rank
     runs = scores if all(len(own) == 1 for own in rows.values()) else _run_scores(scores.task, rows, scorer)
-    return Board(task, mode, scores, rows, runs, resampled, gains)
+    return Board(task, mode, scores, rows, twins, runs, resampled, gains)
+
+
+def _seed_of(member: Member) -> int:
+    """Of pretraining, or of the training from scratch."""
+    pretrained = member.result.mode != "supervised" and member.run.seed is not None
+    return member.run.seed if pretrained else member.result.results["seed"]
+
+
+def _states(rows: dict[Row, list[Member]]) -> dict[Row, int | list[int]]:
+    """State of the generator from which the seeds of each row deviate: groups of the same seeds share one.
+
+    Most groups have that of the sweep's own tables, whatever the order of rows.
+    """
+    seeds = {row: tuple(map(_seed_of, own)) for row, own in rows.items() if not row.baseline}
+    number = collections.Counter(seeds.values())
+    first = min(number, key=lambda each: (-number[each], each), default=())
+    return {
+        row: _own_state(row) if row.baseline else 1 if seeds[row] == first else [2, *seeds[row]]
+        for row in rows
+    }
+
+
+def _own_state(row: Row) -> list[int]:
+    """State of a row whose seeds have nothing to do with those of others."""
+    return [3, *hashlib.sha256(row.label.encode()).digest()]
 
 
 def _group_entry(
-    row: Row, members: Sequence[Member], scorer: _Scorer, number: int
+    row: Row, members: Sequence[Member], scorer: _Scorer, state: int | Sequence[int]
 ) -> tuple[Entry, np.ndarray]:
     """A group's row, and its resampled macro scores [R]."""
     scored = [scorer.of_probe(member.result) for member in members]
-    value, values = scorer.over_seeds([scorer.macro(each) for each in scored], number)
+    value, values = scorer.over_seeds([scorer.macro(each) for each in scored], state)
     results = members[0].result.results
     metric = members[0].result.metric
     if len(members) == 1:
@@ -294,8 +335,8 @@ def _by_encoder(members: Sequence[Member], what: str) -> list[tuple[str, list[Me
         return [(what, clusters[0])]
     named = []
     for own in clusters:
-        backbone = own[0].run.backbone or own[0].group
-        alike = [c for c in clusters if (c[0].run.backbone or c[0].group) == backbone]
+        backbone = own[0].run.backbone or own[0].row
+        alike = [c for c in clusters if (c[0].run.backbone or c[0].row) == backbone]
         configs = [_encoder_of(cluster[0]) for cluster in alike]
         names = dict.fromkeys(name for config in configs for name in config)
         differ = [
@@ -306,7 +347,7 @@ def _by_encoder(members: Sequence[Member], what: str) -> list[tuple[str, list[Me
         config = _encoder_of(own[0])
         told = ", ".join(f"{name}={config[name]}" for name in differ if name in config)
         if len(alike) > 1 and (not told or len(differ) > 2):
-            told = f"as in {own[0].group}"
+            told = f"as in {own[0].row}"
         named.append((f"{what} of {backbone}" + (f" ({told})" if told else ""), own))
     return named
 
@@ -330,24 +371,18 @@ def _same_twins(first: Sequence[Member], second: Sequence[Member]) -> bool:
 
 
 def _baselines(members: Sequence[Member], scorer: _Scorer):
-    """(row, scores of each seed, number of seeds or None, predictions) of random initialisations, ECG features and the
-    majority guess, where the probes have them."""
+    """(row, members beside it, scores of each seed, number of seeds or None, predictions) of random initialisations,
+    ECG features and the majority guess, where the probes have them."""
     with_twins = [member for member in members if scorer.twins_of(member.result)]
     for name, own in _by_encoder(with_twins, RANDOM_INIT):
         seeds = {seed: array for member in own for seed, array in _twins_by_seed(member).items()}
         mode = own[0].result.results["baselines"]["random_init"]["mode"]
         arrays = list(seeds.values())
-        yield Row(name, mode, RANDOM_INIT), [scorer(array) for array in arrays], len(seeds), arrays
+        yield Row(name, mode, RANDOM_INIT), own, [scorer(array) for array in arrays], len(seeds), arrays
     first = members[0].result.predictions
     for name, mode, array in (
         (ECG_FEATURES, "linear", "probabilities_ecg_features"),
         (MAJORITY, "", "probabilities_majority"),
     ):
         if array in first:
-            yield Row(name, mode, name), [scorer(first[array])], None, [first[array]]
-
-
-def placed(board: Board) -> Placed:
-    """What `places.mean_places` needs of a board."""
-    points = {entry.row.label: entry.point for entry in board.scores.entries.values()}
-    return Placed(points, board.resampled, board.regression)
+            yield Row(name, mode, name), members, [scorer(first[array])], None, [first[array]]

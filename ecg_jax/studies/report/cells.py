@@ -71,6 +71,11 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", MINUS)
 
 
+def count(n: int, what: str) -> str:
+    """ "1 run", "2 runs"."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
 def interval(point, low, high, mark: str = "", digits: int = 3, sign: bool = False) -> Cell:
     """ "0.934" with "[0.929, 0.941]"."""
     if point is None or not np.isfinite(point):

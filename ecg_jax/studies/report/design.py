@@ -1,9 +1,11 @@
 """The design of a study: where a run stands among objectives, backbones and rungs, and how places are written."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ecg_jax.studies.report.cells import DASH
+from ecg_jax.studies.report.cells import DASH, Table
 from ecg_jax.studies.report.study import Study
 from ecg_jax.studies.study_runs import StudyRun
 
@@ -49,14 +51,35 @@ def rungs(runs: Sequence[StudyRun]) -> dict[tuple[str, bool | None], str]:
 
     headings = {}
     for key in sorted(found, key=size):
-        rung, synthetic = key
+        rung = key[0]
         known = sorted(n for n in found[key] if n is not None)
         n = "" if not known else str(known[0]) if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
-        kind = " synthetic" if synthetic else ""
-        words = f"{n}{kind} recordings" if n else f"{kind.strip()} recordings".strip()
-        name = f"rung {rung}" if rung else ""
+        kinds = dict.fromkeys(made_up(run) for run in runs if run.objective and rung_of(run) == key)
+        kind = " or ".join(kind for kind in kinds if kind)
+        words = " ".join(part for part in (n, "recordings", kind and f"({kind})") if part)
+        name = f"rung {rung}" if rung and rung != n else ""
         headings[key] = ": ".join(part for part in (name, words) if part) if n or kind else name or DASH
     return headings
+
+
+def made_up(run: StudyRun) -> str:
+    """ "synthetic" where a run's recordings are, "with synthetic ones" where some of its several stores' are, or ""."""
+    if not run.synthetic:
+        return ""
+    return "with synthetic ones" if "," in run.config["store"] else "synthetic"
+
+
+def shorten(text: str, folders: Sequence[Path]) -> str:
+    """A sentence whose whole paths are written as by `shown_path`."""
+    for top in (folder.resolve() for folder in folders):
+        text = re.sub(rf"(?<![\w./-]){re.escape(str(top))}(?![\w-])", top.name, text)
+    return text
+
+
+def shortened(table: Table, folders: Sequence[Path]) -> Table:
+    """A table of such sentences."""
+    rows = [[replace(cell, text=shorten(cell.text, folders)) for cell in row] for row in table.rows]
+    return replace(table, rows=rows)
 
 
 def rung_of(run: StudyRun) -> tuple[str, bool | None]:

@@ -12,9 +12,11 @@ from ecg_jax.evaluation.tasks import TASKS
 from ecg_jax.studies.report.read import PREDICTIONS, RESULTS, read_efficiency, read_result, read_robustness
 
 ROBUSTNESS, EFFICIENCY = "robustness.json", "label_efficiency.json"
+#: What a report may be made of beside probes, for messages.
+OTHERS = "of a sweep, a pretraining run, or figures"
 # Predictions that are the same but for the machine that made them differ by less; those of another training set, or
 # of a head with other penalties to choose from, by more.
-_SAME_MAJORITY, _SAME_FEATURES = 1e-6, 1e-3
+SAME_PREDICTIONS, _SAME_FEATURES = 1e-6, 1e-3
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,12 @@ def load(workdirs: Sequence[str | Path]) -> Collection:
             found += read_curves(folder, robustness, efficiency)
         if not found:
             raise UserError(
-                f"{workdir} holds no {RESULTS}, nor does a folder in it; give the --workdir of a finished "
-                "`ecg-jax probe`."
+                f"{workdir} holds no {RESULTS}, nor does a folder in it; give the folder of a "
+                f"finished `ecg-jax probe`, or {OTHERS}."
             )
     if not results:
         raise UserError(
-            f"None of the folders holds a {RESULTS}; give the --workdir of a finished `ecg-jax probe`."
+            f"None of the folders holds a {RESULTS}; give the folder of a finished `ecg-jax probe`, or {OTHERS}."
         )
     results = _named(results)
     collection = Collection(results, labelled(robustness, results), distinct(efficiency))
@@ -159,7 +161,9 @@ def read_curves(folder: Path, robustness: list[Curves], efficiency: list[Curves]
 def _folders(workdir: Path) -> list[Path]:
     """The workdir, the folders in it by name, and where `ecg-jax robustness` writes in those."""
     if not workdir.is_dir():
-        raise UserError(f"There is no folder {workdir}; give the --workdir of a finished `ecg-jax probe`.")
+        raise UserError(
+            f"There is no folder {workdir}; give that of a finished `ecg-jax probe`, or {OTHERS}."
+        )
     try:
         inside = sorted(path for path in workdir.iterdir() if path.is_dir())
         return [workdir, *inside, *(path / "robustness" for path in inside if (path / "robustness").is_dir())]
@@ -251,8 +255,8 @@ def differing(first: Result, other: Result) -> list[str]:
             ("split.fingerprint", _fingerprint(first, "split") == _fingerprint(other, "split")),
             ("classes", first.classes == other.classes),
             ("record_id", np.array_equal(*(r.predictions["record_id"] for r in (first, other)))),
-            ("targets", _equal(first, other, "targets", _SAME_MAJORITY)),
-            ("probabilities_majority", _equal(first, other, "probabilities_majority", _SAME_MAJORITY)),
+            ("targets", _equal(first, other, "targets", SAME_PREDICTIONS)),
+            ("probabilities_majority", _equal(first, other, "probabilities_majority", SAME_PREDICTIONS)),
             (
                 "probabilities_ecg_features",
                 _equal(first, other, "probabilities_ecg_features", _SAME_FEATURES),

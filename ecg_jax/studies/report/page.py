@@ -17,11 +17,15 @@ from ecg_jax.studies.report.style import CSS
 GENERATOR = '<meta name="generator" content="ecg-jax report">'
 # Longer tables are folded.
 _LONG = 18
+# Characters up to which a name, or a folder of a path, is not broken.
+_LONGEST_NAME = 36
 _DARKEST = (126, 178, 217)
 
 
 def _cell(cell: Cell, numeric: bool) -> str:
     text = escape(cell.text)
+    if _is_name(cell.text):
+        text = re.sub("([^/]{4})/", r"\1/<wbr>", text)
     if cell.link:
         text = f'<a href="#{escape(cell.link)}">{text}</a>'
     if cell.mark == "best":
@@ -38,10 +42,17 @@ def _cell(cell: Cell, numeric: bool) -> str:
         style = f' style="background:rgb({red},{green},{blue})"'
     elif numeric:
         classes.append("n")
+    elif _is_name(cell.text):
+        classes.append("w")
     elif len(cell.text) > 12:
-        classes.append("long" if len(cell.text) > 40 else "t")
+        classes.append("t" if len(cell.text) <= 40 else "long" if len(cell.text) <= 160 else "prose")
     anchor = f' id="{escape(cell.anchor)}"' if cell.anchor else ""
     return anchor + (f' class="{" ".join(classes)}"' if classes else "") + style + f">{text}"
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text is a name or a path, to be broken between folders only."""
+    return " " not in text and all(len(part) <= _LONGEST_NAME for part in text.split("/"))
 
 
 def _head_class(table: Table, i: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.run_setup import flatten
 from ecg_jax.studies.report.cells import DASH, Cell, Table, number, texts
-from ecg_jax.studies.report.design import anchors, in_order, run_folder, shown_path
+from ecg_jax.studies.report.design import anchors, in_order, made_up, run_folder, shown_path
 from ecg_jax.studies.report.study import Study
 from ecg_jax.studies.study_runs import StudyRun
 
@@ -40,14 +40,13 @@ def runs_table(study: Study) -> Table:
     body = []
     for run in study.runs:
         state = study.states[run.name].state
-        synthetic = "" if run.synthetic is not True else " synthetic"
         cells = [
             Cell(run_folder(run, study.folders), anchor=ids[run.name]),
             Cell(state, mark="good" if state == "finished" else "bad"),
             run.objective or DASH, run.backbone or DASH, run.rung or DASH, run.group,
             _short(run.fingerprints["store"]), _short(run.fingerprints["selection"]),
             _revision(run), _device(run),
-            f"{_known(run.recordings)}{synthetic}", _known(run.seed),
+            f"{_known(run.recordings)} {made_up(run)}".strip(), _known(run.seed),
             f"{_known(run.step)} of {_known(run.steps)}" if run.step != run.steps else _known(run.step),
             _known(run.windows), _known(run.parameters), scaled(run.train_flops),
             number(run.seconds, 0), number(run.device_hours, 3),
@@ -170,13 +169,13 @@ def stores_table(study: Study) -> Table:
         fingerprint = run.fingerprints["store"]
         if fingerprint is None or not run.config:
             continue
-        corpus = corpora.get(fingerprint, SYNTHETIC if run.synthetic else DASH)
+        corpus = corpora[fingerprint] if fingerprint in corpora else made_up(run) or DASH
         paths = ", ".join(shown_path(path, study.folders) for path in run.config["store"].split(","))
         note(paths, corpus, fingerprint, "pretrained", run.name)
     rows = [
         texts(
             (
-                path, Cell(f"{corpus} (no ECGs)", mark="warn") if corpus == SYNTHETIC else corpus, fingerprint,
+                path, Cell(f"{corpus} (no ECGs)", mark="warn") if SYNTHETIC in corpus else corpus, fingerprint,
                 f"{len(by['pretrained'])} runs" if "pretrained" in by else DASH,
                 ", ".join(by["probed"]) if "probed" in by else DASH,
                 ", ".join(by["tested"]) if "tested" in by else DASH,

@@ -6,15 +6,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ecg_jax.errors import UserError
 from ecg_jax.studies.figure_folder import INDEX, FigureFolder, read_figures
 from ecg_jax.studies.report import load, rows
 from ecg_jax.studies.report.kinds import SWEEP, is_run, is_study, subfolders
-from ecg_jax.studies.report.load import Collection, Curves, Result
+from ecg_jax.studies.report.load import SAME_PREDICTIONS, Collection, Curves, Result
 from ecg_jax.studies.report.read import RESULTS, read_result
 from ecg_jax.studies.study_runs import StudyRun, find_runs
-from ecg_jax.sweep_folder import read_status, spent
+from ecg_jax.sweep_folder import FURTHER, PROBE, is_made, read_status, spent
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,14 @@ class Member:
     result: Result
     """`model` is the run's name, with the probe's where a table has several of a run."""
     group: str
-    """Of the row that it shares with other seeds."""
+    """Of the runs that differ from its run in the seed alone."""
+    variant: str = ""
+    """The probe's name where the table has several of its run in one mode; "" elsewhere."""
+
+    @property
+    def row(self) -> str:
+        """Name of the row that it shares with other seeds."""
+        return f"{self.group} [{self.variant}]" if self.variant else self.group
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class SweepFolder:
     """What it says about its results; "" for nothing."""
     lines: list[list[str]]
     """Of results.csv, its head first; [] where it is not there."""
+    runs: dict[str, dict[str, Any]]
+    """Its runs as they are declared, by the names of their folders."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ def gather(folders: Sequence[str | Path]) -> Study:
     for i, folder in enumerate(folders):
         if not folder.is_dir():
             raise UserError(
-                f"There is no folder {folder}; give a sweep's, a run's, a probe's, or one of figures."
+                f"There is no folder {folder}; give that of a finished `ecg-jax probe`, or {load.OTHERS}."
             )
         if folder.resolve() in [other.resolve() for other in folders[:i]]:
             raise UserError(f"{folder} is given twice; name every folder once.")
@@ -123,7 +135,8 @@ def gather(folders: Sequence[str | Path]) -> Study:
         for path in (folder, *subfolders(folder))
         if (path / SWEEP).is_file()
     ]
-    states = {run.name: _state(run) for run in runs}
+    declared = {sweep.folder.resolve(): sweep.runs for sweep in sweeps}
+    states = {run.name: _state(run, declared) for run in runs}
     return Study(folders, runs, states, members, collection, sweeps, figures)
 
 
@@ -153,7 +166,10 @@ def _members(runs: Sequence[StudyRun]) -> list[Member]:
         for probe in run.probes:
             contents, predictions = read_result(probe.folder)
             result = Result(probe.folder, probe.folder, run.name, contents, predictions)
-            found.append(Member(run, probe.name, result, run.group))
+            member = Member(run, probe.name, result, run.group)
+            # The main probe is the first of its run.
+            if not any(other.run is run and _is_again(other.result, result) for other in found):
+                found.append(member)
     of_task: dict[str, list[list[Member]]] = {}
     for member in found:
         tables = of_task.setdefault(member.result.task, [])
@@ -171,6 +187,23 @@ def _members(runs: Sequence[StudyRun]) -> list[Member]:
     # In the order of the runs again.
     order = {run.name: i for i, run in enumerate(runs)}
     return sorted(named, key=lambda member: order[member.run.name])
+
+
+def _is_again(first: Result, other: Result) -> bool:
+    """Whether two probes of a run are the same one made twice, as where one of them is of all tasks."""
+
+    def what(result: Result) -> list[Any]:
+        results = result.results
+        config = {name: value for name, value in results["config"].items() if name not in ("task", "name")}
+        return [result.task, result.mode, config, results["checkpoint"], results["seed"]]
+
+    ours, theirs = (result.predictions["probabilities"] for result in (first, other))
+    return (
+        what(first) == what(other)
+        and not load.differing(first, other)
+        and ours.shape == theirs.shape
+        and np.allclose(ours, theirs, rtol=0, atol=SAME_PREDICTIONS)
+    )
 
 
 def _names_of_several(runs: Sequence[StudyRun], sweeps: dict[str, Path | None]) -> set[str]:
@@ -204,7 +237,8 @@ def _named(
     named = []
     for member in table:
         run, result = member.run, member.result
-        extra = f" [{member.probe}]" if result.mode in several else ""
+        variant = member.probe if result.mode in several else ""
+        extra = f" [{variant}]" if variant else ""
         sweep = sweeps[run.name]
         group = f"{sweep.name}/{run.group}" if run.group in shared and sweep is not None else run.group
         if run.folder is None:
@@ -214,7 +248,8 @@ def _named(
             replace(
                 member,
                 result=replace(result, model=f"{run.name}{extra}", results=results),
-                group=f"{group}{extra}",
+                group=group,
+                variant=variant,
             )
         )
     return named
@@ -228,23 +263,40 @@ def sweep_of(run: StudyRun) -> Path | None:
     return sweep if (sweep / SWEEP).is_file() else None
 
 
-def _state(run: StudyRun) -> RunState:
-    """How far a run is, probes included; a sweep says why one failed."""
-    if sweep_of(run) is None:
+def _state(run: StudyRun, declared: dict[Path, dict[str, dict[str, Any]]]) -> RunState:
+    """How far a run is, probes included; a sweep says why one failed.
+
+    Args:
+        run: to look at.
+        declared: resolved folder of each sweep -> its runs.
+    """
+    sweep = sweep_of(run)
+    if sweep is None:
         known = run.folder is None  # its pretraining cannot be looked at any more, which is no failure of it
         return RunState("finished" if run.finished or known else run.state, "", None)
-    status, probing = read_status(run.folder.parent), spent(run.folder.parent)["probe"]
+    folder, state = run.folder.parent, run.state
+    status, probing = read_status(folder), spent(folder)["probe"]
+    if run.finished and (left := _lacking(folder, declared[sweep.resolve()][folder.name])):
+        state = f"lacks the probe{'s' if len(left) > 1 else ''} {', '.join(left)}"
     if status is None or status["state"] == "finished":
-        # Finished, unless results were removed since.
-        return RunState(run.state, "", probing)
+        # Finished, unless results were removed, or probes asked for, since.
+        return RunState(state, "", probing)
     if status["state"] == "running":
-        return RunState(f"running, or its process died ({run.state})", "", probing)
-    return RunState(f"{status['state']} ({run.state})", status["error"] or "", probing)
+        return RunState(f"running, or its process died ({state})", "", probing)
+    return RunState(f"{status['state']} ({state})", status["error"] or "", probing)
+
+
+def _lacking(folder: Path, declared: dict[str, Any]) -> list[str]:
+    """Probes that a sweep declares of a run in `folder` and has not made."""
+    main = [PROBE] if declared["probe"] is not None and not (folder / PROBE / RESULTS).is_file() else []
+    further = ({"probes": {}} | declared)["probes"]  # older files have none
+    return main + [name for name in further if not is_made(folder / FURTHER / name)]
 
 
 def _sweep(folder: Path) -> SweepFolder:
     try:
-        file = json.loads((folder / SWEEP).read_text())["sweep"]
+        content = json.loads((folder / SWEEP).read_text())
+        file, runs = content["sweep"], content["runs"]
         note = ""
         if (folder / RESULTS).is_file():
             note = json.loads((folder / RESULTS).read_text())["note"]
@@ -256,4 +308,4 @@ def _sweep(folder: Path) -> SweepFolder:
         raise UserError(
             f"{folder} holds a damaged sweep ({error}); run its `ecg-jax sweep` again."
         ) from error
-    return SweepFolder(folder, file, note, lines)
+    return SweepFolder(folder, file, note, lines, runs)

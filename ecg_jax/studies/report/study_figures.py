@@ -9,7 +9,7 @@ from ecg_jax.evaluation.drawing import MOST_MODELS, Looks, add_legend, looks_of,
 from ecg_jax.evaluation.plots import GREY
 from ecg_jax.studies.report.board_tables import seeds_said, tested, warning
 from ecg_jax.studies.report.boards import Board
-from ecg_jax.studies.report.cells import SCORES, number
+from ecg_jax.studies.report.cells import SCORES, count, number
 from ecg_jax.studies.report.design import grid, in_order, rung_of, rungs
 from ecg_jax.studies.report.pictures import Picture, drawn
 from ecg_jax.studies.report.read import MODES
@@ -136,6 +136,11 @@ def _losses(runs: Sequence[StudyRun], key: str, name: str) -> Picture | None:
     )
 
 
+def _two_lines(name: str) -> str:
+    """A long name with what stands in brackets on a line of its own."""
+    return name.replace(" (", "\n(", 1) if len(name) > 34 else name
+
+
 def objective_looks(study: Study) -> Looks:
     """Colour and marker of each objective."""
     return looks_of(in_order(study.runs, "objective"))
@@ -146,7 +151,9 @@ def forest(board: Board, looks: Looks) -> Picture:
     ranked = board.scores.ranked[:_FOREST_ROWS]
     left_out = len(board.scores.entries) - len(ranked)
     metric = SCORES[board.scores.first.metric]
-    figure = new_figure(7.4, 1.2 + 0.2 * len(ranked) + 0.2 * -(-(len(looks) + 2) // 3))
+    names = [_two_lines(entry.row.model) for entry in ranked]
+    row_inch = 0.3 if any("\n" in name for name in names) and len(names) < 20 else 0.2
+    figure = new_figure(7.4, 1.2 + row_inch * len(ranked) + 0.2 * -(-(len(looks) + 2) // 3))
     axes = figure.subplots()
     rows, used = [], {}
     for i, entry in enumerate(ranked):
@@ -168,7 +175,7 @@ def forest(board: Board, looks: Looks) -> Picture:
             rows.append((member.result.model, "single seed", value, None, None, None, 1))
     if not board.regression:
         axes.axvline(0.5, color=GREY, linewidth=1, linestyle="--", zorder=1)
-    labels = [f"{entry.row.model}  ({entry.rank.rank})" for entry in ranked]
+    labels = [f"{name}  ({entry.rank.rank})" for name, entry in zip(names, ranked, strict=True)]
     axes.set_yticks(-np.arange(len(ranked)), labels)
     axes.set_ylim(-len(ranked) + 0.4, 0.6)
     plain_axes(axes, "x")
@@ -182,14 +189,16 @@ def forest(board: Board, looks: Looks) -> Picture:
         extra.append({"color": GREY, "linestyle": "--", "linewidth": 1, "label": "chance"})
     add_legend(figure, used, extra, columns=3)
     best, tied = ranked[0], sum(entry.rank.rank == 1 for entry in board.scores.entries.values())
-    others = f" {tied - 1} rows are not told from it." if tied > 1 else " No other row ties with it."
+    others = " No other row ties with it."
+    if tied > 1:
+        others = f" {count(tied - 1, 'row')} {'are' if tied > 2 else 'is'} not told from it."
     cut = f" The {len(ranked)} best of {len(ranked) + left_out} rows are drawn." if left_out else ""
     return drawn(
         figure,
         f"figure_ranks_{board.name}",
         alt=f"{metric} of {len(ranked)} groups and baselines on {board.task} in mode {board.mode}, with intervals.",
-        caption=f"{board.task}, {board.mode}: {tested(board)}, best first, ranks in brackets; colours are objectives, "
-        f"rings single seeds.{cut}",
+        caption=f"{board.task}, {board.mode}: {tested(board)}, in the order of ranks, which stand in brackets; "
+        f"colours are objectives, rings single seeds.{cut}",
         shows=f"Which groups score best: {best.row.model} with {number(best.point)} "
         f"[{number(best.low)}, {number(best.high)}].{others}",
         does_not_show="Differences: rows are tested on the same records, so that overlapping bars can differ and the "
@@ -198,6 +207,25 @@ def forest(board: Board, looks: Looks) -> Picture:
         columns=("row", "mode", board.scores.first.metric, "low", "high", "rank", "seeds"),
         rows=rows,
     )
+
+
+def _references(boards: Sequence[Board], backbone: str, rung: tuple) -> dict[str, float]:
+    """Best scores of a panel's own baselines, over its modes.
+
+    Encoders trained from scratch are of the backbone, whatever the rung of the run that gave the architecture.
+    """
+    points: dict[str, list[float]] = {}
+    for board in boards:
+        for row, entry in board.scores.entries.items():
+            beside = board.twins[row] if row in board.twins else board.members_of(row)
+            of_panel = any(
+                m.run.backbone == backbone and (row.baseline == SUPERVISED or rung_of(m.run) == rung)
+                for m in beside
+            )
+            if row.baseline in (RANDOM_INIT, SUPERVISED) and of_panel:
+                points.setdefault(row.baseline, []).append(entry.point)
+    best = min if boards[0].regression else max
+    return {name: best(points[name]) for name in (RANDOM_INIT, SUPERVISED) if name in points}
 
 
 def modes(boards: Sequence[Board], looks: Looks, study: Study) -> list[Picture]:
@@ -221,13 +249,6 @@ def modes(boards: Sequence[Board], looks: Looks, study: Study) -> list[Picture]:
                 entry = entries[label]
                 triple = [np.nan if v is None else v for v in (entry.point, entry.low, entry.high)]
                 placed.setdefault((backbone, rung), {}).setdefault(objective, {})[board.mode] = triple
-        lines = {}
-        for name in (RANDOM_INIT, SUPERVISED):
-            points = [
-                e.point for board in own for e in board.scores.entries.values() if e.row.baseline == name
-            ]
-            if points:
-                lines[name] = (min if own[0].regression else max)(points)
         for backbone in dict.fromkeys(backbone for backbone, _ in placed):
             several = [
                 rung for rung in sizes if any(len(of) > 1 for of in placed.get((backbone, rung), {}).values())
@@ -235,7 +256,7 @@ def modes(boards: Sequence[Board], looks: Looks, study: Study) -> list[Picture]:
             if several:
                 metric = SCORES[own[0].scores.first.metric]
                 panels.append((f"{task}, {backbone}", metric, placed[(backbone, several[-1])]))
-                references.append(lines)
+                references.append(_references(own, backbone, several[-1]))
     if not panels:
         return []
     order = [mode for mode in MODES if any(mode in of for _, _, models in panels for of in models.values())]
@@ -249,7 +270,8 @@ def modes(boards: Sequence[Board], looks: Looks, study: Study) -> list[Picture]:
                 f"figure_modes_{start // 6 + 1}",
                 alt=f"Scores of objectives in the modes {', '.join(order)} on {names}.",
                 caption=f"Objectives in each mode with intervals, at the largest rung probed in several modes: {names}."
-                " Grey: the best random initialisation and encoder trained from scratch of the task.",
+                " Grey: in any mode, the best random initialisation of the encoders drawn, and the best encoder of the "
+                "backbone trained from scratch.",
                 shows="Whether the order of objectives is the same in all modes, and what a larger head or finetuning "
                 "adds to each.",
                 does_not_show="What the modes cost, and whether their learning rates suit each objective alike. A "

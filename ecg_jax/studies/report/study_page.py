@@ -4,22 +4,20 @@ import datetime
 from collections.abc import Sequence
 from html import escape
 
-from ecg_jax.studies.figure_folder import Figure, FigureFolder
 from ecg_jax.studies.report import board_tables, figures, run_tables, study_figures, tables, task_tables
 from ecg_jax.studies.report.boards import Board
-from ecg_jax.studies.report.cells import DASH, Cell, Table, number, texts
-from ecg_jax.studies.report.design import anchors, in_order, run_folder, shown_path
+from ecg_jax.studies.report.cells import DASH, Cell, Table, count, number
+from ecg_jax.studies.report.design import anchors, in_order, run_folder, shortened, shown_path
+from ecg_jax.studies.report.figure_parts import figure_parts
 from ecg_jax.studies.report.html import by_task, gallery, of_curves, verdict
-from ecg_jax.studies.report.page import Folded, Page, Part, box, command_html, inline, paragraph
-from ecg_jax.studies.report.pictures import of_files
+from ecg_jax.studies.report.page import Folded, Page, Part, box, command_html, paragraph
 from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, TaskScores
-from ecg_jax.studies.report.study import Study, sweep_of
+from ecg_jax.studies.report.study import Study
 
 #: Commands whose figures a study is expected to have.
 _COMMANDS = ("scaling", "cka", "efficiency")
 _HEADINGS = {"scaling": "Scaling", "cka": "Similarity (CKA)", "efficiency": "Efficiency"}
 _GALLERIES = 3  # tasks whose recordings are shown
-_LONGEST = 200  # rows of a figure folder's table on the page; its CSV has all
 
 
 def build(
@@ -72,15 +70,17 @@ def build(
     ):
         found = [each for each in study.figures if each.kind == kind]
         heading = _HEADINGS[kind] if kind in _HEADINGS else kind.replace("_", " ").capitalize()
-        parts = [part for each in found for part in _figure_parts(each, study, page)]
+        parts = [part for each in found for part in figure_parts(each, study, page)]
         page.section(f"figures-{kind}", heading, parts)
     if boards:
         page.section("classes", "Class by class", _classes(boards))
         page.section("layers", "Layers", _layers(study))
         page.section(
-            "tasks-and-leakage", "Tasks and leakage", [tables.task_table(tasks), tables.leakage_table(tasks)]
+            "tasks-and-leakage",
+            "Tasks and leakage",
+            [tables.task_table(tasks), shortened(tables.leakage_table(tasks), study.folders)],
         )
-        page.section("left-out", "What was left out", [tables.exclusions(tasks)])
+        page.section("left-out", "What was left out", [shortened(tables.exclusions(tasks), study.folders)])
     _curve_sections(page, study)
     if boards:
         page.section("examples", "Recordings", _recordings(boards, shown))
@@ -96,18 +96,14 @@ def _tasks(study: Study, boards: Sequence[Board]) -> dict[str, TaskScores]:
     return found
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
-
-
 def _summary(study: Study, boards: Sequence[Board]) -> str:
     runs = study.runs
     parts = []
     if runs:
         objectives, backbones = in_order(runs, "objective"), in_order(runs, "backbone")
         parts.append(
-            f"{_count(len(runs), 'run')}, {len(study.finished)} finished, of {_count(len(objectives), 'objective')} on "
-            f"{_count(len(backbones), 'backbone')}"
+            f"{count(len(runs), 'run')}, {len(study.finished)} finished, of {count(len(objectives), 'objective')} on "
+            f"{count(len(backbones), 'backbone')}"
         )
         flops = [run.train_flops for run in runs if run.train_flops is not None]
         hours = [run.device_hours for run in runs if run.device_hours is not None]
@@ -116,7 +112,7 @@ def _summary(study: Study, boards: Sequence[Board]) -> str:
         parts += [part for part in (cost, timed) if part]
     if boards:
         n_tasks = len({board.task for board in boards})
-        parts.append(f"{_count(len(study.members), 'probe')} of {_count(n_tasks, 'task')}")
+        parts.append(f"{count(len(study.members), 'probe')} of {count(n_tasks, 'task')}")
     if study.figures:
         parts.append(f"figures of {', '.join(dict.fromkeys(each.kind for each in study.figures))}")
     return "; ".join(parts) + "."
@@ -128,11 +124,11 @@ def _missing(study: Study, boards: Sequence[Board]) -> list[str]:
     if behind := [run for run in runs if run not in study.finished]:
         names = ", ".join(run.name for run in behind[:5])
         more = f" and {len(behind) - 5} more" if len(behind) > 5 else ""
-        lines.append(f"{len(behind)} of {_count(len(runs), 'run')} are not finished: {names}{more}.")
+        lines.append(f"{len(behind)} of {count(len(runs), 'run')} are not finished: {names}{more}.")
     if runs and not boards:
         lines.append("No probe is among the folders: nothing here says how good the features are.")
     elif without := [run for run in runs if run.objective and not run.probes]:
-        lines.append(f"{_count(len(without), 'run')} without a finished probe.")
+        lines.append(f"{count(len(without), 'run')} without a finished probe.")
     lines += _without_baselines(boards)
     seeds = [len(own) for board in boards for row, own in board.members.items() if not row.baseline]
     if seeds and max(seeds) == 1:
@@ -152,7 +148,7 @@ def _missing(study: Study, boards: Sequence[Board]) -> list[str]:
         said = []
         if made_up:
             said.append(
-                f"SYNTHETIC recordings: {len(made_up)} of {_count(len(runs), 'run')} were pretrained on them. Their "
+                f"SYNTHETIC recordings: {len(made_up)} of {count(len(runs), 'run')} were pretrained on them. Their "
                 "losses, and curves and fits through them, say nothing about ECGs."
             )
         if tested:
@@ -210,12 +206,12 @@ def _made_with_parts(study: Study) -> list[Part]:
 def _results(study: Study, boards: Sequence[Board], looks) -> list[Part]:
     parts: list[Part] = []
     compact = {board.name: board_tables.compact_table(board, study) for board in boards}
-    if places := board_tables.places_tables(boards):
+    if places := board_tables.places_parts(boards):
         parts += ["<h3>Over all tasks</h3>", *places]
     for board in boards:
         parts.append(f"<h3>{escape(board.task)}, {board.mode}</h3>")
-        if board_tables.of_synthetic(board):
-            parts.append(paragraph(board_tables.warning(board).strip(), "bad"))
+        if said := board_tables.warning(board).strip():
+            parts.append(paragraph(said, "bad"))
         if compact[board.name] is not None:
             parts.append(compact[board.name])
         parts += [
@@ -318,110 +314,6 @@ def _curve_sections(page: Page, study: Study) -> None:
             task_tables.robustness_table,
         )
         page.section("robustness", "Robustness", parts)
-
-
-def _figure_parts(found: FigureFolder, study: Study, page: Page) -> list[Part]:
-    """What a command's folder holds: where, made of what, its figures and tables."""
-    about, where = found.about, shown_path(found.folder, study.folders)
-    parts: list[Part] = [paragraph(f"Of `{where}`{_of_date(about)}.", "about")]
-    older = _ended_after(study, about)
-    if older:
-        parts.append(
-            box(
-                "warn",
-                [paragraph(f"Older than {_count(older, 'run')} of this report: run the command again.")],
-            )
-        )
-    if study.synthetic and found.kind in ("scaling", "cka"):
-        parts.append(
-            paragraph(
-                f"{len(study.synthetic)} of {_count(len(study.runs), 'run')} of this study were pretrained on "
-                "SYNTHETIC recordings.",
-                "bad",
-            )
-        )
-    said = [
-        (name, _words(about[name]) if name != "runs" else _run_paths(about[name], study))
-        for name in ("command", "runs", "versions", "device")
-        if about.get(name)
-    ]
-    if said:
-        name = _free_name(f"{found.kind}_about", page, parts)
-        rows = [texts(pair) for pair in said]
-        table = Table(name, f"What the figures of {where} were made of.", ["field", "value"], rows, 2)
-        parts.append(Folded("What these figures were made of", [table]))
-    for figure in found.figures:
-        parts += _figure(figure, found, page, parts)
-    return parts
-
-
-def _of_date(about: dict) -> str:
-    return f", made on {about['date'][:10]}" if "date" in about else ""
-
-
-def _words(value) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {each}" for name, each in value.items())
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return str(value)
-
-
-def _run_paths(runs: Sequence[str], study: Study) -> str:
-    return "; ".join(shown_path(path, study.folders) for path in runs)
-
-
-def _ended_after(study: Study, about: dict) -> int:
-    """How many runs a sweep ended after a command's figures were made."""
-    from ecg_jax.sweep_folder import read_status
-
-    if "date" not in about:
-        return 0
-    made, n = datetime.datetime.fromisoformat(about["date"]), 0
-    for run in study.runs:
-        status = None if sweep_of(run) is None else read_status(run.folder.parent)
-        if status is not None and status["ended"] is not None:
-            n += datetime.datetime.fromisoformat(status["ended"]) > made
-    return n
-
-
-def _free_name(name: str, page: Page, parts: Sequence[Part]) -> str:
-    """A name of files that the page, and what is to come onto it, has not."""
-    taken = {each.name for each in (*page.tables, *page.pictures, *_inside(parts))}
-    n, free = 1, name
-    while free in taken:
-        n += 1
-        free = f"{name}_{n}"
-    return free
-
-
-def _inside(parts: Sequence[Part]):
-    for part in parts:
-        if isinstance(part, Folded):
-            yield from _inside(part.parts)
-        elif not isinstance(part, str) and hasattr(part, "name"):
-            yield part
-
-
-def _figure(figure: Figure, found: FigureFolder, page: Page, parts: Sequence[Part]) -> list[Part]:
-    """A figure or table of a folder, as it was drawn there."""
-    name = _free_name(f"{found.kind}_{figure.name}", page, parts)
-    heading = f"<h3>{escape(figure.title)}</h3>"
-    words = {"shows": figure.shows, "does_not_show": figure.does_not_show}
-    if figure.picture is not None:
-        files = {
-            suffix: figure.picture.with_suffix(suffix).read_bytes() for suffix in (".png", ".svg", ".csv")
-        }
-        return [heading, of_files(name, files, alt=f"{figure.title}.", caption=figure.title, **words)]
-    cut = figure.rows[:_LONGEST]
-    more = f" The first {len(cut)} of {len(figure.rows)} rows." if len(cut) < len(figure.rows) else ""
-    rows = run_tables.figure_rows(name, f"{figure.title}.{more}", figure.columns, cut)
-    return [
-        heading,
-        rows,
-        f"<p><b>Shows.</b> {inline(figure.shows)}</p>",
-        f"<p><b>Does not show.</b> {inline(figure.does_not_show)}</p>",
-    ]
 
 
 def _recordings(boards: Sequence[Board], shown: str) -> list[Part]:

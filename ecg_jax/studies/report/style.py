@@ -15,16 +15,17 @@ a { color: var(--link); }
 code { font-size: 0.85em; }
 code span { display: inline-block; max-width: 100%; }
 .about { color: var(--mute); }
-nav ol { margin: 0.25rem 0; padding-left: 1.5rem; columns: 14rem; }
+nav ol { margin: 0.25rem 0; padding-left: 2.1rem; columns: 14rem; }
 nav h2 { border: 0; margin: 1rem 0 0.25rem; padding: 0; font-size: 1rem; }
 .verdict { border: 2px solid; border-left-width: 0.6rem; padding: 0.5rem 0.9rem; margin: 1rem 0; border-radius: 4px; }
 .verdict p { margin: 0.15rem 0; }
 .verdict.good { border-color: #00724f; background: #eef8f4; }
 .verdict.warn { border-color: #9a6200; background: #fdf6e7; }
 .verdict.bad { border-color: #b3001b; background: #fdeced; }
-.scroll { overflow-x: auto; margin: 0.75rem 0 1rem; border: 1px solid var(--line); border-radius: 4px; }
+.scroll { overflow-x: auto; width: fit-content; max-width: 100%; margin: 0.75rem 0 1rem; border: 1px solid var(--line);
+  border-radius: 4px; }
 .scroll:focus-visible { outline: 3px solid var(--link); }
-table { border-collapse: separate; border-spacing: 0; font-size: 0.85rem; width: 100%; }
+table { border-collapse: separate; border-spacing: 0; font-size: 0.85rem; }
 caption { text-align: left; color: var(--mute); padding: 0.5rem 0.7rem; border-bottom: 1px solid var(--line); }
 caption span { position: sticky; left: 0.7rem; display: inline-block; width: min(46rem, 100vw - 4rem); }
 th, td { padding: 0.3rem 0.6rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ececec; }
@@ -38,14 +39,16 @@ tbody th { position: sticky; left: 0; background: #fff; font-weight: 400; min-wi
 tr.section > * { border-top: 2px solid #8a8a8a; }
 .i { display: block; color: var(--mute); font-size: 0.8rem; white-space: nowrap; }
 .t { min-width: 8rem; }
+.w { white-space: nowrap; }
 .long { min-width: 16rem; }
+.prose { min-width: 26rem; }
 td.best > b { font-weight: 700; }
 td.tied > u { text-underline-offset: 3px; text-decoration-thickness: 2px; }
 .mute { color: var(--mute); }
 .good { color: #00583c; } .warn { color: #7a4d00; } .bad { color: #b3001b; font-weight: 700; }
 .heat { text-align: center; }
 figure { margin: 0.75rem 0 1.25rem; }
-figure .scroll { margin: 0; width: fit-content; max-width: 100%; }
+figure .scroll { margin: 0; }
 figure img { display: block; max-width: 100%; height: auto; }
 figcaption { color: var(--mute); font-size: 0.875rem; max-width: 46rem; padding: 0.4rem 0; }
 details { margin: 0.5rem 0; }
@@ -57,6 +60,7 @@ figcaption p { margin: 0.25rem 0; color: var(--ink); }
   main { padding: 0.75rem; }
   th, td { padding: 0.3rem 0.5rem; }
   tbody th { max-width: 8.5rem; overflow-wrap: anywhere; }
+  tbody th.w { white-space: normal; }
   .long { min-width: 12rem; }
 }
 @media print {

@@ -7,7 +7,7 @@ from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.evaluation.ranking import mean_ranks
 from ecg_jax.studies.report.cells import DASH, SCORES, Cell, Table, interval, texts
 from ecg_jax.studies.report.load import Collection, Result
-from ecg_jax.studies.report.places import Placed, mean_places
+from ecg_jax.studies.report.places import placed, places_table
 from ecg_jax.studies.report.read import UNITS
 from ecg_jax.studies.report.rows import Row, TaskScores, all_rows
 
@@ -42,6 +42,26 @@ def units(scores: dict[str, TaskScores]) -> dict[str, str]:
     return {name: task.first.results["bootstrap"]["unit"] for name, task in scores.items()}
 
 
+def leads_said(probes: Sequence[tuple[str, Result]]) -> str:
+    """A sentence where encoders see some leads only, else "".
+
+    Args:
+        probes: each with the name of its row.
+    """
+    kept: dict[str, dict[str, None]] = {}
+    for name, result in probes:
+        # A contract of all leads says nothing of them.
+        contract = ({"preprocessing": {}} | result.results)["preprocessing"]
+        if "kept_leads" in contract:
+            kept.setdefault(", ".join(contract["kept_leads"]), {})[name] = None
+    everyone = {name for name, _ in probes}
+    who = [
+        f"{'all encoders' if everyone == set(names) else ', '.join(names)} of the leads {leads} alone"
+        for leads, names in kept.items()
+    ]
+    return f" Fed with some leads: {'; '.join(who)}. Simple ECG features are of all twelve." if who else ""
+
+
 def main_table(collection: Collection, scores: dict[str, TaskScores]) -> Table:
     """Rows model and mode, columns tasks by group."""
     rows = all_rows(scores)
@@ -74,7 +94,8 @@ def main_table(collection: Collection, scores: dict[str, TaskScores]) -> Table:
         "main",
         f"Scores with {level(scores)} intervals from {resampled(units(scores))}. Bold: the best of a task; "
         "underlined: not told from it (the interval of the paired difference on the same resamples holds 0). "
-        f"↑ higher is better, ↓ lower.{errors}",
+        f"↑ higher is better, ↓ lower.{errors}"
+        f"{leads_said([(result.model, result) for result in collection.results])}",
         ["model", "mode", *heads],
         body,
         2,
@@ -120,31 +141,14 @@ def mean_places_table(scores: dict[str, TaskScores]) -> Table | None:
     if len(scores) < 2:
         return None
     settings = next(iter(scores.values())).first.results["bootstrap"]
-    tasks = []
-    for task in scores.values():
-        macros = {
-            entry.row.label: entry.scored.macros(settings["undefined"]) for entry in task.entries.values()
-        }
-        points = {label: point for label, (point, _, _) in macros.items()}
-        resampled = {label: values for label, (_, values, _) in macros.items()}
-        tasks.append(Placed(points, resampled, task.first.regression))
-    places = mean_places(tasks, settings["level"])
-    if not places:
-        return None
-    best = next(iter(places.values())).point
-    body = [
-        [Cell(label), interval(*value, mark="best" if value.point == best else "", digits=1)]
-        for label, value in places.items()
+    tasks = [
+        placed(
+            task,
+            {e.row.label: e.scored.macros(settings["undefined"])[1] for e in task.entries.values()},
+        )
+        for task in scores.values()
     ]
-    return Table(
-        "mean_places",
-        "Mean place over all tasks with its interval. On each task the best score has place 1, and the order is made "
-        "anew on every resample, each task by itself, so that patients who are in two tasks count as two. A row that "
-        "is not in every task has none. Places of close rows are uncertain, and their intervals lean to the middle.",
-        ["model, mode", f"mean place ({len(scores)} tasks)"],
-        body,
-        1,
-    )
+    return places_table("mean_places", {"": tasks}, settings["level"])
 
 
 def leakage_table(scores: dict[str, TaskScores]) -> Table:
