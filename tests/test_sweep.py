@@ -483,6 +483,8 @@ def test_run_that_another_process_let_go_of(
 
     def ends_the_other(config, workdir):
         if config.seed == 1:
+            if becomes == "finished":
+                trained(config, output / "held" / "run")
             if becomes != "died":
                 theirs.end(becomes, "out of luck" if becomes == "failed" else "")
             lock.close()
