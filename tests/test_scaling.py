@@ -245,7 +245,8 @@ def noise_alone(generator, n_curves):
             ]  # fmt: skip
             curve = SimpleNamespace(
                 family=SimpleNamespace(label=f"cpc {number}"), synthetic=False, quantity=quantity, task="t",
-                mode="linear", metric="macro_auroc", tasks=("t",), runs=runs, sources=(), values=values, rungs=np.arange(3),
+                mode="linear", metric="macro_auroc", tasks=("t",), runs=runs, sources=(), values=values,
+                rungs=np.arange(3),
                 resampled=values[:, None] * np.exp(0.02 * generator.normal(size=100)),
             )  # fmt: skip
             fits.append(Fitted(curve, "recordings", SHORT, SHORT, {WITHOUT: form}, {}, None, ""))

@@ -71,7 +71,7 @@ def log_axes(axes, sizes: Sequence[float] = ()) -> None:
         low, high = limits_of()
         if high / low < 12:
             each.set_major_locator(ticker.MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-            each.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
+            each.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.4g}"))
             each.set_view_interval(low, high, ignore=True)
         elif high / low < 100:
             each.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
