@@ -19,14 +19,14 @@ from ecg_jax.errors import UserError
 from ecg_jax.run_setup import IMPORT_NAME
 from ecg_jax.run_starts import Damaged, read_starts
 from ecg_jax.studies.flops import training_flops
+from ecg_jax.studies.report.kinds import SWEEP, is_run
 from ecg_jax.studies.study_probes import StudyProbe, probed_run, read_json
 from ecg_jax.sweep_folder import read_status, spent
 from ecg_jax.training.checkpoint import finished_steps
 from ecg_jax.training.metric_writers import read_log, read_warnings
 
 FINISHED = "finished"
-SWEEP = "sweep.json"
-_CONFIG, _CONTRACT = "config.json", "preprocessing.json"
+_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,6 @@ class Place(NamedTuple):
     folder: Path
     of_sweep: Path | None
     declared: dict[str, Any] | None
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / _CONFIG).is_file() and (folder / _CONTRACT).is_file()
 
 
 def read_run(place: Place) -> StudyRun:

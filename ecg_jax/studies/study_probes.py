@@ -15,9 +15,10 @@ from ecg_jax.config_flags import load_config, with_argument
 from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.errors import UserError
 from ecg_jax.run_setup import flatten
+from ecg_jax.studies.report.kinds import subfolders
+from ecg_jax.studies.report.read import PREDICTIONS, RESULTS
 from ecg_jax.sweep_folder import FURTHER, MADE, PROBE, read_made
 
-RESULTS, PREDICTIONS = "results.json", "predictions.npz"
 _SECTIONS = ("linear", "frozen", "finetune", "supervised")
 # Of a probe's config: what its task and mode are, what is compared itself (classes, rules of the bootstrap), other
 # seeds, how it is computed, and what stands beside it.
@@ -101,13 +102,6 @@ class StudyProbe:
 def _declared(mode: str) -> dict[str, Any]:
     config = load_config(with_argument("configs/probe.py", mode=mode))
     return flatten(json.loads(json.dumps(config.to_dict())))
-
-
-def subfolders(folder: Path) -> list[Path]:
-    try:
-        return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

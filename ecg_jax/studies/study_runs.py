@@ -6,17 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ecg_jax.errors import UserError
-from ecg_jax.studies.study_files import SWEEP, Place, StudyRun, is_run, read_run, without_workdir
-from ecg_jax.studies.study_probes import (
-    PREDICTIONS,
-    RESULTS,
-    StudyProbe,
-    probed_run,
-    probes_of_sweep,
-    read_json,
-    read_probe,
-    subfolders,
-)
+from ecg_jax.studies.report.kinds import SWEEP, is_run, subfolders
+from ecg_jax.studies.report.read import PREDICTIONS, RESULTS
+from ecg_jax.studies.study_files import Place, StudyRun, read_run, without_workdir
+from ecg_jax.studies.study_probes import StudyProbe, probed_run, probes_of_sweep, read_json, read_probe
 from ecg_jax.sweep_folder import PROBE, RUN
 
 __all__ = ["StudyProbe", "StudyRun", "find_runs"]

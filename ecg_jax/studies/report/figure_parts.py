@@ -8,7 +8,7 @@ from pathlib import Path
 from ecg_jax.studies.figure_folder import Figure, FigureFolder
 from ecg_jax.studies.report import run_tables
 from ecg_jax.studies.report.cells import Table, count, texts
-from ecg_jax.studies.report.design import shorten, shown_path
+from ecg_jax.studies.report.design import shorten, shortened, shown_path
 from ecg_jax.studies.report.page import Folded, Page, Part, box, inline, paragraph
 from ecg_jax.studies.report.pictures import of_files
 from ecg_jax.studies.report.study import Study, sweep_of
@@ -40,7 +40,7 @@ def figure_parts(found: FigureFolder, study: Study, page: Page) -> list[Part]:
         table = Table(name, f"What the figures of {where} were made of.", ["field", "value"], rows, 2)
         parts.append(Folded("What these figures were made of", [table]))
     for figure in found.figures:
-        parts += _figure(figure, found, page, parts)
+        parts += _figure(figure, found, page, parts, study)
     return parts
 
 
@@ -101,7 +101,9 @@ def _inside(parts: Sequence[Part]):
             yield part
 
 
-def _figure(figure: Figure, found: FigureFolder, page: Page, parts: Sequence[Part]) -> list[Part]:
+def _figure(
+    figure: Figure, found: FigureFolder, page: Page, parts: Sequence[Part], study: Study
+) -> list[Part]:
     """A figure or table of a folder, as it was drawn there."""
     name = _free_name(f"{found.kind}_{figure.name}", page, parts)
     heading = f"<h3>{escape(figure.title)}</h3>"
@@ -116,7 +118,7 @@ def _figure(figure: Figure, found: FigureFolder, page: Page, parts: Sequence[Par
     rows = run_tables.figure_rows(name, f"{figure.title}.{more}", figure.columns, cut)
     return [
         heading,
-        rows,
+        shortened(rows, study.folders),
         f"<p><b>Shows.</b> {inline(figure.shows)}</p>",
         f"<p><b>Does not show.</b> {inline(figure.does_not_show)}</p>",
     ]

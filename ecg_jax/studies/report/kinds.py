@@ -1,4 +1,4 @@
-"""Which kind of folder a report was given; needs no JAX."""
+"""Which kind of folder a study or report was given; needs no JAX."""
 
 from pathlib import Path
 
