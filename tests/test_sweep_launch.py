@@ -18,7 +18,7 @@ from ecg_jax.sweep_folder import RunStatus
 from ecg_jax.sweep_launch import device_shares
 from ecg_jax.sweep_slurm import array_script
 from ecg_jax.training.metric_writers import read_log
-from tiny_sweep import FAILS, LONG, status, write_sweep
+from tiny_sweep import FAILS, LONG, status, trained, write_sweep
 
 ENTRY = "from ecg_jax.cli import entry_point; entry_point()"
 WAIT_S = 300.0  # another machine may be many times slower
@@ -180,7 +180,7 @@ def test_slurm_array_completes_the_sweep(tmp_path, synthetic_store, slurm, capsy
         ("b", "finished", 1),
     ]
     assert all(row["val_loss"] > 0 and row["best_val_loss"] <= row["val_loss"] for row in rows)
-    assert all(row["parameters"] > 0 and row["recordings"] == 96 for row in rows)
+    assert all(row["parameters"] > 0 and row["store_recordings"] == 96 for row in rows)
     assert "| a " in (output / "results.md").read_text()
     slurm.unlink()
     slurm.with_name("squeue").write_text("#!/bin/bash\necho 'error: Invalid job id specified' >&2; exit 1\n")
@@ -313,7 +313,8 @@ def test_exit_code_75_is_reported_to_be_run_again(tmp_path, synthetic_store, cap
 def test_job_whose_run_another_process_finished_has_not_failed(tmp_path, synthetic_store, monkeypatch):
     path, output = write_sweep(tmp_path, 'run("a")'), tmp_path / "out"
     RunStatus(tmp_path).end("finished")
-    command = f"cp {tmp_path}/status.json {output}/a; exit 2"
+    trained(None, tmp_path / "run")
+    command = f"cp -r {tmp_path}/status.json {tmp_path}/run {output}/a; exit 2"
     monkeypatch.setattr(sweep_launch, "COMMAND", ("bash", "-c", command))
     assert cli.main(["sweep", str(path), f"--output={output}", f"--store={synthetic_store}", "--jobs=2"]) == 0
 
