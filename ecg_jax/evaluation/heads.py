@@ -24,6 +24,9 @@ from ecg_jax.evaluation import metrics
 # Features up to this size are kept as float64 during a solve; larger ones are converted block by block.
 _FLOAT64_BYTES = 1 << 29
 _BLOCK_ROWS = 16384
+# Multiply-adds of a step up to which one BLAS thread is as fast: several then wait for each other, and where other
+# programs run too they wait for a core.
+_SMALL = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,11 @@ class LogisticProblem:
         weight_gradient = (weight_gradient - np.outer(self.mean, bias_gradient)) / self.scale[:, None]
         return value, weight_gradient + l2 * weight, bias_gradient
 
+    @property
+    def _small(self) -> bool:
+        """Whether the products of a step are over before BLAS threads have met."""
+        return self.features.size * len(self.prevalence) < _SMALL
+
     def _fold(self, weight, bias) -> LinearHead:
         """The same function on raw features."""
         raw = weight / self.scale[:, None]
@@ -209,6 +217,7 @@ class LogisticProblem:
             ValueError: l2 not above 0.
         """
         from scipy.optimize import minimize
+        from threadpoolctl import threadpool_limits
 
         if not l2 > 0:
             raise ValueError(f"l2 is {l2}, it must be above 0")
@@ -243,7 +252,8 @@ class LogisticProblem:
                 "gtol": gtol,
                 "ftol": 0.0,
             }
-            result = minimize(whitened, flat, jac=True, method="L-BFGS-B", options=options)
+            with threadpool_limits(1 if self._small else None, user_api="blas"):
+                result = minimize(whitened, flat, jac=True, method="L-BFGS-B", options=options)
             flat, steps = result.x, steps + result.nit
             value, weight_gradient, bias_gradient = self.objective(*unpack(flat), l2)
             gradient_norm = float(max(np.abs(weight_gradient).max(), np.abs(bias_gradient).max()))
