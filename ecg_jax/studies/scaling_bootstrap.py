@@ -12,7 +12,7 @@ seeds explain. Every simulated study is fitted by least squares. For a power law
 recordings these are exactly the t intervals of a straight line of logarithms.
 
 Over 300 simulated studies of 5 rungs, 3 seeds and 1 % noise, 95 % intervals of the exponent held it 96 % of the time
-(percentile intervals from resampled seeds 83 %), with an offset and test recordings 98 %, with 5 single runs 95 %.
+(percentile intervals from resampled seeds 83 %), with an offset and test recordings 98 %, with 5 single runs 94 %.
 Rungs that lie off the curve by as much as seeds differ leave 92 % of 5 rungs and 83 % of 3, which cannot show it; see
 tests/benchmarks/results/2026-11-22-scaling-coverage.md.
 """
