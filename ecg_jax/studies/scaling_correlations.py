@@ -88,7 +88,8 @@ def _trends(fit: Fitted) -> np.ndarray:
     offset = np.zeros(len(fit.curve.values))
     if fit.drawn == WITH:
         offset = 1 / fit.forms[WITH].law.predict(fit.at)
-    return np.stack([np.log(fit.at), offset], axis=1)
+    # Runs of a single size were fitted nowhere; over recordings x is where all others were.
+    return np.stack([np.log(fit.x), offset], axis=1)
 
 
 def _correlated(fits: Sequence[Fitted], losses: dict[str, Fitted]) -> Correlated | None:
