@@ -290,6 +290,20 @@ def test_three_sizes_do_not_carry_three_parameters(tmp_path):
     assert fit.held_out["power law with offset"].predicted is None
 
 
+def test_a_probe_of_the_largest_size_alone_is_no_curve_and_no_obstacle(tmp_path):
+    runs = list(with_errors(entries(SIZES[:3], objectives=["cpc"]), ptbxl_super=(1.2, 0.3, 0.0)))
+    for run in runs:
+        if run["recordings"] == SIZES[2]:
+            run["errors"]["ptbxl_sub"] = 0.2
+    found = read(write_sweep(tmp_path / "s", runs))
+    curves = error_curves(found, tasks=(), modes=(), resamples=100, note=lambda line: None)
+    curves += loss_curves(found, "loss", lambda line: None)
+    fits = [fit_curve(curve, "recordings", hold_out=True, resamples=100) for curve in curves]
+    undrawn = {fit.curve.task for fit in fits if fit.curve.task and fit.drawn is None}
+    assert undrawn == {"ptbxl_sub", "mean"}  # a mean over two tasks is of the largest size too
+    assert {found.task for found in correlations(fits)} == {"ptbxl_super", "ptbxl_sub", "mean"}
+
+
 def test_patients_are_drawn_once_for_all_runs(tmp_path):
     runs = with_errors(entries(SIZES[:2], objectives=["cpc"], noise=0), ptbxl_super=(1.2, 0.3, 0.0))
     found = read(write_sweep(tmp_path / "s", list(runs)))
