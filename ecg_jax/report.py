@@ -5,13 +5,14 @@ import csv
 import datetime
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ecg_jax.errors import UserError
 from ecg_jax.studies.report import export, html, load, rows
 from ecg_jax.studies.report import recordings as recordings_shown
 from ecg_jax.studies.report.kinds import is_study
-from ecg_jax.studies.report.page import GENERATOR, Page
+from ecg_jax.studies.report.page import GENERATOR, SUFFIXES, TABLE_SUFFIXES, Beside, Page
 
 DESCRIPTION = """\
 Puts what was done onto one self-contained page, with its tables as CSV and LaTeX and its figures as PNG, SVG and CSV in
@@ -33,11 +34,15 @@ page of a study says in a box what is missing.
 """
 INDEX = "index.csv"
 TITLE = "ECG encoders compared"
-SUFFIXES = (".csv", ".tex", ".png", ".svg")
+FILES = tuple(suffix[1:] for suffix in SUFFIXES)
 
 
 def report(
-    workdirs: list[str | Path], output: str | Path, title: str, recordings: str = "open"
+    workdirs: list[str | Path],
+    output: str | Path,
+    title: str,
+    recordings: str = "open",
+    files: Sequence[str] = FILES,
 ) -> list[Path]:
     """Writes a report.
 
@@ -46,6 +51,7 @@ def report(
         output: the page, an .html file; its tables and figures go to <name>_tables beside it.
         title: of the page.
         recordings: which to draw: "open" for those of corpora that may be passed on, "all", "none".
+        files: which of `FILES` go beside the page; it links to no others.
 
     Returns:
         The files written, the page first.
@@ -58,29 +64,31 @@ def report(
     _check_output(output)
     options = (f"--output={output}", f"--title={title}", f"--recordings={recordings}")
     command = ["ecg-jax", "report", *map(str, workdirs), *options]
+    if tuple(files) != FILES:
+        command.append(f"--files={','.join(files)}")
     now = datetime.datetime.now(datetime.UTC)
-    folder = _tables_folder(output).name
+    beside = Beside(_tables_folder(output).name, [f".{name}" for name in files])
 
     def say(task: str) -> None:
         print(f"  {task}", flush=True)
 
     if any(is_study(Path(workdir)) for workdir in workdirs):
-        page = _study_page(workdirs, title, now, command, recordings, folder, say)
+        page = _study_page(workdirs, title, now, command, recordings, beside, say)
     else:
         collection = load.load(workdirs)
         rows.check_baselines(collection)
         scores = rows.score_tasks(collection, say)
-        page = html.build(title, collection, scores, now, command, recordings, folder)
+        page = html.build(title, collection, scores, now, command, recordings, beside)
     return _write(output, page.html().encode(), _files(page))
 
 
-def _study_page(workdirs, title, now, command, recordings, folder, say) -> Page:
+def _study_page(workdirs, title, now, command, recordings, beside, say) -> Page:
     # Configs and formulas of runs need JAX, which probes alone do not.
     from ecg_jax.studies.report import boards, study, study_page
 
     found = study.gather(workdirs)
     made = boards.make_boards(found, say)
-    return study_page.build(title, found, made, now, command, recordings, folder)
+    return study_page.build(title, found, made, now, command, recordings, beside)
 
 
 def _files(page: Page) -> dict[str, bytes]:
@@ -89,13 +97,16 @@ def _files(page: Page) -> dict[str, bytes]:
     lines = csv.writer(index, lineterminator="\n")
     lines.writerow(("name", "kind", "caption"))
     files: dict[str, bytes] = {}
+    written = page.beside.suffixes
     for table in page.tables:
         lines.writerow((table.name, "table", table.caption))
-        files[f"{table.name}.csv"] = export.to_csv(table).encode()
-        files[f"{table.name}.tex"] = export.to_latex(table).encode()
+        for suffix, export_as in zip(TABLE_SUFFIXES, (export.to_csv, export.to_latex), strict=True):
+            if suffix in written:
+                files[f"{table.name}{suffix}"] = export_as(table).encode()
     for picture in page.pictures:
         lines.writerow((picture.name, "figure", picture.caption))
-        files |= {f"{picture.name}{suffix}": data for suffix, data in picture.files.items()}
+        own = {f"{picture.name}{suffix}": data for suffix, data in picture.files.items() if suffix in written}
+        files |= own
     return files | {INDEX: index.getvalue().encode()}
 
 
@@ -160,6 +171,14 @@ def _indexed(folder: Path) -> set[Path]:
     return {folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES if "/" not in name}
 
 
+def _files_asked(text: str) -> tuple[str, ...]:
+    """The value of --files, in the order of `FILES`."""
+    asked = text.split(",")
+    if unknown := [name for name in asked if name not in FILES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(FILES)}")
+    return tuple(name for name in FILES if name in asked)
+
+
 def main(argv: list[str]) -> int:
     """`ecg-jax report`."""
     parser = argparse.ArgumentParser(
@@ -178,8 +197,16 @@ def main(argv: list[str]) -> int:
         help=f"whose to draw; open: not those of {' and '.join(recordings_shown.CLOSED)}, which must not be passed on "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--files",
+        type=_files_asked,
+        default=FILES,
+        metavar="LIST",
+        help=f"of {', '.join(FILES)}, joined by commas: as which tables (csv, tex) and figures (csv, png, svg) go "
+        "beside the page (default: all)",
+    )
     options = parser.parse_args(argv)
-    written = report(options.workdirs, options.output, options.title, options.recordings)
+    written = report(options.workdirs, options.output, options.title, options.recordings, options.files)
     size = written[0].stat().st_size / 1e6
     print(f"{written[0]} ({size:.1f} MB), {len(written) - 1} files in {_tables_folder(written[0])}")
     return 0

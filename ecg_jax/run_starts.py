@@ -7,9 +7,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -110,6 +110,43 @@ def read_starts(workdir: Path) -> list[dict[str, Any]]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{path}, which says how the run was made, is damaged.") from error
+
+
+class Cost(NamedTuple):
+    """What the starts of a run took.
+
+    Attributes:
+        seconds: of those that were measured; None where none was.
+        unmeasured: how many were killed, whose seconds are in no figure.
+        device_hours: seconds times devices, summed over the starts, in hours; None unless all of the run was measured.
+        remark: why `device_hours` is None; else "".
+    """
+
+    seconds: float | None
+    unmeasured: int
+    device_hours: float | None
+    remark: str
+
+
+def cost_of(starts: Sequence[dict[str, Any]]) -> Cost:
+    """What a run took.
+
+    Args:
+        starts: one or more, from `read_starts`.
+    """
+    measured = [start for start in starts if start["seconds"] is not None]
+    seconds = sum(start["seconds"] for start in measured) if measured else None
+    killed = len(starts) - len(measured)
+    if starts[0]["step"]:
+        remark = (
+            f"its device-hours are not known: nothing is noted of the time before step {starts[0]['step']}"
+        )
+    elif killed:
+        remark = f"its device-hours are not known: {killed} of {len(starts)} attempts were killed"
+    else:
+        hours = sum(start["seconds"] * start["devices"] for start in starts) / 3600
+        return Cost(seconds, 0, hours, "")
+    return Cost(seconds, killed, None, remark)
 
 
 def git_state(root: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@
 | synthetic | whether any recordings were synthetic that it was pretrained on, or probed by the probe of this table |
 | train_windows | crops that it was trained on so far: step times batch size |
 | train_flops | operations of those by formula (`studies.flops`), forward and backward; null where there is none |
-| device_hours | seconds times the number of devices of the last attempt, in hours |
+| device_hours | of all attempts at pretraining, in hours; null unless each was measured (`run_starts.cost_of`) |
 | task, n_records, n_patients | of the probe's test set |
 | macro_auroc, ci_low, ci_high | of the probe with its interval |
 | difference_to_random_init and _ci_low, _ci_high | paired, on the same patients |
@@ -42,6 +42,7 @@ from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
 from ecg_jax.run_setup import flatten
+from ecg_jax.run_starts import Damaged, cost_of, read_starts
 from ecg_jax.studies.flops import training_flops
 from ecg_jax.sweep_file import Run, Sweep, plain
 from ecg_jax.sweep_folder import (
@@ -138,7 +139,7 @@ def _row(output: Path, run: Run) -> dict[str, Any]:
         row |= _of_status(folder) | _of_pretraining(folder)
         probed = _of_probe(folder) if run.probe_config else {}
         row |= probed | {"synthetic": row["synthetic"] or probed["synthetic"]} if probed else {}
-        row |= _cost(run, row)
+        row |= _cost(folder, run, row)
     except UserError as error:
         row |= {"state": DAMAGED, "error": str(error)}
     return row
@@ -179,14 +180,20 @@ def _of_pretraining(folder: Path) -> dict[str, Any]:
     return row
 
 
-def _cost(run: Run, row: dict[str, Any]) -> dict[str, Any]:
+def _cost(folder: Path, run: Run, row: dict[str, Any]) -> dict[str, Any]:
     """What pretraining took, as far as the other columns and the config tell."""
     cost: dict[str, Any] = {}
     if row["step"] is not None:
         cost["train_windows"] = row["step"] * run.config.batch_size
         with contextlib.suppress(ValueError):  # no formula
             cost["train_flops"] = float(training_flops(run.config) * cost["train_windows"])
-    if row["seconds"] is not None and row["device"]:
+    try:
+        starts = read_starts(folder / RUN)
+    except Damaged:  # no reason to leave out the run's results; `ecg-jax report` says what is wrong
+        return cost
+    if starts:
+        cost["device_hours"] = cost_of(starts).device_hours
+    elif row["seconds"] is not None and row["device"]:  # a run from before starts were noted
         cost["device_hours"] = row["seconds"] * int(row["device"].partition(" x ")[0]) / 3600
     return cost
 

@@ -129,8 +129,13 @@ def test_the_report_is_one_page_of_all(probed, capsys):
     page = output.read_text()
     for text in (*TASKS, "supervised", "random", "majority", "powerline", "data:image/svg+xml"):
         assert text in page
-    tables = list((probed / "report_tables").glob("*"))
-    assert {path.suffix for path in tables} == {".csv", ".tex"}
+    folder = probed / "report_tables"
+    with open(folder / "index.csv", newline="") as file:
+        kinds = {row["name"]: row["kind"] for row in csv.DictReader(file)}
+    assert set(kinds.values()) == {"table", "figure"}
+    suffixes = {"table": (".csv", ".tex"), "figure": (".csv", ".png", ".svg")}
+    expected = {f"{name}{suffix}" for name, kind in kinds.items() for suffix in suffixes[kind]}
+    assert {path.name for path in folder.iterdir()} == expected | {"index.csv"}
 
 
 def test_no_report_without_a_supervised_network(probed, tmp_path, capsys):

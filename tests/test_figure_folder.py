@@ -27,7 +27,7 @@ def _figures():
 
 def test_written_figures_are_read_back(tmp_path):
     written = write_figures(tmp_path / "out", "scaling", _figures(), {"runs": ["a"]})
-    assert [path.name for path in written] == ["curve.png", "curve.svg", "curve.csv", "numbers.csv", INDEX]
+    assert [path.name for path in written] == ["curve.csv", "curve.png", "curve.svg", "numbers.csv", INDEX]
     folder = read_figures(tmp_path / "out")
     assert (folder.kind, folder.about) == ("scaling", {"runs": ["a"]})
     curve, numbers = folder.figures

@@ -11,6 +11,7 @@ import pytest
 from ecg_jax.config_flags import load_config, override, with_argument
 from ecg_jax.data.preprocessing import Preprocessing
 from ecg_jax.models.encoder import BACKBONES, tokens_of
+from ecg_jax.models.inputs import ALL_LEADS
 from ecg_jax.run_setup import OBJECTIVES, build_objective, build_optimiser, build_teacher, initial_state
 from ecg_jax.studies import flops, published_costs
 from ecg_jax.studies.efficiency_programs import encoder_parameters
@@ -168,6 +169,7 @@ def test_formulas_agree_with_the_program(name, backbone):
         model=build_objective(config, None),
         tx=tx,
         normalisation=config.data.normalisation,
+        kept_leads=ALL_LEADS,
         teacher=teacher,
         axis_name=None,
     )

@@ -34,7 +34,7 @@ from ecg_jax.token_features import of_checkpoint
 from ecg_jax.training.collapse import observe_step
 from ecg_jax.training.metric_writers import read_log
 from ecg_jax.training.pretrained import encode_fn, restore_encoder
-from ecg_jax.training.train_state import eval_step
+from ecg_jax.training.train_state import eval_step, train_step
 from ecg_jax.workdir import claim_workdir
 from test_online_probe import as_ptbxl
 from tiny_probes import MODEL, one_device, tiny_encoder, tiny_examples
@@ -144,7 +144,7 @@ def test_a_contract_of_leads_that_there_are_not_is_refused(kept):
 
 @pytest.mark.parametrize(
     "function",
-    [to_model_input, eval_step, observe_step, embed_step, OnlineProbe, _programs, programs],
+    [to_model_input, train_step, eval_step, observe_step, embed_step, OnlineProbe, _programs, programs],
 )
 def test_nobody_forgets_the_leads(function):
     """As nobody forgets the normalisation: a silent choice of all leads would give wrong numbers."""

@@ -213,11 +213,25 @@ class TestPage:
         folder = page[0] / "report_tables"
         for name, html in found:
             assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+            assert (folder / f"{name}.svg").read_bytes().startswith(b"<?xml")
+            assert len((folder / f"{name}.csv").read_text().splitlines()) > 2
+            assert html.count('href="report_tables/') == 3
             if name in names:
                 assert "<b>Shows.</b> " in html
                 assert "<b>Does not show.</b> " in html
-                assert (folder / f"{name}.svg").read_bytes().startswith(b"<?xml")
-                assert len((folder / f"{name}.csv").read_text().splitlines()) > 2
+
+    def test_data_of_a_recording_are_its_millivolts(self, page, synthetic_store):
+        store = Store(synthetic_store)
+        ids = store.column("record_id").astype(str).tolist()
+        found = re.findall(r'<figure id="(figure_recording_\w+)">.*?ECG of record (\w+):', page[1], re.DOTALL)
+        assert found
+        for name, record in found:
+            lines = list(csv.DictReader((page[0] / "report_tables" / f"{name}.csv").read_text().splitlines()))
+            assert list(lines[0]) == ["time_s", *(f"{lead}_mv" for lead in store.leads)]
+            values = np.array([[float(cell) for cell in line.values()] for line in lines])
+            signal = store.read(ids.index(record))[: round(10 * store.rate_hz)]
+            np.testing.assert_allclose(values[:, 0], np.arange(len(signal)) / store.rate_hz, atol=1e-4)
+            np.testing.assert_allclose(values[:, 1:], signal / 1000, atol=1e-4)
 
     def test_data_of_a_figure_are_the_numbers_of_the_results(self, page, study):
         path = page[0] / "report_tables" / "figure_classes_ptbxl_super.csv"
@@ -472,6 +486,23 @@ class TestOutput:
         assert "<h1>second</h1>" in output.read_text()
         assert not (tables / "scores_gone.csv").exists()
         assert (tables / "mine.csv").read_text() == "kept"
+
+    def test_writes_and_links_to_the_files_asked_for_only(self, small, tmp_path, capsys):
+        output, tables = tmp_path / "report.html", tmp_path / "report_tables"
+        arguments = ["report", *map(str, small), f"--output={output}"]
+        assert main(arguments) == 0
+        assert {path.suffix for path in tables.iterdir()} == {".csv", ".tex", ".png", ".svg"}
+        assert main([*arguments, "--files=csv"]) == 0
+        assert {path.suffix for path in tables.iterdir()} == {".csv"}, "also none of the report before"
+        page = output.read_text()
+        links = set(re.findall(r'href="report_tables/([^"]+)"', page))
+        assert links == {path.name for path in tables.iterdir()} - {"index.csv"}
+        assert "--files=csv" in page
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, "--files=csv,pdf"])
+        assert stopped.value.code == 2
+        assert "'pdf' is none of csv, tex, png, svg" in capsys.readouterr().err
 
     def test_leaves_nothing_new_when_writing_fails(self, small, tmp_path, monkeypatch):
         out = tmp_path / "out"

@@ -14,7 +14,7 @@ from ecg_jax.studies.report.cells import Cell, Table, interval, number, p_value
 from ecg_jax.studies.report.export import escape, to_csv, to_latex
 from ecg_jax.studies.report.html import build
 from ecg_jax.studies.report.load import load
-from ecg_jax.studies.report.page import table_html
+from ecg_jax.studies.report.page import Beside, table_html
 from report_fixtures import CLEAN, LEAKING, RESAMPLES, write_label_efficiency, write_result, write_study
 
 
@@ -373,7 +373,14 @@ class TestExport:
     def test_latex_of_every_table_has_as_many_cells_as_columns(self, loaded, tmp_path):
         import datetime
 
-        page = build("title", *loaded, datetime.datetime.now(datetime.UTC), ["ecg-jax", "report", "a"])
+        page = build(
+            "title",
+            *loaded,
+            datetime.datetime.now(datetime.UTC),
+            ["ecg-jax", "report", "a"],
+            "open",
+            Beside("x"),
+        )
         for table in page.tables:
             text = to_latex(table)
             columns = len(re.search(r"\\begin\{tabular\}\{(.*)\}", text)[1])

@@ -202,7 +202,10 @@ def test_cost_is_summed_over_attempts_and_unknown_where_one_was_not_measured(tmp
     run = read({"step": 12, "seconds": 1.0})
     assert (run.device_hours, run.windows_per_s) == (None, None)
     assert "before step 12" in run.remarks[0]
-    path.write_text('{"starts": [{}]}')
+    for broken in ('{"starts": []', '{"starts": [{}]}'):
+        path.write_text(broken)
+        with pytest.raises(run_starts.Damaged, match="made_with"):
+            run_starts.read_starts(path.parent)
     (run,) = find_runs([sweep])
     assert (run.device_hours, run.seconds, run.finished) == (None, None, True), "it is a run all the same"
     assert str(path) in run.remarks[0]

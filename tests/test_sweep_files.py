@@ -152,7 +152,8 @@ def test_every_argument_does_something(name, unchecked, monkeypatch):
         return shown(load_sweep(f"configs/sweeps/{name}.py" + (":" + ",".join(words) if words else "")))
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_file, "parse_sweep_arg", spy)
+        for module in (sweep_file, common):
+            patch.setattr(module, "parse_sweep_arg", spy)
         default = runs()
     text = docstring(name)
     for flag in taken["flags"]:

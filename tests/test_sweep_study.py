@@ -111,7 +111,9 @@ def test_tables_say_what_it_cost_and_what_it_began_with(study):
             sum(sum(each.values()) for each in times)
         )
         assert (row["synthetic"], row["store_recordings"]) == (True, 64)
-        assert row["device_hours"] == pytest.approx(row["seconds"] * 8 / 3600)  # the devices of the tests
+        (start,) = json.loads((output / run.name / "run/made_with.json").read_text())["starts"]
+        assert row["device_hours"] == pytest.approx(start["seconds"] * 8 / 3600)  # the devices of the tests
+        assert start["seconds"] <= row["seconds"], "a start is a part of its attempt"
     results = json.loads((output / "results.json").read_text())
     base, child = results["groups"]
     assert base["difference_to_first"] is None
@@ -123,6 +125,26 @@ def test_tables_say_what_it_cost_and_what_it_began_with(study):
     markdown = (output / "results.md").read_text()
     assert re.search(r"\| group +\| init +\| seeds +\| macro AUROC +\| minus base +\|", markdown)
     assert "nothing about ECG" in markdown
+
+
+def test_device_hours_are_those_of_every_attempt(study, tmp_path):
+    """As the report has them, and not seconds times the devices of the last one."""
+    output, _ = copied(study, tmp_path)
+    path = output / "base" / "run" / "made_with.json"
+    (start,) = json.loads(path.read_text())["starts"]
+
+    def hours(text):
+        path.write_text(text)
+        row = collect(load_sweep(str(study[0])), output).to_pylist()[0]
+        assert (row["name"], row["state"]) == ("base", "finished")
+        return row["device_hours"]
+
+    def made(*changes):
+        return json.dumps({"starts": [start | change for change in changes]})
+
+    assert hours(made({"seconds": 3600.0, "devices": 4}, {"step": 2, "seconds": 1800.0, "devices": 1})) == 4.5
+    assert hours(made({"seconds": None}, {"step": 2, "seconds": 1800.0})) is None, "one was killed"
+    assert hours("{") is None, "a damaged note costs the run nothing else"
 
 
 def test_again_makes_only_what_is_missing(study, tmp_path, capsys, monkeypatch):

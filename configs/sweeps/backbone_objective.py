@@ -15,24 +15,10 @@ and one number of epochs. It cannot tell what a backbone could do with a rate, a
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg, "quick", data=common.RUNGS, ladder=("nested", "paper"), seeds=common.SEEDS, probes=common.PROBES
+    arg = common.arguments(
+        arg, objective=None, backbone=None, ladder=("nested", "paper"), probes=common.PROBES
     )
-    for backbone in common.BACKBONES:
-        for objective in common.OBJECTIVES:
-            for seed in common.seeds(arg):
-                run = common.run(
-                    f"{objective}-{backbone}",
-                    objective,
-                    seed,
-                    quick=arg.quick,
-                    backbone=backbone,
-                    data=arg.data,
-                    ladder=arg.ladder,
-                )
-                further = common.modes(objective, seed, quick=arg.quick) if arg.probes == "modes" else {}
-                yield run | {"probes": further}
+    yield from common.pairs(arg, common.BACKBONES, modes=arg.probes == "modes")

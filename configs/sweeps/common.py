@@ -12,7 +12,7 @@ elsewhere: at other sizes, or at learning rates that were not tried.
 
 from ecg_jax.config_flags import with_argument
 from ecg_jax.errors import UserError
-from ecg_jax.sweep_file import GIVEN
+from ecg_jax.sweep_file import GIVEN, parse_sweep_arg
 
 #: Objective -> its config file.
 OBJECTIVES = {
@@ -60,6 +60,25 @@ _QUICK_EPOCHS = {"linear": {}} | {
 _ARGUMENTS = ("data", "ladder", "recipe", "mask")  # of the configs
 
 
+def arguments(arg, *flags, **others):
+    """The argument of a sweep file: quick, objective, backbone, data and seeds, as most of them take.
+
+    Args:
+        arg: what follows the colon of the file.
+        flags: words that the file knows besides.
+        others: key -> allowed values, as in `parse_sweep_arg`; those of a usual key replace its own, and None leaves
+            it out.
+    """
+    usual = {"objective": tuple(OBJECTIVES), "backbone": BACKBONES, "data": RUNGS, "seeds": SEEDS}
+    choices = {key: values for key, values in (usual | others).items() if values is not None}
+    return parse_sweep_arg(arg, "quick", *flags, **choices)
+
+
+def settings(arg):
+    """What `run` takes of the argument of a file as it is."""
+    return {key: value for key, value in vars(arg).items() if key in ("quick", "backbone", "data", "ladder")}
+
+
 def seeds(arg):
     """The seeds that the argument asks for; a quick sweep takes two at most."""
     return range(min(2, int(arg.seeds)) if arg.quick else int(arg.seeds))
@@ -95,7 +114,24 @@ def linear_probe(task=""):
     return f"configs/probe.py:mode=linear,task={task or TASK}"
 
 
-def modes(objective, seed, *, quick):
+def pairs(arg, backbones, *, modes):
+    """A run of every seed for every backbone under every objective.
+
+    Args:
+        arg: of the file.
+        backbones: names.
+        modes: whether each is probed in the three modes of the study too.
+    """
+    for backbone in backbones:
+        for objective in OBJECTIVES:
+            for seed in seeds(arg):
+                made = run(
+                    f"{objective}-{backbone}", objective, seed, **settings(arg) | {"backbone": backbone}
+                )
+                yield made | {"probes": in_modes(objective, seed, quick=arg.quick) if modes else {}}
+
+
+def in_modes(objective, seed, *, quick):
     """Further probes of a run in the three modes of the study, on every task that the probe stores can serve; quick: on
     one task, which its main probe has done linearly, and hardly trained.
 

@@ -15,21 +15,12 @@ takes 70, 140 and all recordings of the sample's training folds.
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 QUICK_RECORDS = (70, 140, 0)  # 0: all
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg,
-        "quick",
-        ladder=("nested", "paper"),
-        objective=tuple(common.OBJECTIVES),
-        backbone=common.BACKBONES,
-        seeds=common.SEEDS,
-        top=common.RUNGS[:0:-1],
-    )
+    arg = common.arguments(arg, data=None, ladder=("nested", "paper"), top=common.RUNGS[:0:-1])
     rungs = common.RUNGS[: common.RUNGS.index(arg.top) + 1]
     sizes = [(rung, {"data": rung, "ladder": arg.ladder}) for rung in rungs]
     if arg.quick:

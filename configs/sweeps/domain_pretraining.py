@@ -20,7 +20,7 @@ of the store a run ended on. The tested fold is in no group's pretraining.
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import SAMPLE_STORE, parse_sweep_arg, synthetic_store
+from ecg_jax.sweep_file import SAMPLE_STORE, synthetic_store
 
 STEPS = 5600
 QUICK_STEPS = 12
@@ -28,18 +28,7 @@ RATE = 3e-4  # a tenth of the usual one: see configs/domain.py
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg,
-        "quick",
-        base=str,
-        domain=str,
-        probe=str,
-        task=str,
-        objective=tuple(common.OBJECTIVES),
-        backbone=common.BACKBONES,
-        steps=str,
-        seeds=common.SEEDS,
-    )
+    arg = common.arguments(arg, data=None, base=str, domain=str, probe=str, task=str, steps=str)
     if arg.quick:
         base, domain = synthetic_store(256), SAMPLE_STORE
     else:
@@ -63,8 +52,7 @@ def sweep(arg=""):
                 group,
                 arg.objective,
                 seed,
-                quick=arg.quick,
-                backbone=arg.backbone,
+                **common.settings(arg),
                 data="11m",
                 **fields,
             )

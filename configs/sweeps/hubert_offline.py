@@ -17,7 +17,6 @@ HuBERT-ECG goes on to cluster features of its own first run, which is two more c
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 NOTE = (
     "The offline clusters were fitted on every training recording of the store, also of a run that was trained on "
@@ -29,8 +28,8 @@ QUICK_CODES = (8, 16)
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(arg, "quick", backbone=common.BACKBONES, data=common.RUNGS, seeds=common.SEEDS)
-    settings = {"quick": arg.quick, "backbone": arg.backbone, "data": arg.data}
+    arg = common.arguments(arg, objective=None)
+    settings = common.settings(arg)
     for seed in common.seeds(arg):
         yield common.run("hubertpp", "hubertpp", seed, **settings)
     for codes in QUICK_CODES if arg.quick else CODES:

@@ -15,30 +15,20 @@ window is tested in no run of the table.
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 WINDOWS = (2.5, 5.0, 10.0)  # seconds
 TOKENS_PER_S = 120
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg,
-        "quick",
-        objective=tuple(common.OBJECTIVES),
-        backbone=common.BACKBONES,
-        data=common.RUNGS,
-        seeds=common.SEEDS,
-    )
+    arg = common.arguments(arg)
     for window_s in WINDOWS:
         for seed in common.seeds(arg):
             yield common.run(
                 f"{arg.objective}-{arg.backbone}-{window_s:g}s",
                 arg.objective,
                 seed,
-                quick=arg.quick,
-                backbone=arg.backbone,
-                data=arg.data,
+                **common.settings(arg),
                 data__window_s=window_s,
                 model__l_max=round(TOKENS_PER_S * window_s),
             )

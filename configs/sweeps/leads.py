@@ -21,7 +21,6 @@ Random initialisation sees the leads of its group; the simple ECG features besid
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 #: Number of leads -> `config.data.leads`.
 LEADS = {
@@ -35,22 +34,13 @@ LEADS = {
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg,
-        "quick",
-        objective=tuple(common.OBJECTIVES),
-        backbone=common.BACKBONES,
-        data=common.RUNGS,
-        seeds=common.SEEDS,
-    )
+    arg = common.arguments(arg)
     for number, leads in LEADS.items():
         for seed in common.seeds(arg):
             yield common.run(
                 f"{arg.objective}-{arg.backbone}-leads={number}",
                 arg.objective,
                 seed,
-                quick=arg.quick,
-                backbone=arg.backbone,
-                data=arg.data,
+                **common.settings(arg),
                 data__leads=leads,
             )

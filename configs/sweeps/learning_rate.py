@@ -12,22 +12,13 @@ another store.
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg,
-        "quick",
-        objective=tuple(common.OBJECTIVES),
-        backbone=common.BACKBONES,
-        width=("512", "128", "256", "384", "768", "1024"),
-        data=common.RUNGS,
-        seeds=common.SEEDS,
-    )
-    fields = {"data": arg.data}
+    arg = common.arguments(arg, width=("512", "128", "256", "384", "768", "1024"))
+    fields = common.settings(arg)
     if not arg.quick and arg.backbone != "net1d":  # whose width is that of its last stage
         fields["model__width"] = int(arg.width)
     for rate in RATES:
@@ -36,8 +27,6 @@ def sweep(arg=""):
                 f"{arg.objective}-{arg.backbone}-lr={rate:g}",
                 arg.objective,
                 seed,
-                quick=arg.quick,
-                backbone=arg.backbone,
                 optimiser__learning_rate=rate,
                 **fields,
             )

@@ -16,7 +16,6 @@ another task's in each group. Nor can it part how from how much: strategies hide
 
 from configs.common import STRATEGIES
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 SPARSE = 0.0065  # spec §5.4
 
@@ -27,22 +26,13 @@ GROUPS = {strategy: {"mask": strategy} for strategy in STRATEGIES} | {
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg,
-        "quick",
-        objective=common.MASKED,
-        backbone=common.BACKBONES,
-        data=common.RUNGS,
-        seeds=common.SEEDS,
-    )
+    arg = common.arguments(arg, objective=common.MASKED)
     for group, fields in GROUPS.items():
         for seed in common.seeds(arg):
             yield common.run(
                 f"{arg.objective}-{arg.backbone}-{group}",
                 arg.objective,
                 seed,
-                quick=arg.quick,
-                backbone=arg.backbone,
-                data=arg.data,
+                **common.settings(arg),
                 **fields,
             )

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from configs.sweeps import common
 from ecg_jax.errors import UserError
-from ecg_jax.sweep_file import SAMPLE_STORE, parse_sweep_arg, synthetic_store
+from ecg_jax.sweep_file import SAMPLE_STORE, synthetic_store
 
 RECORDS = 700_000  # see configs/matched.py
 EPOCHS, BATCH = 10, 64
@@ -31,17 +31,7 @@ QUICK_RECORDS, QUICK_STEPS = 128, 12
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg,
-        "quick",
-        stores=str,
-        probe=str,
-        task=str,
-        records=str,
-        objective=tuple(common.OBJECTIVES),
-        backbone=common.BACKBONES,
-        seeds=common.SEEDS,
-    )
+    arg = common.arguments(arg, data=None, stores=str, probe=str, task=str, records=str)
     records = common.number(arg, "records", QUICK_RECORDS if arg.quick else RECORDS)
     if arg.quick:
         groups = {"sample": SAMPLE_STORE, "synthetic": synthetic_store(256)}
@@ -60,8 +50,7 @@ def sweep(arg=""):
                 group,
                 arg.objective,
                 seed,
-                quick=arg.quick,
-                backbone=arg.backbone,
+                **common.settings(arg),
                 data="11m",
                 data__max_records=records,
                 steps=steps,

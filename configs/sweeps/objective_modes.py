@@ -19,28 +19,11 @@ and losses of different objectives are not comparable. The supervised network ha
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg,
-        "quick",
-        backbone=(*common.BACKBONES, "all"),
-        data=common.RUNGS,
-        ladder=("nested", "paper"),
-        seeds=common.SEEDS,
+    arg = common.arguments(
+        arg, objective=None, backbone=(*common.BACKBONES, "all"), ladder=("nested", "paper")
     )
-    for backbone in common.BACKBONES if arg.backbone == "all" else (arg.backbone,):
-        for objective in common.OBJECTIVES:
-            for seed in common.seeds(arg):
-                run = common.run(
-                    f"{objective}-{backbone}",
-                    objective,
-                    seed,
-                    quick=arg.quick,
-                    backbone=backbone,
-                    data=arg.data,
-                    ladder=arg.ladder,
-                )
-                yield run | {"probes": common.modes(objective, seed, quick=arg.quick)}
+    backbones = common.BACKBONES if arg.backbone == "all" else (arg.backbone,)
+    yield from common.pairs(arg, backbones, modes=True)

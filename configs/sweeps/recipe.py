@@ -26,7 +26,6 @@ pairs, and not which recipe made the published numbers: the checkpoints are not 
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 #: Switch -> fields, of every objective that has them.
 SWITCHES = {
@@ -57,15 +56,7 @@ def switches(objective):
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg,
-        "quick",
-        "switches",
-        objective=("all", *common.OBJECTIVES),
-        backbone=common.BACKBONES,
-        data=common.RUNGS,
-        seeds=common.SEEDS,
-    )
+    arg = common.arguments(arg, "switches", objective=("all", *common.OBJECTIVES))
     for objective in common.OBJECTIVES if arg.objective == "all" else (arg.objective,):
         groups = {recipe: {"recipe": recipe} for recipe in ("described", "released")}
         groups |= switches(objective) if arg.switches else {}
@@ -75,8 +66,6 @@ def sweep(arg=""):
                     f"{objective}-{group}",
                     objective,
                     seed,
-                    quick=arg.quick,
-                    backbone=arg.backbone,
-                    data=arg.data,
+                    **common.settings(arg),
                     **fields,
                 )

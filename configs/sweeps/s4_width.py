@@ -10,23 +10,19 @@ learning_rate.py at it. The quick variant has widths 16, 32 and 64.
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 WIDTHS = (128, 256, 384, 512, 768, 1024)
 QUICK_WIDTHS = (16, 32, 64)
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg, "quick", objective=tuple(common.OBJECTIVES), data=common.RUNGS, seeds=common.SEEDS
-    )
+    arg = common.arguments(arg, backbone=None)
     for width in QUICK_WIDTHS if arg.quick else WIDTHS:
         for seed in common.seeds(arg):
             yield common.run(
                 f"{arg.objective}-width={width}",
                 arg.objective,
                 seed,
-                quick=arg.quick,
-                data=arg.data,
+                **common.settings(arg),
                 model__width=width,
             )

@@ -9,24 +9,9 @@ parameters, the order of recordings and crops, masks and negatives; the recordin
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg,
-        "quick",
-        objective=tuple(common.OBJECTIVES),
-        backbone=common.BACKBONES,
-        data=common.RUNGS,
-        seeds=("5", "10", "3", "2"),
-    )
+    arg = common.arguments(arg, seeds=("5", "10", "3", "2"))
     for seed in common.seeds(arg):
-        yield common.run(
-            f"{arg.objective}-{arg.backbone}",
-            arg.objective,
-            seed,
-            quick=arg.quick,
-            backbone=arg.backbone,
-            data=arg.data,
-        )
+        yield common.run(f"{arg.objective}-{arg.backbone}", arg.objective, seed, **common.settings(arg))

@@ -14,7 +14,6 @@ pays at one width and one number of states. It cannot tell whether more states, 
 """
 
 from configs.sweeps import common
-from ecg_jax.sweep_file import parse_sweep_arg
 
 #: Group -> fields.
 GROUPS = {
@@ -25,11 +24,9 @@ GROUPS = {
 
 
 def sweep(arg=""):
-    arg = parse_sweep_arg(
-        arg, "quick", objective=tuple(common.OBJECTIVES), data=common.RUNGS, seeds=common.SEEDS
-    )
+    arg = common.arguments(arg, backbone=None)
     for group, fields in GROUPS.items():
         for seed in common.seeds(arg):
             yield common.run(
-                f"{arg.objective}-{group}", arg.objective, seed, quick=arg.quick, data=arg.data, **fields
+                f"{arg.objective}-{group}", arg.objective, seed, **common.settings(arg), **fields
             )

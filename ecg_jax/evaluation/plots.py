@@ -57,6 +57,20 @@ def ecg_paper(
     start_s: float = 0.0,
     dpi: float = 150,
 ) -> None:
+    """Writes one 12-lead ECG on paper.
+
+    Args:
+        signal, rate_hz, leads, title, start_s: see `paper_figure`.
+        path: file to write (.png, .pdf, .svg).
+        dpi: of the picture.
+
+    Raises:
+        ValueError: a lead is not there, or nothing is left to draw.
+    """
+    _save(paper_figure(signal, rate_hz, leads, title, start_s), path, dpi)
+
+
+def paper_figure(signal, rate_hz: float, leads: Sequence[str], title: str = "", start_s: float = 0.0):
     """One 12-lead ECG on pink paper at 25 mm/s and 10 mm/mV: 3 rows of 4 leads and lead II throughout.
 
     The columns follow each other in time, as on an electrocardiograph: of 10 s, column 1 shows 0-2.5 s,
@@ -68,10 +82,11 @@ def ecg_paper(
         signal: [T, C] in millivolts; NaN leaves a gap.
         rate_hz: samples per second.
         leads: C names, the twelve usual ones in any order.
-        path: file to write (.png, .pdf, .svg).
         title: printed above the grid.
         start_s: where the strip begins; it shows 10 s, or what there is.
-        dpi: of the picture.
+
+    Returns:
+        A matplotlib Figure.
 
     Raises:
         ValueError: a lead is not there, or nothing is left to draw.
@@ -126,7 +141,7 @@ def ecg_paper(
     axes.text(margin, height - 5, title, fontsize=10, va="center", **text)
     scale = f"25 mm/s    10 mm/mV    {rate_hz:g} samples/s    {start_s:g} to {start_s + duration:.4g} s"
     axes.text(margin, 5, scale, fontsize=8, va="center", **text)
-    _save(figure, path, dpi)
+    return figure
 
 
 def loss_curve(

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ecg_jax.data.preprocessing import Preprocessing
+from ecg_jax.data.preprocessing import Preprocessing, parse_leads
 from ecg_jax.data.recording import CANONICAL_LEADS
 from ecg_jax.models.encoder import build_encoder
 from ecg_jax.run_setup import build_objective, build_optimiser, build_teacher, initial_state
@@ -78,6 +78,7 @@ def step_program(model: Model) -> Program:
         model=build_objective(config, parallel.AXIS),
         tx=model.tx,
         normalisation=config.data.normalisation,
+        kept_leads=parse_leads(config.data.leads),
         teacher=model.teacher,
         accumulate=config.accumulate,
     )
@@ -107,6 +108,7 @@ def step_forward_flops(model: Model) -> float | None:
             model=build_objective(config, None),
             tx=model.tx,
             normalisation=config.data.normalisation,
+            kept_leads=parse_leads(config.data.leads),
             teacher=model.teacher,
             accumulate=config.accumulate,
             axis_name=None,

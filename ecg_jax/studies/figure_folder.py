@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,8 @@ from ecg_jax.evaluation.drawing import to_svg
 from ecg_jax.files import write_atomic
 
 INDEX = "figures.json"
+#: One cell of a figure's data; None and NaN are empty.
+Value = str | int | float | bool | None
 _DPI = 150
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 # Of one figure; and of all files of a study that was cut short, with the notes of a sweep on its studies.
@@ -49,7 +50,7 @@ class Figure:
     shows: str
     does_not_show: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | int | float | bool | None]]
+    rows: Sequence[Sequence[Value]]
     picture: Any = None
 
 
@@ -170,14 +171,15 @@ def write_figures(
     for figure in figures:
         if not _NAME.fullmatch(figure.name) or names.count(figure.name) > 1:
             raise ValueError(f"{figure.name!r} is no name of a figure, or is there twice")
-        if wrong := [row for row in figure.rows if len(row) != len(figure.columns)]:
-            raise ValueError(f"{figure.name}: a row of {len(wrong[0])} cells, {len(figure.columns)} columns")
+        try:
+            content[f"{figure.name}.csv"] = data_csv(figure.columns, figure.rows)
+        except ValueError as error:
+            raise ValueError(f"{figure.name}: {error}") from error
         if figure.picture is not None:
             buffer = io.BytesIO()
             figure.picture.savefig(buffer, format="png", dpi=_DPI)
             content[f"{figure.name}.png"] = buffer.getvalue()
             content[f"{figure.name}.svg"] = to_svg(figure.picture)
-        content[f"{figure.name}.csv"] = _to_csv(figure).encode()
     entries = [
         {field: getattr(figure, field) for field in ("name", "title", "shows", "does_not_show")}
         | {"picture": figure.picture is not None}
@@ -198,13 +200,20 @@ def write_figures(
     return [folder / name for name in content]
 
 
-def _to_csv(figure: Figure) -> str:
+def data_csv(columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> bytes:
+    """A figure's data as CSV; undefined numbers are empty cells.
+
+    Raises:
+        ValueError: a row does not fit the columns.
+    """
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(figure.columns)
-    for row in figure.rows:
-        lines.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in row])
-    return text.getvalue()
+    lines.writerow(columns)
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"a row of {len(row)} cells, {len(columns)} columns")
+        lines.writerow(["" if value is None or value != value else value for value in row])
+    return text.getvalue().encode()
 
 
 def _from_csv(path: Path) -> list[list[str]]:

@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from ecg_jax.data.selection import SELECTION_NAME, Selection, read_selection
 from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.errors import UserError
+from ecg_jax.files import read_object
 from ecg_jax.run_setup import IMPORT_NAME
-from ecg_jax.run_starts import Damaged, read_starts
+from ecg_jax.run_starts import Damaged, cost_of, read_starts
 from ecg_jax.studies.flops import training_flops
 from ecg_jax.studies.report.kinds import SWEEP, is_run
-from ecg_jax.studies.study_probes import StudyProbe, probed_run, read_json
+from ecg_jax.studies.study_probes import StudyProbe, probed_run
 from ecg_jax.sweep_folder import read_status, spent
 from ecg_jax.training.checkpoint import finished_steps
 from ecg_jax.training.metric_writers import read_log, read_warnings
@@ -122,7 +123,7 @@ def read_run(place: Place) -> StudyRun:
         UserError: a file of it is damaged.
     """
     folder, begun = place.folder, is_run(place.folder)
-    config = read_json(folder / _CONFIG) if begun else place.declared["config"]
+    config = read_object(folder / _CONFIG) if begun else place.declared["config"]
     source = folder / _CONFIG if begun else place.of_sweep.parent / SWEEP
     selection = read_selection(folder / SELECTION_NAME) if (folder / SELECTION_NAME).exists() else None
     log = read_log(folder)
@@ -232,21 +233,12 @@ def _attempts(place: Place) -> tuple[dict[str, Any], str]:
         starts, remark = [], f"what it cost is not known: {error}"
     if starts:
         last = starts[-1]
-        measured = [start for start in starts if start["seconds"] is not None]
+        *cost, remark = cost_of(starts)
         found |= {
-            "seconds": sum(start["seconds"] for start in measured) if measured else None,
-            "unmeasured": len(starts) - len(measured),
+            **dict(zip(("seconds", "unmeasured", "device_hours"), cost, strict=True)),
             **(last["git"] or {}),
             **{name: last[name] for name in ("devices", "device_kind", "versions", "parameters")},
         }
-        if starts[0]["step"]:
-            remark = f"its device-hours are not known: nothing is noted of the time before step {starts[0]['step']}"
-        elif found["unmeasured"]:
-            remark = (
-                f"its device-hours are not known: {found['unmeasured']} of {len(starts)} attempts were killed"
-            )
-        else:
-            found["device_hours"] = sum(start["seconds"] * start["devices"] for start in starts) / 3600
     elif place.of_sweep is not None:  # a run from before starts were noted
         status = read_status(place.of_sweep)
         found["seconds"] = None if remark else spent(place.of_sweep)["pretrain"]

@@ -14,6 +14,7 @@ import numpy as np
 from ecg_jax.config_flags import load_config, with_argument
 from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.errors import UserError
+from ecg_jax.files import read_object
 from ecg_jax.run_setup import flatten
 from ecg_jax.studies.report.kinds import subfolders
 from ecg_jax.studies.report.read import PREDICTIONS, RESULTS
@@ -104,18 +105,6 @@ def _declared(mode: str) -> dict[str, Any]:
     return flatten(json.loads(json.dumps(config.to_dict())))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return content
-
-
 def probes_of_sweep(folder: Path) -> tuple[list[StudyProbe], list[str]]:
     """Finished probes in the folder that a sweep gave a run, and sentences on those that are not of the sweep."""
     found = [(path, PROBE) for path in finished_probes(folder / PROBE)]
@@ -155,7 +144,7 @@ def read_probe(folder: Path, name: str) -> StudyProbe:
         UserError: its results.json is damaged, or of a version without a field of ours.
     """
     path = folder / RESULTS
-    results = read_json(path)
+    results = read_object(path)
     try:
         task, metric = results["task"], results["metric"]
         value = results[metric]

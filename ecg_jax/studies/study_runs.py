@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ecg_jax.errors import UserError
+from ecg_jax.files import read_object
 from ecg_jax.studies.report.kinds import SWEEP, is_run, subfolders
 from ecg_jax.studies.report.read import PREDICTIONS, RESULTS
 from ecg_jax.studies.study_files import Place, StudyRun, read_run, without_workdir
-from ecg_jax.studies.study_probes import StudyProbe, probed_run, probes_of_sweep, read_json, read_probe
+from ecg_jax.studies.study_probes import StudyProbe, probed_run, probes_of_sweep, read_probe
 from ecg_jax.sweep_folder import PROBE, RUN
 
 __all__ = ["StudyProbe", "StudyRun", "find_runs"]
@@ -122,7 +123,7 @@ def _of_sweep(folder: Path, given: Path) -> Iterator[Place]:
 def _declared(sweep: Path) -> dict[str, Any]:
     """The runs of a sweep as it was begun."""
     path = sweep / SWEEP
-    declared = read_json(path)
+    declared = read_object(path)
     try:
         return {name: (run["group"], run["config"]["seed"]) and run for name, run in declared["runs"].items()}
     except (KeyError, TypeError, AttributeError) as error:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ecg_jax.models.encoder import constants
-from ecg_jax.models.inputs import ALL_LEADS, to_model_input
+from ecg_jax.models.inputs import to_model_input
 from ecg_jax.objectives.contract import Inputs, Terms
 from ecg_jax.objectives.teacher import Teacher
 from ecg_jax.training.parallel import AXIS
@@ -177,7 +177,7 @@ def train_step(
     model,
     tx,
     normalisation: str,
-    kept_leads: tuple[str, ...] = ALL_LEADS,
+    kept_leads: tuple[str, ...],
     teacher: Teacher | None = None,
     accumulate: int = 1,
     axis_name: str | None = AXIS,

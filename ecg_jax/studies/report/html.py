@@ -6,7 +6,7 @@ from html import escape
 
 from ecg_jax.studies.report import figures, recordings, tables, task_tables
 from ecg_jax.studies.report.load import Collection, Curves
-from ecg_jax.studies.report.page import Gallery, Page, command_html, paragraph
+from ecg_jax.studies.report.page import Beside, Gallery, Page, command_html, paragraph
 from ecg_jax.studies.report.rows import TaskScores
 
 
@@ -16,8 +16,8 @@ def build(
     scores: dict[str, TaskScores],
     now: datetime.datetime,
     command: Sequence[str],
-    shown: str = "open",
-    folder: str = "report_tables",
+    shown: str,
+    beside: Beside,
 ) -> Page:
     """The page of a report.
 
@@ -28,9 +28,9 @@ def build(
         now: when the report is made.
         command: that makes it, word by word.
         shown: one of `recordings.RECORDINGS`.
-        folder: of the files beside the page, as it links to them.
+        beside: the files beside the page.
     """
-    page = Page(title, folder)
+    page = Page(title, beside)
     classified = [task for task in scores.values() if not task.first.regression]
     regressions = [task for task in scores.values() if task.first.regression]
     n_probes, looks = len(collection.results), figures.looks_of(scores)

@@ -15,6 +15,9 @@ from ecg_jax.studies.report.style import CSS
 
 #: Every page says so in its head, and nothing else is overwritten.
 GENERATOR = '<meta name="generator" content="ecg-jax report">'
+#: Of the files that a table is written as; and of all that lie beside a page.
+TABLE_SUFFIXES = (".csv", ".tex")
+SUFFIXES = (*TABLE_SUFFIXES, ".png", ".svg")
 # Longer tables are folded.
 _LONG = 18
 # Characters up to which a name, or a folder of a path, is not broken.
@@ -66,15 +69,15 @@ def _head_class(table: Table, i: int) -> str:
     return f"{kind} bad" if i in table.bad_columns else kind
 
 
-def table_html(table: Table, folder: str = "", fold: bool = True) -> str:
+def table_html(table: Table, links: str = "", fold: bool = True) -> str:
     """A table in a box that scrolls sideways by itself; its first column is the rows' headings.
 
     Args:
         table: with at least one row.
-        folder: where its files are, for the links to them; empty for none.
+        links: to its files, HTML.
         fold: whether a long one is behind a line that opens it.
     """
-    links = f" {_links(table.name, folder, ('.csv', '.tex'))}" if folder else ""
+    links = f" {links}" if links else ""
     lines = [
         f'<div class="scroll" id="table-{escape(table.name)}" tabindex="0" '
         f'role="region" aria-label="{escape(table.caption)}">',
@@ -109,25 +112,17 @@ def table_html(table: Table, folder: str = "", fold: bool = True) -> str:
     return f"<details><summary>{escape(about)} ({len(table.rows)} rows)</summary>\n{html}\n</details>"
 
 
-def _links(name: str, folder: str, suffixes: Iterable[str]) -> str:
-    """Links to the files of a table or picture."""
-    return " ".join(
-        f'<a href="{escape(quote(f"{folder}/{name}{suffix}"))}">{suffix[1:].upper()}</a>'
-        for suffix in suffixes
-    )
-
-
 def _smallest(picture: Picture) -> int:
     """Pixels below which a picture cannot be read: there its box scrolls."""
     return round(picture.width * (0.6 if picture.kind == "png" else 0.72))
 
 
-def picture_html(picture: Picture, folder: str = "") -> str:
-    """An image, in the file itself, with what it shows and does not show, and links to its files in `folder`."""
+def picture_html(picture: Picture, links: str = "") -> str:
+    """An image, in the file itself, with what it shows and does not show, and links to its files."""
     data = base64.b64encode(picture.data).decode()
     words = [f"<figcaption>{escape(picture.caption)}"]
-    if folder:
-        words.append(f" {_links(picture.name, folder, picture.files)}")
+    if links:
+        words.append(f" {links}")
     for heading, text in (("Shows.", picture.shows), ("Does not show.", picture.does_not_show)):
         if text:
             words.append(f"<p><b>{heading}</b> {inline(text)}</p>")
@@ -167,6 +162,27 @@ def box(mark: str, lines: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """The files beside a page.
+
+    Attributes:
+        folder: theirs, as the page links to it.
+        suffixes: of those that are written.
+    """
+
+    folder: str
+    suffixes: Sequence[str] = SUFFIXES
+
+    def links(self, name: str, suffixes: Iterable[str]) -> str:
+        """Links, in HTML, to those files of a table or picture that are written."""
+        return " ".join(
+            f'<a href="{escape(quote(f"{self.folder}/{name}{suffix}"))}">{suffix[1:].upper()}</a>'
+            for suffix in suffixes
+            if suffix in self.suffixes
+        )
+
+
+@dataclass(frozen=True)
 class Gallery:
     """Recordings with what was predicted for them."""
 
@@ -189,11 +205,11 @@ class Page:
 
     Args:
         title: of the page.
-        folder: of the files beside it, as the page links to them.
+        beside: the files beside it.
     """
 
-    def __init__(self, title: str, folder: str):
-        self.title, self.folder = title, folder
+    def __init__(self, title: str, beside: Beside):
+        self.title, self.beside = title, beside
         self.tables: list[Table] = []
         self.pictures: list[Picture] = []
         self._top: list[str] = []
@@ -210,10 +226,10 @@ class Page:
     def _part(self, part: Part, fold: bool = True) -> str:
         if isinstance(part, Table):
             self.tables.append(part)
-            return table_html(part, self.folder, fold)
+            return table_html(part, self.beside.links(part.name, TABLE_SUFFIXES), fold)
         if isinstance(part, Picture):
             self.pictures.append(part)
-            return picture_html(part, self.folder)
+            return picture_html(part, self.beside.links(part.name, part.files))
         if isinstance(part, Gallery):
             return f'<div class="examples">{"".join(map(self._example, part.examples))}</div>'
         if isinstance(part, Folded):

@@ -1,15 +1,13 @@
 """Pictures of a report: an image for the page, the same as files, its data, and what it says and does not say."""
 
-import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ecg_jax.evaluation.drawing import to_svg
+from ecg_jax.studies.figure_folder import Value, data_csv
 
-#: One cell of a figure's data; None and NaN are empty.
-Value = str | int | float | bool | None
 _DPI = 150
 # A larger SVG goes onto the page as PNG, where that is smaller.
 _LARGE_SVG = 250_000
@@ -81,19 +79,3 @@ def of_files(name: str, files: Mapping[str, bytes], **words: str) -> Picture:
         files=files,
         **words,
     )
-
-
-def data_csv(columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> bytes:
-    """A figure's data as CSV; undefined numbers are empty cells.
-
-    Raises:
-        ValueError: a row does not fit the columns.
-    """
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(columns)
-    for row in rows:
-        if len(row) != len(columns):
-            raise ValueError(f"a row of {len(row)} cells for {len(columns)} columns")
-        lines.writerow(["" if value is None or value != value else value for value in row])
-    return text.getvalue().encode()

@@ -1,6 +1,5 @@
 """Reads the files that a report is made of, and refuses what is damaged, of another version or edited."""
 
-import json
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ecg_jax.errors import UserError
+from ecg_jax.files import read_object
 
 RESULTS, PREDICTIONS = "results.json", "predictions.npz"
 MODES = ("linear", "frozen", "finetune", "supervised")
@@ -45,18 +45,6 @@ _TRIPLE = {"point": _NUMBER, "low": _NUMBER, "high": _NUMBER}
 _ARRAYS = ("record_id", "patient_id", "row", "targets", "probabilities", "classes")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is not JSON ({error}); write it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object; write it again.")
-    return content
-
-
 def _check_fields(path: Path, entry: Any, fields: dict[str, Any], where: str = "") -> None:
     """Raises UserError naming the first field that is missing or of another type."""
     if not isinstance(entry, dict):
@@ -81,7 +69,7 @@ def read_result(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         UserError: names the file and the field.
     """
     path = folder / RESULTS
-    results = _read_json(path)
+    results = read_object(path)
     _check_fields(path, results, _FIELDS)
     for name, known in (("mode", MODES), ("kind", tuple(_OF_KIND)), ("metric", METRICS)):
         _check_known(path, name, results[name], known)
@@ -186,7 +174,7 @@ def read_robustness(path: Path) -> dict[str, Any]:
     Raises:
         UserError: names the file and the field.
     """
-    content = _read_json(path)
+    content = read_object(path)
     fields = {
         "task": _TEXT,
         "metric": _TEXT,
@@ -221,7 +209,7 @@ def read_efficiency(path: Path) -> dict[str, Any]:
     Raises:
         UserError: names the file and the field.
     """
-    content = _read_json(path)
+    content = read_object(path)
     fields = {
         "task": _TEXT,
         "metric": _TEXT,

@@ -1,22 +1,24 @@
 """Recordings that a report shows: which, whose, and what was predicted for them."""
 
 import io
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ecg_jax.data.preprocessing import MICROVOLTS_PER_MV
 from ecg_jax.data.store import Store
 from ecg_jax.errors import UserError
-from ecg_jax.evaluation.plots import ecg_paper
+from ecg_jax.evaluation.drawing import to_svg
+from ecg_jax.evaluation.plots import paper_figure
+from ecg_jax.studies.figure_folder import data_csv
 from ecg_jax.studies.report.cells import number
 from ecg_jax.studies.report.pictures import Picture
 from ecg_jax.studies.report.rows import TaskScores
 
 _COLOURS_OF_PAPER, _PAPER_WIDTH = 24, 1170
+_SHOWN_S = 10  # as `paper_figure` does
+_DPI = 110
 
 #: Which recordings a report draws: those of corpora that everybody may pass on, all, none.
 RECORDINGS = ("open", "all", "none")
@@ -111,17 +113,21 @@ def _examples(task: TaskScores, store: Store, tested_on: dict[str, str]) -> tupl
         record = str(predictions["record_id"][i])
         class_name, there = task.first.classes[k], "there" if targets[i, k] == 1 else "not there"
         sentence = f"{class_name} is {there}, predicted with {number(float(best.predictions[0][i, k]))}"
-        paper = _paper(signal, store.rate_hz, store.leads)
+        shown = signal[: round(_SHOWN_S * store.rate_hz)]
+        files = _paper(shown, store.rate_hz, store.leads)
+        time_s = np.arange(len(shown)) / store.rate_hz
+        columns = ("time_s", *(f"{lead}_mv" for lead in store.leads))
+        files[".csv"] = data_csv(columns, np.column_stack([time_s, shown]).round(4).tolist())
         found.append(
             Example(
                 Picture(
                     name=f"figure_recording_{task.task}_{len(found) + 1}",
-                    data=paper,
+                    data=files[".png"],
                     kind="png",
                     alt=f"Twelve-lead ECG of record {record}: {sentence}.",
                     caption=f"Record {record}: {sentence}.",
                     width=_PAPER_WIDTH,
-                    files={".png": paper},
+                    files=files,
                 ),
                 name,
                 record,
@@ -131,15 +137,13 @@ def _examples(task: TaskScores, store: Store, tested_on: dict[str, str]) -> tupl
     return found, f"Recordings that {best.row.label}, the best probe of the task, is most and least sure of."
 
 
-def _paper(signal: np.ndarray, rate_hz: float, leads: Sequence[str]) -> bytes:
-    """An ECG on paper as a PNG of few colours: a fifth of the size, and the eye sees no difference."""
+def _paper(signal: np.ndarray, rate_hz: float, leads: Sequence[str]) -> dict[str, bytes]:
+    """An ECG on paper as SVG, and as PNG of few colours: a fifth of the size, and the eye sees no difference."""
     from PIL import Image
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ecg.png"
-        ecg_paper(signal, rate_hz, leads, path, dpi=110)
-        buffer = io.BytesIO()
-        with Image.open(path) as image:
-            quantised = image.convert("RGB").quantize(_COLOURS_OF_PAPER, dither=Image.Dither.NONE)
-            quantised.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    figure, drawn, small = paper_figure(signal, rate_hz, leads), io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=_DPI)
+    with Image.open(drawn) as image:
+        quantised = image.convert("RGB").quantize(_COLOURS_OF_PAPER, dither=Image.Dither.NONE)
+        quantised.save(small, "PNG", optimize=True)
+    return {".png": small.getvalue(), ".svg": to_svg(figure)}

@@ -10,7 +10,7 @@ from ecg_jax.studies.report.cells import DASH, Cell, Table, count, number
 from ecg_jax.studies.report.design import anchors, in_order, run_folder, shortened, shown_path
 from ecg_jax.studies.report.figure_parts import figure_parts
 from ecg_jax.studies.report.html import by_task, gallery, of_curves, verdict
-from ecg_jax.studies.report.page import Folded, Page, Part, box, command_html, paragraph
+from ecg_jax.studies.report.page import Beside, Folded, Page, Part, box, command_html, paragraph
 from ecg_jax.studies.report.rows import ECG_FEATURES, RANDOM_INIT, SUPERVISED, TaskScores
 from ecg_jax.studies.report.study import Study
 
@@ -27,7 +27,7 @@ def build(
     now: datetime.datetime,
     command: Sequence[str],
     shown: str,
-    folder: str,
+    beside: Beside,
 ) -> Page:
     """The page of a study.
 
@@ -38,9 +38,9 @@ def build(
         now: when the report is made.
         command: that makes it, word by word.
         shown: which recordings, one of `recordings.RECORDINGS`.
-        folder: of the files beside the page, as it links to them.
+        beside: the files beside the page.
     """
-    page = Page(title, folder)
+    page = Page(title, beside)
     tasks = _tasks(study, boards)
     page.top(
         paragraph(f"{_summary(study, boards)} Reported on {now:%Y-%m-%d}.", "about"),
