@@ -11,9 +11,9 @@ curve with its ν degrees of freedom (`power_law.Scatter`), by rung where rungs 
 seeds explain. Every simulated study is fitted by least squares. For a power law without offset and without test
 recordings these are exactly the t intervals of a straight line of logarithms.
 
-Over 300 simulated studies of 5 rungs, 3 seeds and 1 % noise, 95 % intervals of the exponent held it 96 % of the time
-(percentile intervals from resampled seeds 83 %), with an offset and test recordings 98 %, with 5 single runs 94 %.
-Rungs that lie off the curve by as much as seeds differ leave 92 % of 5 rungs and 83 % of 3, which cannot show it; see
+Over 300 simulated studies of 5 rungs, 3 seeds and 1 % noise, 95 % intervals of the exponent held it 95 to 96 % of the
+time (percentile intervals from resampled seeds 83 %), also with an offset and test recordings; with 5 single runs 94 %.
+Rungs that lie off the curve by as much as seeds differ leave 92 % of 5 rungs and 84 % of 3, which cannot show it; see
 tests/benchmarks/results/2026-11-22-scaling-coverage.md.
 """
 
