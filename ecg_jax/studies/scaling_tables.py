@@ -100,9 +100,9 @@ def _held_out(fits: Sequence[Fitted]) -> Figure:
         "Each curve is fitted without its largest size and predicts the mean of the runs there, with a 95 % interval "
         "that contains their spread too; the error is predicted over found, less 1.",
         "One size held out is one test of extrapolation, over the step from the second largest size to it and no "
-        "further. Where the smaller sizes do not determine the parameters there is no prediction; with an offset, and "
-        "single runs or sizes that lie off the curve, those that there are held the largest size 75 to 83 % of the time "
-        "(simulated).",
+        "further. Where the smaller sizes do not determine the parameters there is no prediction. With an offset, and "
+        "single runs or sizes that lie off the curve, intervals of those that there are held the largest size 75 to "
+        "83 % of the time (simulated).",
         (*_CURVE, "form", "drawn", "size", "found", "predicted", "low", "high", "error", "inside", "remark"),
         rows,
     )  # fmt: skip
