@@ -128,7 +128,7 @@ def STUDIES(output, arg=""):
                 "efficiency",
                 "--quick",
                 f"--backbones={','.join(backbones)}",
-                f"--objectives={','.join(objectives[:2])}",
+                f"--objectives={','.join(objectives)}",
                 f"--output={output}/studies/efficiency",
                 f"--results={output}",
             ],
