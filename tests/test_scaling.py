@@ -14,9 +14,10 @@ from ecg_jax.studies.figure_folder import read_figures, write_figures
 from ecg_jax.studies.power_law import fit_many
 from ecg_jax.studies.scaling_correlations import PAIRS, correlations
 from ecg_jax.studies.scaling_fits import WITHOUT, Fitted, fit_curve
+from ecg_jax.studies.scaling_overviews import training_figure
 from ecg_jax.studies.scaling_points import error_curves, families, loss_curves, populations, usable
 from ecg_jax.studies.study_runs import find_runs
-from study_folder import write_sweep
+from study_folder import write_run, write_sweep
 
 SIZES = (250, 600, 1500, 4000)
 EXPONENTS = {"cpc": 0.189, "jepa": 0.062}
@@ -151,6 +152,24 @@ def test_unfinished_runs_are_left_out_aloud(study, result, capsys):
     assert len(names) == 15
 
 
+def test_one_value_of_the_loss_says_nothing_of_its_fall(tmp_path):
+    for recordings, loss in ((100, 2.0), (200, 1.5)):
+        write_run(tmp_path / str(recordings), recordings, loss)
+    logs = sorted(tmp_path.glob("*/log.jsonl"))
+
+    def shows():
+        return training_figure(families(usable(find_runs([tmp_path]))[0])).shows
+
+    entries = [json.loads(line) for line in logs[0].read_text().splitlines()]
+    logs[0].write_text(
+        "".join(json.dumps(entry | {"val_loss": 3.0 - entry["val_loss"]}) + "\n" for entry in entries)
+    )
+    assert "more than once: 2, and in 1 of them the last value is the lowest" in shows()
+    for log in logs:
+        log.write_text(log.read_text().splitlines(keepends=True)[-1])
+    assert "measured once a run, at the end" in shows()
+
+
 def test_figures_say_what_they_show_and_what_not(study, result):
     folder = read_figures(study[1])
     assert folder.kind == "scaling"
@@ -164,6 +183,7 @@ def test_figures_say_what_they_show_and_what_not(study, result):
         "runs",
     } <= set(by_name)  # fmt: skip
     assert {figure.name for figure in folder.figures if figure.picture} == set(DRAWN)
+    assert "more than once: 15, and in 15 of them the last value is the lowest" in by_name["training"].shows
     loss = by_name["loss_recordings"]
     for words in ("15 runs", "0.189 for cpc", "not ours"):
         assert words in loss.shows

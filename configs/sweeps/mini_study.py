@@ -44,7 +44,7 @@ SMALL = {
     "batch_size": 16,
     "epochs": 4.0,
     "log_every": 6,
-    "checkpoint_every": 1000,
+    "checkpoint_every": 64,  # and validate
     "data.max_val_crops": 512,
     "monitor.probe_every": 0,
 }

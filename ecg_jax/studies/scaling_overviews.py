@@ -66,19 +66,19 @@ def training_figure(families: Sequence[Family]) -> Figure | None:
         for color, size in zip(colors, sizes, strict=True)
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=6, frameon=False, fontsize=8)
-    unfinished = sum(
-        1
-        for run in runs
-        if sum(entry.get("val_loss") is not None for entry in run.log) > 1
-        and run.val_loss is not None
-        and run.val_loss <= run.best_val_loss
+    several = [run for run in runs if sum(entry.get("val_loss") is not None for entry in run.log) > 1]
+    falling = sum(run.val_loss <= run.best_val_loss for run in several)
+    told = (
+        f"Runs that measured it more than once: {len(several)}, and in {falling} of them the last value is the "
+        "lowest, so that it might have gone on falling."
+        if several
+        else "It was measured once a run, at the end, which says nothing of whether it would have gone on falling."
     )
     return Figure(
         "training",
         "Validation loss over training",
         f"Every line is one of {len(runs)} pretraining runs, coloured by the number of its recordings: its validation "
-        "loss each time it was measured, over the training windows seen so far. In "
-        f"{unfinished} of them the last value is the lowest, so that they might have gone on falling.",
+        f"loss each time it was measured, over the training windows seen so far. {told}",
         "Panels have axes of their own, and losses of different objectives are not comparable. A curve that still "
         "falls at its end says that the fitted losses are those of this length of training, not of the objective. "
         + " ".join(sentences(populations(runs))),
