@@ -33,6 +33,8 @@ LEVEL = 0.95
 MOST_AT_ONCE = 2048
 #: Recordings in a mini-batch when there are more.
 MINIBATCH = 512
+#: Windows encoded at once: more fit no device.
+LARGEST_BATCH = 2**16
 
 
 def cka(
@@ -127,8 +129,8 @@ def _check(output: Path, records: int | None, minibatch: int | None, seed: int, 
                 f"--{name}={value} must be at least {least}: unbiased HSIC needs {MIN_EXAMPLES} recordings, and the "
                 "interval leaves some out."
             )
-    if batch_size < 1:
-        raise UserError(f"--batch-size={batch_size} must be at least 1.")
+    if not 1 <= batch_size <= LARGEST_BATCH:
+        raise UserError(f"--batch-size={batch_size} must be at least 1 and at most {LARGEST_BATCH}.")
     if not 0 <= seed < 2**31:
         raise UserError(f"--seed={seed} must be at least 0 and below 2**31.")
     check_folder(output, KIND)
@@ -190,20 +192,25 @@ def _matrices(found: Cka) -> dict[str, Any]:
     }
 
 
-def _listed(text: str | None) -> list[str]:
-    return [] if text is None else [word.strip() for word in text.split(",") if word.strip()]
+def _listed(option: str, text: str | None) -> list[str]:
+    """What an option names; [] where it was not given.
+
+    Raises:
+        UserError: it was, and names nothing.
+    """
+    words = [] if text is None else [word.strip() for word in text.split(",") if word.strip()]
+    if text is not None and not words:
+        raise UserError(f"--{option} names nothing; name at least one, or leave it out.")
+    return words
 
 
 def _folds(text: str) -> list[int] | str:
     if text in ("test", "all"):
         return text
     try:
-        folds = sorted({int(word) for word in _listed(text)})
-    except ValueError:
-        folds = []
-    if not folds:
-        raise UserError(f"--folds={text} must be numbers separated by commas, test or all.")
-    return folds
+        return sorted({int(word) for word in _listed("folds", text)})
+    except ValueError as error:
+        raise UserError(f"--folds={text} must be numbers separated by commas, test or all.") from error
 
 
 def main(argv: list[str]) -> int:
@@ -249,16 +256,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--batch-size", type=int, default=64, help="windows encoded at once (default: 64)")
     options = parser.parse_args(argv)
-    checkpoints = _listed(options.checkpoints)
-    if not checkpoints:
-        raise UserError("--checkpoints names no checkpoint.")
     study = cka(
-        checkpoints,
+        _listed("checkpoints", options.checkpoints),
         options.store,
         options.output,
         random=options.random,
-        names=_listed(options.names),
-        layers=_listed(options.layers),
+        names=_listed("names", options.names),
+        layers=_listed("layers", options.layers),
         folds=_folds(options.folds),
         records=options.records,
         minibatch=options.minibatch,

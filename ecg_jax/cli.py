@@ -62,6 +62,14 @@ def main(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(ecg_jax.__version__)
         return 0
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            print(
+                f"ecg-jax: error: the argument {word!r} is not UTF-8; rename what it names", file=sys.stderr
+            )
+            return 2
     command, *rest = argv
     if command not in COMMANDS:
         print(f"ecg-jax: error: unknown command {command!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
@@ -72,6 +80,12 @@ def main(argv: list[str]) -> int:
         return importlib.import_module(f"ecg_jax.{command.replace('-', '_')}").main(rest)
     except UserError as error:
         print(f"ecg-jax {command}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # A full disk, a folder that may not be read: what no command has words of its own for.
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"ecg-jax {command}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"ecg-jax {command}: {stopped}")
@@ -113,3 +127,7 @@ def quieten() -> None:
             from_python(unraisable)
 
     sys.unraisablehook = hook
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -56,7 +56,9 @@ def parse_arg(arg: str, **choices: tuple[str, ...]) -> SimpleNamespace:
         if key not in choices:
             raise UserError(f"--config argument {key!r} is unknown{closest(key, choices)}")
         if value not in choices[key]:
-            raise UserError(f"--config argument {key}={value!r} is unknown{closest(value, choices[key])}")
+            raise UserError(
+                f"--config argument {key}={value!r} is unknown{closest(value, dict.fromkeys(choices[key]))}"
+            )
         if key in given:
             raise UserError(f"--config argument {key!r} is given twice, as {values[key]!r} and {value!r}")
         given.add(key)
@@ -99,8 +101,9 @@ def run_file(prefix: str, name: str, use: Callable[[ModuleType], Any]) -> Any:
     except SystemExit as error:
         raise UserError(f"{prefix}: {name} calls sys.exit; a config file must return its config") from error
     except SyntaxError as error:
+        line = f" line {error.lineno}" if error.lineno else ""
         raise UserError(
-            f"{prefix}: {error.filename} line {error.lineno} is not valid Python: {error.msg}"
+            f"{prefix}: {error.filename or name}{line} is not valid Python: {error.msg}"
         ) from error
     except Exception as error:  # whatever the file does: a misspelt field, a missing import, a bug
         where = traceback.extract_tb(error.__traceback__)

@@ -145,6 +145,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple
     if options.results is not None and (options.scaling or options.tune_conv):
         other = "--scaling" if options.scaling else "--tune-conv"
         raise UserError(f"--results says nothing with {other}; it belongs to the table")
+    if options.results is not None and not options.results.strip(","):
+        raise UserError("--results names no folder; name those of sweeps, runs or probes, or leave it out")
     options.results = [part for part in (options.results or "").split(",") if part]
     for name, known in lists.items():
         text = getattr(options, name)

@@ -1,6 +1,7 @@
 """`ecg-jax report`: a study, or finished probes side by side with their baselines, as one page, tables and figures."""
 
 import argparse
+import contextlib
 import csv
 import datetime
 import io
@@ -33,6 +34,9 @@ majority guess, which come with a probe, and an encoder trained from scratch (mo
 page of a study says in a box what is missing.
 """
 INDEX = "index.csv"
+_HEAD = ("name", "kind", "caption")
+# By which the folder of a report is known, older ones too.
+_HEADS = (_HEAD, ("table", "caption"))
 TITLE = "ECG encoders compared"
 FILES = tuple(suffix[1:] for suffix in SUFFIXES)
 
@@ -79,7 +83,14 @@ def report(
         rows.check_baselines(collection)
         scores = rows.score_tasks(collection, say)
         page = html.build(title, collection, scores, now, command, recordings, beside)
-    return _write(output, page.html().encode(), _files(page))
+    try:
+        content, files = page.html().encode(), _files(page)
+    except UnicodeEncodeError as error:
+        near = error.object[max(0, error.start - 40) : error.end]
+        raise UserError(
+            f"A name among the folders is not UTF-8, at the end of {near!r}; rename it."
+        ) from error
+    return _write(output, content, files)
 
 
 def _study_page(workdirs, title, now, command, recordings, beside, say) -> Page:
@@ -95,7 +106,7 @@ def _files(page: Page) -> dict[str, bytes]:
     """What lies beside the page: tables as CSV and LaTeX, figures as pictures and CSV, and a list of them."""
     index = io.StringIO()
     lines = csv.writer(index, lineterminator="\n")
-    lines.writerow(("name", "kind", "caption"))
+    lines.writerow(_HEAD)
     files: dict[str, bytes] = {}
     written = page.beside.suffixes
     for table in page.tables:
@@ -118,17 +129,20 @@ def _check_output(output: Path) -> None:
     """Refuses, before any work, an output that cannot or should not be written."""
     if output.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output={output} must end in .html.")
-    if not output.parent.is_dir():
-        raise UserError(f"--output={output}: there is no folder {output.parent}; make it first.")
-    if output.is_dir():
-        raise UserError(f"--output={output} is a folder; name a file.")
+    folder = _tables_folder(output)
     try:
+        if not output.parent.is_dir():
+            raise UserError(f"--output={output}: there is no folder {output.parent}; make it first.")
+        if output.is_dir():
+            raise UserError(f"--output={output} is a folder; name a file.")
         if output.exists() and GENERATOR.encode() not in output.read_bytes()[:2000]:
             raise UserError(f"--output={output} is there already and no report; choose another name.")
+        theirs = folder.exists() and _indexed(folder) is None
     except OSError as error:
-        raise UserError(f"--output={output} cannot be read: {error.strerror}.") from error
-    folder = _tables_folder(output)
-    if folder.exists() and not (folder.is_dir() and (folder / INDEX).is_file()):
+        raise UserError(
+            f"--output={output} cannot be used: {error.strerror}; choose another name."
+        ) from error
+    if theirs:
         raise UserError(f"{folder}, where the tables go, is there already and not of a report; move it away.")
 
 
@@ -137,8 +151,9 @@ def _write(output: Path, page: bytes, files: dict[str, bytes]) -> list[Path]:
     folder = _tables_folder(output)
     made = not folder.exists()
     targets = {folder / name: data for name, data in files.items()} | {output: page}
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in targets}
-    before = _indexed(folder)
+    # Names that are short where those of the files are as long as they may be.
+    temporary = {path: path.with_name(f".{os.getpid()}-{i}.tmp") for i, path in enumerate(targets)}
+    before = _indexed(folder) or set()
     try:
         folder.mkdir(exist_ok=True)
         for path, data in targets.items():
@@ -155,19 +170,23 @@ def _write(output: Path, page: bytes, files: dict[str, bytes]) -> list[Path]:
         raise UserError(f"cannot write {error.filename or output}: {error.strerror}.") from error
     finally:
         for path in temporary.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the first one is told
+                path.unlink(missing_ok=True)
         if made and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return [output, *sorted(set(targets) - {output})]
 
 
-def _indexed(folder: Path) -> set[Path]:
-    """Files that an earlier report wrote, by its index."""
+def _indexed(folder: Path) -> set[Path] | None:
+    """Files that an earlier report wrote, by its index; None where there is no index of one."""
     try:
         with open(folder / INDEX, newline="", encoding="utf-8") as file:
-            names = [line[0] for line in csv.reader(file)][1:]
-    except (OSError, ValueError, IndexError):
-        return set()
+            head, *lines = csv.reader(file)
+        names = [line[0] for line in lines]
+    except (OSError, ValueError, IndexError, csv.Error):
+        return None
+    if tuple(head) not in _HEADS:
+        return None
     return {folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES if "/" not in name}
 
 

@@ -16,11 +16,18 @@ import jax
 import ecg_jax
 from ecg_jax.errors import UserError
 from ecg_jax.files import write_atomic
+from ecg_jax.json_fields import FLAG, OBJECT, TEXT, Kind, number, object_of, or_null, whole, wrong_field
 from ecg_jax.probe_provenance import made_with
 
 MADE_WITH = "made_with.json"
 PACKAGES = ("ecg-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _GIT_S = 20.0  # on a slow network file system
+_LEAST_S = 1e-3  # no run is shorter
+_START: dict[str, Kind] = {
+    "step": whole(0), "versions": object_of(TEXT), "git": or_null(OBJECT), "devices": whole(1), "device_kind": TEXT,
+    "processes": whole(1), "parameters": whole(0), "seconds": or_null(number(0, 1e12)),
+}  # fmt: skip
+_GIT: dict[str, Kind] = {"git.revision": TEXT, "git.dirty": FLAG}
 
 
 class Damaged(UserError):
@@ -87,29 +94,25 @@ def read_starts(workdir: Path) -> list[dict[str, Any]]:
         UserError: it cannot be read.
     """
     path = workdir / MADE_WITH
+    damaged = f"{path}, which says how the run was made, is damaged"
     try:
         starts = json.loads(path.read_text())["starts"]
-        for start in starts:
-            for name in (
-                "step",
-                "versions",
-                "git",
-                "devices",
-                "device_kind",
-                "processes",
-                "parameters",
-                "seconds",
-            ):
-                start[name]
-            if start["git"] is not None:
-                start["git"]["revision"], start["git"]["dirty"]
-        return list(starts)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{path}, which says how the run was made, is damaged.") from error
+        raise Damaged(f"{damaged}.") from error
+    if not isinstance(starts, list):
+        raise Damaged(f"{damaged}: its starts are no list.")
+    for i, start in enumerate(starts):
+        where = f"starts[{i}]."
+        wrong = wrong_field(start, _START, where)
+        if not wrong and start["git"] is not None:
+            wrong = wrong_field(start, _GIT, where)
+        if wrong:
+            raise Damaged(f"{damaged}: {wrong}.")
+    return starts
 
 
 class Cost(NamedTuple):
@@ -143,6 +146,8 @@ def cost_of(starts: Sequence[dict[str, Any]]) -> Cost:
         )
     elif killed:
         remark = f"its device-hours are not known: {killed} of {len(starts)} attempts were killed"
+    elif seconds < _LEAST_S:
+        remark = f"its device-hours are not known: {MADE_WITH} says that it took {seconds:g} seconds"
     else:
         hours = sum(start["seconds"] * start["devices"] for start in starts) / 3600
         return Cost(seconds, 0, hours, "")

@@ -43,6 +43,7 @@ runs of one size differ part curves. Writes scaling.json (fits, intervals, verdi
 each picture and table as files with figures.json, which `ecg-jax report` reads.
 """
 KIND, RESULT = "scaling", "scaling.json"
+MOST_RESAMPLES = 1_000_000
 _MODES = ("linear", "frozen", "finetune")
 
 
@@ -130,7 +131,8 @@ def scaling(
 def _check_curves(curves: Sequence[Curve], runs: Sequence[StudyRun], tasks, modes) -> None:
     if not curves:
         raise UserError("no finished run has a validation loss or a finished probe; there is nothing to fit")
-    if max(curve.n_rungs for curve in curves) < 2:
+    # The lowest loss is drawn nowhere, see `_draw`.
+    if max((curve.n_rungs for curve in curves if curve.quantity != BEST_LOSS), default=0) < 2:
         sizes = sorted({run.recordings for run in runs})
         raise UserError(
             f"no curve has runs of more than one size (numbers of recordings: {', '.join(map(str, sizes[:6]))}); a "
@@ -212,8 +214,8 @@ def main(argv: list[str]) -> int:
         metavar="AXES",
         help="axes to fit over beside recordings, separated by commas (default: %(default)s)",
     )
-    parser.add_argument("--tasks", default="", metavar="TASK,...", help="of the probes (default: all)")
-    parser.add_argument("--modes", default="", metavar="MODE,...", help="of the probes (default: all)")
+    parser.add_argument("--tasks", metavar="TASK,...", help="of the probes (default: all)")
+    parser.add_argument("--modes", metavar="MODE,...", help="of the probes (default: all)")
     parser.add_argument(
         "--resamples",
         type=int,
@@ -228,14 +230,17 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     folders = [part for each in options.runs for part in each.split(",") if part]
-    lists = {
-        name: [part for part in getattr(options, name).split(",") if part] for name in ("x", "tasks", "modes")
-    }
-    for name, values, known in (("x", lists["x"], tuple(AXES)), ("modes", lists["modes"], _MODES)):
-        if unknown := [value for value in values if value not in known]:
+    lists: dict[str, list[str]] = {}
+    for name, known in (("x", tuple(AXES)), ("tasks", ()), ("modes", _MODES)):
+        given = getattr(options, name)
+        lists[name] = [] if given is None else [part for part in given.split(",") if part]
+        if given is not None and not lists[name]:
+            raise UserError(f"--{name}={given} names nothing; leave --{name} out to take all")
+        if unknown := [value for value in lists[name] if known and value not in known]:
             raise UserError(f"--{name}={','.join(unknown)} is not among {', '.join(known)}")
-    if options.resamples < 100:
-        raise UserError(f"--resamples={options.resamples} is too few for an interval; give 100 or more")
+    if not 100 <= options.resamples <= MOST_RESAMPLES:
+        wrong = "too few for an interval" if options.resamples < 100 else "more than memory and time allow"
+        raise UserError(f"--resamples={options.resamples} is {wrong}; give 100 to {MOST_RESAMPLES}")
     results = scaling(
         folders,
         options.output,

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ecg_jax.sweep_locks import Busy
 from ecg_jax.sweep_probes import is_done
 from ecg_jax.sweep_results import write_tables
 from ecg_jax.sweep_run import pretrain_and_probe
-from ecg_jax.sweep_stores import StoreChoice, check_choice, check_stores, make_stores
+from ecg_jax.sweep_stores import StoreChoice, check_choice, check_folders, check_stores, make_stores
 from ecg_jax.sweep_studies import all_finished, make_studies
 from ecg_jax.sweep_submit import arguments_of, launch
 
@@ -88,7 +88,8 @@ def run_sweep(
         UserError: the folder or a store does not fit. A run that fails, or is damaged, does not raise.
         Stopped, KeyboardInterrupt: asked to stop; the same call goes on from there.
     """
-    output, choice = Path(output), StoreChoice(store and str(store), probe_store and str(probe_store))
+    output = Path(output)
+    choice = StoreChoice(*(None if given is None else str(given) for given in (store, probe_store)))
     chosen = select(sweep, only)
     check_choice(choice, sweep.runs)
     check_folder(sweep, output)
@@ -216,21 +217,31 @@ def _conclude(sweep: Sweep, output: Path, results: dict[str, Any], studies: bool
     if damaged := {name: what for name, what in damaged.items() if name not in failed}:
         print("\n".join(f"{name}: {what}" for name, what in damaged.items()), file=sys.stderr)
     broken = _studies(sweep, output, here) if studies else {}
+    if wrong := _wrong(failed, damaged, [] if failed else blocked, broken):
+        raise UserError(wrong)
+    if busy or again or waits:
+        print("run the same command again to finish them, or to see that they are", file=sys.stderr)
+        return TRY_AGAIN
+    return 0
+
+
+def _wrong(
+    failed: Collection[str] = (),
+    damaged: Collection[str] = (),
+    blocked: Collection[str] = (),
+    broken: Collection[str] = (),
+) -> str:
+    """What is wrong with runs and studies, which are named above, in one line; "" for nothing."""
     wrong = [
         f"{runs_text(names)} {what}, see above: {', '.join(names)}"
         for what, names in (("failed", failed), ("damaged", damaged))
         if names
     ]
-    if blocked and not failed:
+    if blocked:
         wrong.append(f"{', '.join(blocked)} cannot begin before runs that --only leaves out; name those too")
     if broken:
         wrong.append(f"studies failed, see above: {', '.join(broken)}")
-    if wrong:
-        raise UserError("; ".join(wrong))
-    if busy or again or waits:
-        print("run the same command again to finish them, or to see that they are", file=sys.stderr)
-        return TRY_AGAIN
-    return 0
+    return "; ".join(wrong)
 
 
 def _studies(sweep: Sweep, output: Path, here: bool) -> dict[str, str]:
@@ -336,14 +347,16 @@ def main(argv: list[str]) -> int:
         jax.config.update("jax_platforms", "cpu")
     sweep = load_sweep(options.sweep)
     chosen = select(sweep, options.only)
+    choice = StoreChoice(options.store, options.probe_store)
+    check_choice(choice, sweep.runs)
     if options.list:
+        check_folders(choice)
         print(describe(chosen, options.output))
         if text := describe_studies(sweep, options.output):
             print(text)
         return 0
     if options.output is None:
         raise UserError("give the folder of the sweep: --output=DIR")
-    choice = StoreChoice(options.store, options.probe_store)
     studies = not (options.no_studies or options.no_tables)
     if options.collect:
         with _terminating():
@@ -385,6 +398,7 @@ def _collect(sweep: Sweep, output: Path, chosen: Sequence[Run], studies: bool) -
     print_tables(sweep, output, results)
     if damaged:
         print("\n".join(["", "damaged:", *(f"{name}: {what}" for name, what in damaged.items())]))
-    if broken := _studies(sweep, output, here=False) if studies else {}:
-        raise UserError(f"studies failed, see above: {', '.join(broken)}")
+    broken = _studies(sweep, output, here=False) if studies else {}
+    if wrong := _wrong(damaged=damaged, broken=broken):
+        raise UserError(wrong)
     return 0

@@ -50,7 +50,10 @@ def check_folder(sweep: Sweep, output: Path) -> None:
     """Refuses a folder that is not this sweep's, see `declare`; writes nothing."""
     path = output / _DECLARATION
     # Listed before it is looked for: whatever else a sweep writes comes after its declaration.
-    entries = [entry.name for entry in output.iterdir()] if output.is_dir() else []
+    try:
+        entries = [entry.name for entry in output.iterdir()] if output.is_dir() else []
+    except OSError as error:
+        raise UserError(f"cannot read --output={output}: {error.strerror}") from error
     if not path.exists():
         if any(n not in (STORE, LOCK, SLURM) and not n.startswith(f".{_DECLARATION}.") for n in entries):
             raise UserError(f"{output} holds something else than a sweep; choose another --output")

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import re
+import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ecg_jax.cli import COMMANDS
 from ecg_jax.data.targets import MAX_CODES
 from ecg_jax.errors import UserError, closest
+from ecg_jax.synthesize import MOST_RECORDS
 from ecg_jax.token_features import SPECTRUM
 
 STORE = "store"  # folder of the sample that ships with the package, in a sweep's
@@ -26,7 +29,8 @@ _SYNTHETIC = re.compile(r"synthetic:records=([1-9]\d*),seed=(\d+)(,shuffle_label
 _REQUIRED = ("config", "overrides", "probe")
 _OPTIONAL = ("name", "group", "targets", "store", "probe_store", "probe_overrides", "probes", "init")
 _OF_PROBE = ("probe", "store", "overrides")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,99}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
+_MOST_LETTERS = 100  # of a name
 _LONGEST_NAME = 80  # characters of a derived name
 _OWN_FOLDERS = (STORE, STORES, SLURM, STUDIES)
 _OWN_FILES = ("results.", "results_table.", "sweep.", "collect.")
@@ -52,6 +56,7 @@ def synthetic_store(records: int, seed: int = 0, shuffle_labels: bool = False) -
         raise UserError(
             f"synthetic_store({records!r}, seed={seed!r}): both are whole numbers, records above 0"
         )
+    _check_synthetic(text)
     return text
 
 
@@ -63,11 +68,22 @@ def synthetic_arguments(store: str) -> dict[str, Any] | None:
     return {"records": int(match[1]), "seed": int(match[2]), "shuffle_labels": bool(match[3])}
 
 
+def _check_synthetic(store: str) -> None:
+    """Refuses a synthetic store that cannot be made; other stores pass.
+
+    Raises:
+        UserError: it has too many recordings.
+    """
+    made = synthetic_arguments(store)
+    if made is not None and made["records"] > MOST_RECORDS:
+        raise UserError(f"the store {store!r} has too many recordings; records is from 1 to {MOST_RECORDS}")
+
+
 def split_stores(text: str) -> list[str]:
     """Several stores joined by commas, one by one; the commas of a synthetic one are its own.
 
     Raises:
-        UserError: an empty place, or a synthetic or sample store that is misspelled.
+        UserError: an empty place, a synthetic or sample store that is misspelled, or one too large to be made.
     """
     found, rest = [], text
     while rest is not None:
@@ -84,8 +100,44 @@ def split_stores(text: str) -> list[str]:
                 f"the store {text!r} is misspelled; give a folder, several joined by commas, {SAMPLE_STORE!r}, or "
                 "synthetic_store(records, seed)"
             )
+        _check_synthetic(store)
         found.append(store)
     return found
+
+
+def check_name(what: str, name: str) -> None:
+    """Refuses what cannot name a folder.
+
+    Args:
+        what: is named so, for the message.
+        name: of a folder.
+
+    Raises:
+        UserError: it is too long, or has other characters.
+    """
+    if len(name) > _MOST_LETTERS:
+        raise UserError(
+            f"{what}: the name {name[:40]!r}... has {len(name)} characters; {_MOST_LETTERS} are the most"
+        )
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{what}: {name!r} cannot name a folder of the sweep; the name must be letters, digits and ._=+-, a letter "
+            "or digit first"
+        )
+
+
+def check_apart(what: str, name: str, others: Iterable[str]) -> None:
+    """Refuses a name that differs from another in upper and lower case alone.
+
+    Raises:
+        UserError: names both.
+    """
+    for other in others:
+        if other != name and other.casefold() == name.casefold():
+            raise UserError(
+                f"{what}: the names {other!r} and {name!r} differ in upper and lower case alone, and are one folder on "
+                "some file systems; give one another name"
+            )
 
 
 def derived_name(config: str, overrides: dict[str, Any]) -> str:
@@ -124,6 +176,8 @@ def check_entry(path: str, number: int, entry: Any) -> dict[str, Any]:
     for field in texts + [field for field in ("name", "group") if field in entry]:
         if not isinstance(entry[field], str):
             raise UserError(f"{path}: entry {number}: {field}={entry[field]!r} must be a string")
+    if not entry["config"]:
+        raise UserError(f"{path}: entry {number}: config='' names no file; give FILE[:ARGS]")
     _check_overrides(f"{path}: entry {number}: overrides", entry["overrides"])
     without_seed = {field: value for field, value in entry["overrides"].items() if field != "seed"}
     entry = {
@@ -137,15 +191,15 @@ def check_entry(path: str, number: int, entry: Any) -> dict[str, Any]:
         "init": None,
     } | entry
     name = entry["name"]
-    if not _NAME.fullmatch(name) or name in _OWN_FOLDERS or name.startswith(_OWN_FILES):
+    check_name(f"{path}: entry {number}: name", name)
+    if name.casefold() in _OWN_FOLDERS or name.casefold().startswith(_OWN_FILES):
         own = " or ".join(map(repr, _OWN_FOLDERS))
         raise UserError(
-            f"{path}: entry {number}: name={name!r} cannot name a folder of the sweep; use letters, digits and "
-            f"._=+- (and neither {own} nor a beginning of {' or '.join(map(repr, _OWN_FILES))})"
+            f"{path}: entry {number}: name={name!r} cannot name a folder of the sweep, which has its own: neither "
+            f"{own} nor a beginning of {' or '.join(map(repr, _OWN_FILES))}"
         )
     where = f"{path}: run {name!r}"
-    if not _NAME.fullmatch(entry["group"]):
-        raise UserError(f"{where}: group={entry['group']!r} must be letters, digits and ._=+-")
+    check_name(f"{where}: group", entry["group"])
     if entry["init"] is not None and not isinstance(entry["init"], str):
         raise UserError(
             f"{where}: init={entry['init']!r} must name an earlier run of this sweep, or be left out"
@@ -211,8 +265,10 @@ def _check_probes(where: str, probes: Any) -> dict[str, dict[str, Any]]:
     whole = {}
     for name, probe in probes.items():
         what = f"{where}: probes[{name!r}]"
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UserError(f"{what}: the name must be letters, digits and ._=+-")
+        if not isinstance(name, str):
+            raise UserError(f"{what}: the name must be a string")
+        check_name(f"{where}: probes", name)
+        check_apart(f"{where}: probes", name, whole)
         probe = {"probe": probe} if isinstance(probe, str) else probe
         if not isinstance(probe, dict):
             raise UserError(
@@ -232,27 +288,36 @@ def check_studies(file: str, studies: Any) -> tuple[Study, ...]:
     """What STUDIES of a sweep file returns.
 
     Raises:
-        UserError: it is no list of (name, [command, argument, ...]), a name is there twice, or a command unknown.
+        UserError: it is no list of (name, [command, argument, ...]), a name is there twice, or a command unknown or
+            `sweep`.
     """
     found: dict[str, Study] = {}
-    for entry in studies if isinstance(studies, list | tuple) else [None]:
-        try:
-            name, command = entry
-            command = tuple(command) if isinstance(command, list | tuple) else ()
-        except (TypeError, ValueError):
-            name, command = None, ()
-        if not isinstance(name, str) or not command or not all(isinstance(word, str) for word in command):
+    for entry in studies if isinstance(studies, list | tuple) else [studies]:
+        if not _is_study(entry):
             raise UserError(
                 f"sweep: {file}: STUDIES(output) must return a list of (name, [command, argument, ...]), all strings; "
-                f"got {entry!r}"
+                f"got {reprlib.repr(entry)}"
             )
-        if not _NAME.fullmatch(name) or name in found:
+        name, command = entry
+        check_name(f"sweep: {file}: STUDIES", name)
+        check_apart(f"sweep: {file}: STUDIES", name, found)
+        if name in found:
+            raise UserError(f"sweep: {file}: the study {name!r} is there twice; give each a name of its own")
+        if command[0] == "sweep":
             raise UserError(
-                f"sweep: {file}: the study {name!r} is there twice, or its name is not letters, digits and ._=+-"
+                f"sweep: {file}: the study {name!r}: a sweep cannot be a study of a sweep, whose folder it would wait "
+                "for; run it as a command of its own"
             )
         if command[0] not in COMMANDS:
             raise UserError(
                 f"sweep: {file}: the study {name!r}: `ecg-jax {command[0]}` is unknown{closest(command[0], COMMANDS)}"
             )
-        found[name] = Study(name, command)
+        found[name] = Study(name, tuple(command))
     return tuple(found.values())
+
+
+def _is_study(entry: Any) -> bool:
+    """Whether an entry is (name, [command, argument, ...])."""
+    if not isinstance(entry, list | tuple) or len(entry) != 2 or not isinstance(entry[1], list | tuple):
+        return False
+    return bool(entry[1]) and all(isinstance(word, str) for word in (entry[0], *entry[1]))

@@ -21,6 +21,7 @@ from ecg_jax.sweep_entry import (
     GIVEN_PROBE,
     SAMPLE_STORE,
     Study,
+    check_apart,
     check_entry,
     check_studies,
     derived_name,
@@ -141,6 +142,7 @@ def load_sweep(path: str) -> Sweep:
         where = f"{path}: run {entry['name']!r}"
         if entry["name"] in runs:
             raise UserError(f"{where} is there twice; give every run a name of its own")
+        check_apart(f"{path}: runs", entry["name"], runs)
         try:
             runs[entry["name"]] = _load_run(entry, checked, runs)
         except UserError as error:
@@ -169,7 +171,15 @@ def parse_sweep_arg(arg: str, *flags: str, **choices: tuple[str, ...] | type[str
     words = [word for word in arg.split(",") if word]
     rest = [word for word in words if word not in flags]
     for word in rest:
-        if "=" not in word:
+        key, equals, value = word.partition("=")
+        if equals and key in flags:
+            raise UserError(
+                f"sweep argument {key!r} takes no value, and was given {value!r}; write {key} alone"
+            )
+        numbers = key in choices and choices[key] is not str and all(map(str.isdigit, choices[key]))
+        if equals and numbers and value not in choices[key]:
+            raise UserError(f"sweep argument {key}={value!r} must be {' or '.join(choices[key])}")
+        if not equals:
             shown = {key: "TEXT" if values is str else "|".join(values) for key, values in choices.items()}
             known = (*flags, *(f"{key}={values}" for key, values in shown.items()))
             raise UserError(f"sweep argument {word!r} is unknown{closest(word, known)}")
@@ -316,7 +326,10 @@ def _load_compared_probe(entry: dict[str, Any], seed: int) -> ConfigDict:
 
 def _load_probe(spec: str, overrides: dict[str, Any], seed: int) -> ConfigDict:
     """The config of a probe."""
-    config = load_config(spec)
+    try:
+        config = load_config(spec)
+    except UserError as error:
+        raise UserError(f"probe={spec}: {str(error).removeprefix('--config ')}") from error
     for field in ("task", "linear", "bootstrap", "seed"):
         if field not in config:
             raise UserError(f"probe={spec} is no config for `ecg-jax probe`: it has no {field}")

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 from ecg_jax.errors import Stopped, UserError
 from ecg_jax.files import read_jsonl, write_atomic
+from ecg_jax.json_fields import Kind, number, object_of, or_null, whole
 from ecg_jax.probe_provenance import made_with
+from ecg_jax.sweep_damage import STATUS_FIELDS, Damaged, Unfit, check, damage, read_checked, readable
 from ecg_jax.sweep_file import Run
 from ecg_jax.sweep_locks import LOCK, held, is_held
 from ecg_jax.training.checkpoint import finished_steps
@@ -33,18 +35,15 @@ MADE = "finished.json"
 
 _BUSY_S = 2.0  # in which whoever only asks for the state of a run has let go of its lock
 _TAIL = 65_536  # bytes at the end of a log that are looked at for its last step
-_STATUS_FIELDS = (
-    "state", "error", "attempts", "host", "process", "began", "ended", "parameters", "recordings", "device", "versions",
-)  # fmt: skip
+_FOLDERS = Kind(
+    "a list of folders",  # empty where a store serves no task
+    lambda value: isinstance(value, list) and all(isinstance(folder, str) for folder in value),
+)
 VERSIONS = ("ecg-jax", "jax", "flax", "optax", "numpy")
 
 FINISHED, RUNNING, FAILED, STOPPED, DIED, BEGUN, NOT_BEGUN, WAITING, DAMAGED = (
     "finished", "running", "failed", "stopped", "died", "begun", "not begun", "waiting", "damaged"
 )  # fmt: skip
-
-
-class Damaged(UserError):
-    """Files of a run cannot be read; the other runs can."""
 
 
 class State(NamedTuple):
@@ -161,7 +160,8 @@ def is_compared(output: Path, run: Run) -> bool:
     removed what it trained, to have it made anew.
     """
     if run.probe_config is not None:
-        return (output / run.name / PROBE / "results.json").exists()
+        with readable(output / run.name):
+            return (output / run.name / PROBE / "results.json").exists()
     status = _readable_status(output, run)
     ended = status is not None and (status["state"] == FINISHED or (bool(run.further) and _has_ended(status)))
     return ended and last_step(output / run.name / RUN) is not None
@@ -209,21 +209,20 @@ def read_made(folder: Path) -> dict[str, list[str]]:
 
     Of several tasks there are as many folders, and none of a store that serves no task of the probe.
     """
-    return {
-        store: tasks
-        for store, tasks in _stores_of(folder).items()
-        if tasks is not None and all((folder / task / "results.json").exists() for task in tasks)
-    }
+    with readable(folder):
+        return {
+            store: tasks
+            for store, tasks in _stores_of(folder).items()
+            if tasks is not None and all((folder / task / "results.json").exists() for task in tasks)
+        }
 
 
 def _stores_of(folder: Path) -> dict[str, list[str] | None]:
     """What the `MADE` of a further probe says; {} where it is missing or damaged, and the probe is made again."""
     try:
-        stores = json.loads((folder / MADE).read_text())["stores"]
-        [task for tasks in stores.values() if tasks is not None for task in tasks]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return read_checked(folder / MADE, {"stores": object_of(or_null(_FOLDERS))})["stores"]
+    except (OSError, ValueError):
         return {}
-    return stores
 
 
 def state_of(output: Path, run: Run) -> State:
@@ -231,6 +230,18 @@ def state_of(output: Path, run: Run) -> State:
 
     Raises:
         UserError: the file system has no locks.
+    """
+    try:
+        return _state_of(output, run)
+    except Damaged as error:
+        return State(DAMAGED, None, str(error))
+
+
+def _state_of(output: Path, run: Run) -> State:
+    """The same.
+
+    Raises:
+        Damaged: the folder of the run cannot be read.
     """
     folder = output / run.name
     step = last_step(folder / RUN)
@@ -265,19 +276,18 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     """`status.json` of a run's folder; None when there is none.
 
     Raises:
-        Damaged: it lacks a field, is no JSON, or cannot be read.
+        Damaged: it lacks a field, or has one of another type, is no JSON, or cannot be read.
     """
     path = folder / STATUS
     try:
         value = json.loads(read_shared(path))
-        for name in _STATUS_FIELDS:
-            value[name]
+        check(STATUS, value, STATUS_FIELDS)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise Damaged(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{path} is damaged; remove it") from error
+    except ValueError as error:
+        raise Damaged(f"{path} is damaged; remove it ({error})") from error
     return value
 
 
@@ -291,26 +301,24 @@ def read_shared(path: Path) -> str:
         return path.read_text()
 
 
-@contextlib.contextmanager
-def damage(folder: Path) -> Iterator[None]:
-    """Whatever goes wrong while the files of a finished run are read becomes one sentence."""
-    try:
-        yield
-    except Exception as error:  # of json, zipfile, numpy, a missing key, ...
-        text = next(iter(str(error).splitlines()), "")
-        raise Damaged(
-            f"{folder} is damaged ({type(error).__name__}: {text}); remove it, and it is made anew"
-        ) from error
-
-
 def spent(folder: Path) -> dict[str, float | None]:
-    """Seconds of all attempts at pretraining and at probing a run, its further probes too; None: none was measured."""
+    """Seconds of all attempts at pretraining and at probing a run, its further probes too; None: none was measured.
+
+    Raises:
+        UserError: the file that says it is damaged, or cannot be read.
+    """
     path = folder / TIMES
-    entries = read_jsonl(path) if path.exists() else []
+    with readable(path):
+        entries = read_jsonl(path) if path.exists() else []
     found: dict[str, list[float]] = {"pretrain": [], "probe": []}
-    for entry in entries:
+    for line, entry in enumerate(entries, start=1):
         for what, seconds in entry.items():
-            found[PROBE if what.startswith(f"{FURTHER}/") else what].append(seconds)
+            part = PROBE if what.startswith(f"{FURTHER}/") else what
+            with damage(path, "remove that line"):
+                if part not in found:
+                    raise Unfit(f"line {line}: {what!r} is no part of a run")
+                check(f"line {line}", entry, {what: number(0)})
+            found[part].append(seconds)
     return {what: sum(seconds) if seconds else None for what, seconds in found.items()}
 
 
@@ -318,15 +326,32 @@ def last_step(run: Path) -> int | None:
     """The last step that a pretraining run logged or saved; None before the first.
 
     Only the end of its log is read: it may be long.
+
+    Raises:
+        Damaged: its folder cannot be read.
     """
-    steps = finished_steps(run)[-1:]
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), (run / LOG_NAME).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-        for line in file.read().split(b"\n"):
-            # The first line may have lost its beginning, the last one its end.
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                steps.append(int(json.loads(line)["step"]))
+    try:
+        with readable(run):
+            steps, log = finished_steps(run)[-1:], _tail(run / LOG_NAME)
+    except UserError as error:
+        raise Damaged(str(error)) from error
+    for line in log.split(b"\n"):
+        # The first line may have lost its beginning, the last one its end.
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            check(LOG_NAME, entry, {"step": whole(0)})
+            steps.append(entry["step"])
     return max(steps, default=None)
+
+
+def _tail(path: Path) -> bytes:
+    """The end of a file, b"" where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
 
 
 def _holder(folder: Path) -> str:

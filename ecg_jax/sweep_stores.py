@@ -12,6 +12,7 @@ from ecg_jax.evaluation.targets import known_value_sets
 from ecg_jax.prepare import prepare
 from ecg_jax.quickstart import SAMPLE
 from ecg_jax.run_setup import open_store
+from ecg_jax.sweep_damage import Damaged, damage
 from ecg_jax.sweep_entry import (
     GIVEN,
     GIVEN_PROBE,
@@ -22,7 +23,7 @@ from ecg_jax.sweep_entry import (
     synthetic_arguments,
 )
 from ecg_jax.sweep_file import FurtherProbe, Run
-from ecg_jax.sweep_folder import FURTHER, PROBE, RUN, Damaged, damage, is_compared, read_made
+from ecg_jax.sweep_folder import FURTHER, PROBE, RUN, is_compared, read_made
 from ecg_jax.sweep_locks import held_long, held_shortly
 from ecg_jax.synthesize import synthesize
 
@@ -114,7 +115,7 @@ def folder_of(store: str, output: Path) -> str:
 
 
 def check_choice(choice: StoreChoice, runs: Sequence[Run]) -> None:
-    """Refuses a store of the command line that no run of the sweep would take.
+    """Refuses a store of the command line that is empty, or that no run of the sweep would take.
 
     Args:
         choice: of the command line.
@@ -123,6 +124,9 @@ def check_choice(choice: StoreChoice, runs: Sequence[Run]) -> None:
     Raises:
         UserError: names a run that names its own.
     """
+    for option, given in ((GIVEN, choice.store), (GIVEN_PROBE, choice.probe_store)):
+        if given == "":
+            raise UserError(f"{option}= names no store; give a folder, or leave it out")
     if choice.store is not None and all(run.store not in (None, GIVEN) for run in runs):
         raise UserError(f"the run {runs[0].name} names its own store, {runs[0].store}; leave out --store")
     probed = [(run, run.probe_store) for run in runs if run.probe_config is not None]
@@ -132,6 +136,18 @@ def check_choice(choice: StoreChoice, runs: Sequence[Run]) -> None:
         raise UserError(
             f"the run {run.name} names its own store to probe on, {store}; leave out --probe-store"
         )
+
+
+def check_folders(choice: StoreChoice) -> None:
+    """Refuses a store of the command line that is not there.
+
+    Raises:
+        UserError: names it.
+    """
+    for option, given in ((GIVEN, choice.store), (GIVEN_PROBE, choice.probe_store)):
+        for store in split_stores(given) if given else ():
+            if store != SAMPLE_STORE and synthetic_arguments(store) is None and not Path(store).is_dir():
+                raise UserError(f"{option}={given}: there is no folder {store}")
 
 
 def check_stores(choice: StoreChoice, runs: Sequence[Run], output: Path) -> None:

@@ -32,7 +32,10 @@
 
 import contextlib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,10 +43,12 @@ import numpy as np
 from ecg_jax.data.selection import SELECTION_NAME
 from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.errors import UserError
-from ecg_jax.files import write_atomic
+from ecg_jax.json_fields import ANY_TEXT, or_null
 from ecg_jax.run_setup import flatten
 from ecg_jax.run_starts import Damaged, cost_of, read_starts
 from ecg_jax.studies.flops import training_flops
+from ecg_jax.sweep_damage import PROBE_FIELDS, SELECTION_FIELDS, check, damage, read_checked, readable
+from ecg_jax.sweep_damage import Damaged as DamagedRun
 from ecg_jax.sweep_file import Run, Sweep, plain
 from ecg_jax.sweep_folder import (
     DAMAGED,
@@ -52,7 +57,6 @@ from ecg_jax.sweep_folder import (
     RUN,
     STATUS,
     VERSIONS,
-    damage,
     read_status,
     spent,
     state_of,
@@ -86,12 +90,13 @@ _AFTER = {
 }
 
 
-def collect(sweep: Sweep, output: str | Path):
+def collect(sweep: Sweep, output: str | Path, unreadable: Mapping[str, str] = MappingProxyType({})):
     """The table of a sweep, in its order of runs; columns as this module says.
 
     Args:
         sweep: from `load_sweep`.
         output: its folder; runs that it lacks are rows without results.
+        unreadable: run -> what of its probe is damaged that this table does not look at.
 
     Returns:
         A pyarrow.Table. A run whose files are damaged has the state "damaged", and its error says where.
@@ -100,7 +105,7 @@ def collect(sweep: Sweep, output: str | Path):
 
     output = Path(output)
     fields = _differing([flatten(plain(run.config)) for run in sweep.runs])
-    rows = [_row(output, run) for run in sweep.runs]
+    rows = [_row(output, run, unreadable) for run in sweep.runs]
     columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in _BEFORE.items()}
     for name, values in fields.items():
         columns[f"config.{name}"] = _column(values)
@@ -129,17 +134,20 @@ def _column(values: list[Any]):
     return pa.array([None if value is None else json.dumps(value) for value in values], _TEXT)
 
 
-def _row(output: Path, run: Run) -> dict[str, Any]:
+def _row(output: Path, run: Run, unreadable: Mapping[str, str]) -> dict[str, Any]:
     folder = output / run.name
     row = dict.fromkeys(_BEFORE | _AFTER) | {"name": run.name, "group": run.group, "seed": run.config.seed}
     row["init"] = run.init and run.init.name
     try:
-        state = state_of(output, run)
-        row |= {"state": state.kind, "error": state.error or None, "step": state.step}
-        row |= _of_status(folder) | _of_pretraining(folder)
-        probed = _of_probe(folder) if run.probe_config else {}
-        row |= probed | {"synthetic": row["synthetic"] or probed["synthetic"]} if probed else {}
-        row |= _cost(folder, run, row)
+        with readable(folder):
+            state = state_of(output, run)
+            row |= {"state": state.kind, "error": state.error or None, "step": state.step}
+            row |= _of_status(folder) | _of_pretraining(folder)
+            if run.name in unreadable:
+                raise DamagedRun(unreadable[run.name])
+            probed = _of_probe(folder) if run.probe_config else {}
+            row |= probed | {"synthetic": row["synthetic"] or probed["synthetic"]} if probed else {}
+            row |= _cost(folder, run, row)
     except UserError as error:
         row |= {"state": DAMAGED, "error": str(error)}
     return row
@@ -151,6 +159,7 @@ def _of_status(folder: Path) -> dict[str, Any]:
         return {}
     names = ("attempts", "parameters", "device", "host", "began", "ended")
     with damage(folder / STATUS):
+        check(STATUS, status["versions"], dict.fromkeys(VERSIONS, ANY_TEXT), "versions.")
         versions = {f"version_{name}": status["versions"][name] for name in VERSIONS}
     return {name: status[name] for name in names} | {"store_recordings": status["recordings"]} | versions
 
@@ -166,15 +175,17 @@ def _of_pretraining(folder: Path) -> dict[str, Any]:
         for name in ("store", "store_fingerprint", "selection_fingerprint"):
             # Runs of before the ladder have no selection.
             row[name] = config.get(name)
+            check("config.json", row, {name: or_null(ANY_TEXT)})
         if (run / SELECTION_NAME).is_file():
-            selection = json.loads((run / SELECTION_NAME).read_text())
+            selection = read_checked(run / SELECTION_NAME, SELECTION_FIELDS)
             row["train_recordings"] = selection["train"]
             row["synthetic"] = any(store["corpus"] == SYNTHETIC for store in selection["stores"])
     log = read_log(run)
     for name in ("loss", "val_loss"):
-        values = [entry[name] for entry in log if name in entry]
-        row |= {name: values[-1] if values else None, f"best_{name}": min(values, default=None)}
-    rates = [entry["windows_per_s"] for entry in log if "windows_per_s" in entry]
+        values = [entry[name] for entry in log if entry.get(name) is not None]
+        best = min((value for value in values if math.isfinite(value)), default=None)
+        row |= {name: values[-1] if values else None, f"best_{name}": best}
+    rates = [entry["windows_per_s"] for entry in log if entry.get("windows_per_s") is not None]
     row["windows_per_s"] = float(np.median(rates)) if rates else None
     row["collapse_warnings"] = len(read_warnings(run))
     return row
@@ -194,7 +205,8 @@ def _cost(folder: Path, run: Run, row: dict[str, Any]) -> dict[str, Any]:
     if starts:
         cost["device_hours"] = cost_of(starts).device_hours
     elif row["seconds"] is not None and row["device"]:  # a run from before starts were noted
-        cost["device_hours"] = row["seconds"] * int(row["device"].partition(" x ")[0]) / 3600
+        with damage(folder / STATUS):
+            cost["device_hours"] = row["seconds"] * int(row["device"].partition(" x ")[0]) / 3600
     return cost
 
 
@@ -203,7 +215,7 @@ def _of_probe(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     with damage(folder / PROBE):
-        results = json.loads(path.read_text())
+        results = read_checked(path, PROBE_FIELDS)
         with np.load(folder / PROBE / "predictions.npz"):  # its table of contents, which a cut file lacks
             pass
         names = ("task", "n_records", "n_patients", "encoder_parameters", "macro_auroc", "ci_low", "ci_high")
@@ -224,19 +236,17 @@ def _of_probe(folder: Path) -> dict[str, Any]:
     return row
 
 
-def write_table(table, output: Path) -> None:
-    """Writes results_table.parquet and results_table.csv.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+def table_files(table) -> dict[str, bytes]:
+    """Name -> content of results_table.parquet and results_table.csv."""
     import pyarrow as pa
     from pyarrow import csv, parquet
 
+    files = {}
     for ending, write in ((".parquet", parquet.write_table), (".csv", csv.write_csv)):
         sink = pa.BufferOutputStream()
         write(table, sink)
-        write_atomic(output / f"{TABLE}{ending}", sink.getvalue().to_pybytes())
+        files[f"{TABLE}{ending}"] = sink.getvalue().to_pybytes()
+    return files
 
 
 def loss_table(table) -> list[str]:

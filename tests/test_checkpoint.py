@@ -91,7 +91,7 @@ def test_trained_state_matrices_are_restored(tmp_path, synthetic_store):
     assert np.isfinite(encode_fn(encoder)(np.zeros((1, 240, 12), np.int16))).all()
 
 
-def test_resolve_checkpoint(run):
+def test_resolve_checkpoint(run, tmp_path):
     workdir = run[0]
     assert resolve_checkpoint(workdir) == (workdir, 4)
     assert resolve_checkpoint(f"{workdir}/2") == (workdir, 2)
@@ -100,6 +100,9 @@ def test_resolve_checkpoint(run):
     for wrong in (lambda: restore_encoder(f"{workdir}/3"), lambda: restore_encoder(workdir, 3)):
         with pytest.raises(UserError, match=r"has no checkpoint at step 3; it has \[2, 4\]"):
             wrong()
+    (tmp_path / "of_sweep/run/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"that of the sweep.s run is .*of_sweep/run"):
+        resolve_checkpoint(tmp_path / "of_sweep")
     with pytest.raises(UserError, match="there is no run at"):
         restore_encoder(f"{workdir}/nothing")
 

@@ -208,7 +208,7 @@ def test_bad_arguments(runs, store, tmp_path):
 
     refused(given(checkpoints=tmp_path / "gone"), "gone")
     refused(given(checkpoints=f"{runs[0]},{runs[0]}"), "twice")
-    refused(given(checkpoints=","), "names no checkpoint")
+    refused(given(checkpoints=","), "--checkpoints names nothing")
     refused(given(store=tmp_path / "gone"), "gone")
     refused(given(records=4), r"--records=4 must be at least 5: unbiased HSIC needs 4 recordings")
     refused(given(minibatch=3), "--minibatch=3 must be at least 5")
@@ -217,7 +217,10 @@ def test_bad_arguments(runs, store, tmp_path):
     refused(given(folds="nine"), "--folds=nine must be numbers")
     refused(given(layers="block7"), "has no layer block7; it has stem, block0, block1, tokens")
     refused(given(names="a,b"), "2 names for 1 checkpoints")
+    for option in ("layers", "names", "folds"):
+        refused(given(**{option: ""}), f"--{option} names nothing")
     refused(given(batch_size=0), "--batch-size=0")
+    refused(given(batch_size=10**20), "--batch-size=1000.* at most 65536")
     refused(given(seed=-1), "--seed=-1")
     refused(given(output=runs[0]), "holds something else than figures")
     (tmp_path / "file").write_text("")
@@ -225,7 +228,7 @@ def test_bad_arguments(runs, store, tmp_path):
     assert not (tmp_path / "out").exists()
     write_figures(tmp_path / "other", "scaling", [], {})
     refused(given(output=tmp_path / "other"), "holds the figures of another study")
-    assert read_figures(tmp_path / "other").kind == "scaling"
+    assert json.loads((tmp_path / "other" / "figures.json").read_text())["kind"] == "scaling"
 
 
 def test_stores_and_checkpoints_that_do_not_fit(runs, store, tmp_path):

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -41,6 +42,45 @@ def test_user_error_is_one_line_and_code_2(monkeypatch, capsys):
     monkeypatch.setattr(embed, "main", refuse)
     assert cli.main(["embed"]) == 2
     assert capsys.readouterr().err == "ecg-jax embed: error: the file x is empty; give another\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/x/y"), "ecg-jax embed: error: /x/y: Permission denied\n"),
+        (OSError(36, "File name too long", "zzz"), "ecg-jax embed: error: zzz: File name too long\n"),
+        (OSError("a bug"), None),
+        (BrokenPipeError(32, "Broken pipe"), None),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(monkeypatch, capsys, error, said):
+    from ecg_jax import embed
+
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(embed, "main", fail)
+    if said is None:
+        with pytest.raises(type(error)):
+            cli.main(["embed"])
+    else:
+        assert cli.main(["embed"]) == 2
+        assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("command", ["report", "embed"])
+def test_an_argument_that_is_not_utf8_is_refused(command, capsys):
+    assert cli.main([command, os.fsdecode(b"--output=\xe9.html")]) == 2
+    assert capsys.readouterr().err == (
+        r"ecg-jax: error: the argument '--output=\udce9.html' is not UTF-8; rename what it names" + "\n"
+    )
+
+
+@pytest.mark.parametrize("module", ["ecg_jax", "ecg_jax.cli"])
+def test_modules_run_as_the_script_does(module):
+    done = subprocess.run([sys.executable, "-m", module, "pretain"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "unknown command 'pretain'" in done.stderr
 
 
 def test_importing_the_package_is_light():

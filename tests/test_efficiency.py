@@ -384,6 +384,8 @@ def test_refusals(tmp_path, capsys, monkeypatch, arguments, said, kind):
     [
         (["--tune-conv", "--backbones=s4"], "--backbones says nothing with --tune-conv"),
         (["--tune-conv", "--results=runs"], "--results says nothing with --tune-conv"),
+        (["--results="], "--results names no folder"),
+        (["--results=,"], "--results names no folder"),
         (["--scaling", "--results=runs"], "--results says nothing with --scaling"),
         (["--tune-conv", "--batch=8"], "--batch says nothing with"),
         (["--tune-conv", "--window=2.5"], "--window says nothing with"),

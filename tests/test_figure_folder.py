@@ -1,6 +1,7 @@
 """Figures as files: what is written is read back, and a damaged folder is named."""
 
 import csv
+import json
 
 import pytest
 
@@ -77,6 +78,7 @@ def test_a_study_that_is_cut_short_leaves_no_index_of_the_one_before(tmp_path, m
     full_at("none")
     write_figures(tmp_path, "cka", _figures()[1:], {}, {"cka.json": b"3"})
     assert len(read_figures(tmp_path).figures) == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_a_figure_that_cannot_be_drawn_leaves_the_study_before(tmp_path):
@@ -106,16 +108,93 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         with pytest.raises(UserError, match="holds the figures of another study"):
             open_folder(new, kind, study)
     (new / INDEX).write_text("[]")
-    with pytest.raises(UserError, match=r"figures\.json is damaged; remove it"):
+    with pytest.raises(UserError, match=r"figures\.json is damaged; remove"):
         check_folder(new, "efficiency", "table")
     with pytest.raises(UserError, match="is a file"):
         check_folder(new / INDEX, "cka")
-    # What a sweep notes of a study, and what was left of one that was killed, is no reason to refuse.
+    # What a sweep notes of a study is no reason to refuse; files that may be the user's own are.
     (new / INDEX).rename(new / "failed.json")
+    with pytest.raises(UserError, match=r"holds something else than figures, .* \(numbers\.csv\)"):
+        check_folder(new, "cka")
+    (new / "numbers.csv").unlink()
     check_folder(new, "cka")
     (new / "checkpoints").mkdir()
-    with pytest.raises(UserError, match=r"holds something else than figures \(checkpoints\)"):
+    with pytest.raises(UserError, match=r"holds something else than figures, .* \(checkpoints\)"):
         check_folder(new, "cka")
+
+
+@pytest.mark.parametrize("length", [256, 5000])
+def test_a_name_that_is_too_long_is_refused(tmp_path, length):
+    with pytest.raises(UserError, match=r"cannot write into --output=.* name too long; name another"):
+        open_folder(tmp_path / ("x" * length), "cka")
+
+
+def _change(**fields):
+    return lambda index: index | fields
+
+
+def _change_first(**fields):
+    return lambda index: index | {"figures": [index["figures"][0] | fields, *index["figures"][1:]]}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda index: [index],
+        lambda index: index | {"figures": index["figures"] * 2},
+        lambda index: {name: value for name, value in index.items() if name != "about"},
+        *(_change(figures=value) for value in ([], {}, [3], None)),
+        *(_change(kind=value) for value in (5, "", "../x", "a b")),
+        *(_change_first(name=value) for value in (5, "../x", "A")),
+        *(
+            _change_first(**{name: value})
+            for name in ("title", "shows", "does_not_show")
+            for value in (None, 5)
+        ),
+        *(_change_first(picture=value) for value in (None, 1, "yes")),
+        *(_change(about=value) for value in ([], None)),
+        *(_change(about={"date": value}) for value in (3, None, "", "yesterday", "2026-03-01T00:00:00")),
+        *(_change(about={"runs": value}) for value in ("a", [3], {})),
+        *(_change(about={"command": value}) for value in (3, [3])),
+        *(_change(about={name: 3}) for name in ("versions", "device", "study")),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path, damage):
+    about = {
+        "date": "2026-03-01T00:00:00+00:00",
+        "runs": ["a"],
+        "command": ["ecg-jax"],
+        "versions": {"jax": "1"},
+    }
+    write_figures(tmp_path, "cka", _figures(), about | {"device": None})
+    assert read_figures(tmp_path).kind == "cka"
+    path = tmp_path / INDEX
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=r"figures\.json"):
+        read_figures(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(
+            ("numbers.csv", each)
+            for each in (b"", b"\n", b"a,b\n1\n", b"a,b\n1,2,3\n", b"a,b\n1,\0\n", b"\xff,b\n")
+        ),
+        *(("curve.png", each) for each in (b"", b"png", b"<svg", None)),
+        *(("curve.svg", each) for each in (b"", b"<?xml version='1.0'?>", b"\x89PNG\r\n\x1a\n", None)),
+        ("curve.csv", None),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    write_figures(tmp_path, "cka", _figures(), {})
+    (tmp_path / name).unlink()
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is missing or damaged; run the command"):
+        read_figures(tmp_path)
 
 
 def test_long_cells_are_read(tmp_path):

@@ -429,7 +429,7 @@ class TestRefusals:
             (lambda c: c["models"]["cpc"]["scores"].pop(), "models.cpc.scores"),
             (lambda c: c["models"]["cpc"]["low"].pop(), "models.cpc.low"),
             (lambda c: c["models"]["cpc"]["scores"][0].clear(), "models.cpc.scores must hold"),
-            (lambda c: c["models"]["cpc"].update(mean=["a"] * 6), "scores that are no numbers"),
+            (lambda c: c["models"]["cpc"].update(mean=["a"] * 6), "models.cpc of size"),
             (lambda c: c.update(metric="accuracy"), "the field metric is 'accuracy'"),
             (lambda c: c.update(sizes=[]), "the field sizes is empty"),
             (lambda c: c.update(sizes=[0] * 6), "sizes must hold"),

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -538,6 +539,8 @@ def test_paths_in_sentences_are_written_from_the_folder_given(tmp_path):
     folder.mkdir()
     text = f"of {folder}/store, {folder}2/store and /other{folder}/store"
     assert design.shorten(text, [folder]) == f"of mine/store, {folder}2/store and /other{folder}/store"
+    relative = "runs/mine/store, mine/store and other/runs/mine/store"
+    assert design.shorten(relative, [Path("runs/mine")]) == "mine/store, mine/store and other/runs/mine/store"
 
 
 def test_numbers_of_a_figure_folder_keep_four_digits():

@@ -222,7 +222,9 @@ def test_means_of_different_metrics_are_apart(tmp_path, monkeypatch):
     for path in sweep.rglob("results.json"):
         results = json.loads(path.read_text())
         if results["task"].startswith("number"):
-            path.write_text(json.dumps(results | {"metric": "mae", "mae": 0.6}))
+            arrays = np.load(path.with_name("predictions.npz"))
+            mae = float(np.abs(arrays["targets"] - arrays["probabilities"]).mean())
+            path.write_text(json.dumps(results | {"metric": "mae", "mae": mae}))
     figures = figures_of(sweep, monkeypatch)
     for metric, task in (("mae", "number"), ("macro_auroc", "class")):
         assert f"the mean over {task}_1, {task}_2." in figures[f"error_linear_mean_{metric}_recordings"].shows
@@ -402,7 +404,11 @@ def test_runs_that_make_no_curve_are_refused(tmp_path):
     [
         (["--x=recordings,parameters"], "--x=parameters is not among"),
         (["--modes=zero-shot"], "--modes=zero-shot is not among"),
-        (["--resamples=10"], "give 100 or more"),
+        (["--resamples=10"], "too few for an interval; give 100"),
+        (["--resamples=1000001"], "give 100 to 1000000"),
+        (["--tasks=,"], "--tasks=, names nothing"),
+        (["--modes="], "--modes= names nothing"),
+        (["--x=,"], "--x=, names nothing"),
         ([], "there is no folder"),
     ],
 )

@@ -1,7 +1,10 @@
 """Sweep files: arguments, names that are derived, and stores."""
 
+import re
+
 import pytest
 
+from ecg_jax import cli
 from ecg_jax.errors import UserError
 from ecg_jax.sweep_entry import Study, split_stores, synthetic_arguments
 from ecg_jax.sweep_file import (
@@ -13,6 +16,7 @@ from ecg_jax.sweep_file import (
     synthetic_store,
 )
 from ecg_jax.sweep_stores import StoreChoice, check_choice, check_stores
+from ecg_jax.synthesize import MOST_RECORDS
 from tiny_sweep import write_studies, write_sweep
 
 
@@ -68,9 +72,11 @@ def test_arguments_of_a_sweep_file(tmp_path):
         ("quik", "sweep argument 'quik' is unknown; did you mean 'quick'"),
         ("lader=paper", "sweep argument 'lader' is unknown; did you mean 'ladder'"),
         ("ladder=papers", "sweep argument ladder='papers' is unknown; did you mean 'paper'"),
+        ("quick=1", "sweep argument 'quick' takes no value, and was given '1'; write quick alone"),
+        ("seeds=0", "sweep argument seeds='0' must be 5 or 10 or 3"),
     ):
         with pytest.raises(UserError, match=message):
-            parse_sweep_arg(text, "quick", ladder=("nested", "paper"))
+            parse_sweep_arg(text, "quick", ladder=("nested", "paper"), seeds=("5", "10", "3"))
     path = write_sweep(tmp_path, 'run("a")')
     with pytest.raises(UserError, match="takes no arguments, and was given 'quick'"):
         load_sweep(f"{path}:quick")
@@ -101,6 +107,10 @@ def test_stores_that_a_sweep_makes(tmp_path):
             split_stores(text)
     with pytest.raises(UserError, match="records above 0"):
         synthetic_store(0)
+    assert synthetic_store(MOST_RECORDS)
+    for large in (MOST_RECORDS + 1, 10**20 - 1):
+        with pytest.raises(UserError, match="has too many recordings; records is from 1 to 1000000000"):
+            synthetic_store(large)
     run = load_sweep(str(write_sweep(tmp_path, f'run("a", store={f"{plain},sample:"!r})'))).runs[0]
     made = StoreChoice(None, None).pretraining(run, tmp_path)
     assert made == f"{tmp_path}/stores/synthetic-4096-0,{tmp_path}/store"
@@ -148,11 +158,20 @@ def test_studies_of_a_sweep_file(tmp_path):
     for studies, message in (
         ([("one", ["scalling"])], "`ecg-jax scalling` is unknown; did you mean 'scaling'"),
         ([("one", ["tasks"]), ("one", ["tasks"])], "the study 'one' is there twice"),
-        ([("a/b", ["tasks"])], "its name is not letters, digits"),
+        ([("a/b", ["tasks"])], "the name must be letters, digits"),
         ([("one", [])], "must return a list of"),
+        ([("one", ["sweep", "x.py"])], "the study 'one': a sweep cannot be a study of a sweep"),
+        ([("one", ["tasks"]), ("One", ["tasks"])], "'one' and 'One' differ in upper and lower case alone"),
     ):
         write_studies(path, studies)
         with pytest.raises(UserError, match=message):
+            load_sweep(str(path))
+    for returned in (5, {"one": ["tasks"]}, "one", [5], ["ab"]):
+        path.write_text(
+            path.read_text().split("def STUDIES")[0] + f"def STUDIES(output):\n    return {returned!r}\n"
+        )
+        shown = returned[0] if isinstance(returned, list) else returned
+        with pytest.raises(UserError, match=re.escape(f"all strings; got {shown!r}")):
             load_sweep(str(path))
 
 
@@ -218,6 +237,46 @@ def test_runs_with_offline_targets_need_one_store(tmp_path):
         check_stores(StoreChoice("a,b", "c"), runs, tmp_path)
 
 
+def test_store_that_cannot_be_made_is_refused_before_anything_is_written(tmp_path):
+    """Whoever declared a run with it would have a folder that no mended file fits."""
+    large = "synthetic:records=99999999999999999999,seed=0"
+    for field, run in (
+        ("store", f'run("a") | {{"store": "b,{large}"}}'),
+        ("probe_store", f'run("a", probe="configs/probe.py") | {{"probe_store": {large!r}}}'),
+        ("store", f'run("a", probes={{"p": {{"probe": "configs/probe.py", "store": {large!r}}}}})'),
+    ):
+        with pytest.raises(UserError, match=f"run 'a'.*: {field}: the store .* has too many recordings"):
+            load_sweep(str(write_sweep(tmp_path, run)))
+    args = [
+        "sweep",
+        str(write_sweep(tmp_path, 'run("a")')),
+        f"--output={tmp_path / 'out'}",
+        f"--store={large}",
+    ]
+    for what in ([], ["--dry-run"], ["--list"]):
+        assert cli.main([*args, *what]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_differ_in_case_alone_are_refused(tmp_path):
+    """They would be one folder on the file systems of some laptops, and two runs would share it."""
+    path = write_sweep(tmp_path, 'run("cpc-a")', 'run("CPC-a", seed=1)')
+    with pytest.raises(UserError, match="the names 'cpc-a' and 'CPC-a' differ in upper and lower case alone"):
+        load_sweep(str(path))
+
+
+@pytest.mark.parametrize("option", ["--store", "--probe-store"])
+def test_store_of_the_command_line_is_looked_at_whatever_is_asked(tmp_path, capsys, option):
+    path = write_sweep(tmp_path, 'run("a", probe="configs/probe.py:mode=linear")')
+    args = ["sweep", str(path), f"--output={tmp_path / 'out'}"]
+    for what in ("--list", "--collect", "--dry-run"):
+        assert cli.main([*args, what, f"{option}="]) == 2
+        assert f"{option}= names no store; give a folder, or leave it out" in capsys.readouterr().err
+    assert cli.main([*args, "--list", f"{option}={tmp_path},sample:,{tmp_path}/none"]) == 2
+    assert capsys.readouterr().err.endswith(f": there is no folder {tmp_path}/none\n")
+    assert cli.main([*args, "--list", f"{option}={tmp_path},sample:"]) == 0
+
+
 def test_bad_keys_are_refused(tmp_path):
     for change, message in (
         ('{"store": ""}', "store='' must be a folder"),
@@ -235,6 +294,18 @@ def test_bad_keys_are_refused(tmp_path):
         ('{"probe_store": "a,"}', "probe_store: the store 'a,' is misspelled"),
         ('{"name": "studies"}', "cannot name a folder of the sweep"),
         ('{"name": "slurm"}', "cannot name a folder of the sweep"),
+        ('{"name": "Studies"}', "cannot name a folder of the sweep"),
+        ('{"name": "x" * 101}', "has 101 characters; 100 are the most"),
+        ('{"group": "a b"}', "run 'a': group: 'a b' cannot name a folder"),
+        ('{"config": ""}', r"config='' names no file; give FILE\[:ARGS\]"),
+        (
+            '{"probe": "configs/probe.py:task=nothing"}',
+            "probe=configs/probe.py:task=nothing: argument task='nothing'",
+        ),
+        (
+            '{"probes": {"a": "configs/probe.py", "A": "configs/probe.py"}}',
+            "'a' and 'A' differ in upper and lower",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             load_sweep(str(write_sweep(tmp_path, f'run("a") | {change}')))

@@ -148,7 +148,8 @@ def test_every_argument_does_something(name, unchecked, monkeypatch):
         few = (
             "seeds=1" if name != "seeds" and not any(word.startswith("seeds=") for word in arguments) else ""
         )
-        words = [word for word in (NEEDED.get(name), few, *arguments) if word]
+        needed = None if "quick" in arguments else NEEDED.get(name)  # quick has stores of its own
+        words = [word for word in (needed, few, *arguments) if word]
         return shown(load_sweep(f"configs/sweeps/{name}.py" + (":" + ",".join(words) if words else "")))
 
     with monkeypatch.context() as patch:
@@ -168,6 +169,25 @@ def test_every_argument_does_something(name, unchecked, monkeypatch):
         assert f"{key}={'|'.join(values)}" in text
         for value in {*values[1:]} - ({"1"} if key == "seeds" else set()):  # the default here is one seed
             assert runs(f"{key}={value}") != default, (key, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("domain_pretraining", "base=stores/a"),
+        ("domain_pretraining", "domain=stores/a"),
+        ("matched_stores", "stores=stores/a+stores/b"),
+        ("matched_stores", "probe=stores/a"),
+        ("learning_rate", "width=128"),
+        ("data_ladder", "ladder=paper"),
+        ("data_ladder", "top=45k"),
+    ],
+)
+def test_what_says_nothing_of_a_quick_sweep_is_refused_beside_it(name, word, unchecked):
+    with pytest.raises(
+        UserError, match=re.escape(f"sweep argument {word!r} says nothing of the quick variant")
+    ):
+        load_sweep(f"configs/sweeps/{name}.py:{word},quick")
 
 
 @pytest.mark.parametrize("name", FILES)

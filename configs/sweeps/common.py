@@ -60,18 +60,28 @@ _QUICK_EPOCHS = {"linear": {}} | {
 _ARGUMENTS = ("data", "ladder", "recipe", "mask")  # of the configs
 
 
-def arguments(arg, *flags, **others):
+def arguments(arg, *flags, in_full=(), **others):
     """The argument of a sweep file: quick, objective, backbone, data and seeds, as most of them take.
 
     Args:
         arg: what follows the colon of the file.
         flags: words that the file knows besides.
+        in_full: keys that say nothing of the quick variant, which refuses them.
         others: key -> allowed values, as in `parse_sweep_arg`; those of a usual key replace its own, and None leaves
             it out.
+
+    Raises:
+        UserError: from `parse_sweep_arg`; or `quick` stands beside a key that it does not take.
     """
     usual = {"objective": tuple(OBJECTIVES), "backbone": BACKBONES, "data": RUNGS, "seeds": SEEDS}
     choices = {key: values for key, values in (usual | others).items() if values is not None}
-    return parse_sweep_arg(arg, "quick", *flags, **choices)
+    parsed = parse_sweep_arg(arg, "quick", *flags, **choices)
+    for word in arg.split(",") if parsed.quick else ():
+        if word.partition("=")[0] in in_full:
+            raise UserError(
+                f"sweep argument {word!r} says nothing of the quick variant; leave it or quick out"
+            )
+    return parsed
 
 
 def settings(arg):

@@ -20,7 +20,9 @@ QUICK_RECORDS = (70, 140, 0)  # 0: all
 
 
 def sweep(arg=""):
-    arg = common.arguments(arg, data=None, ladder=("nested", "paper"), top=common.RUNGS[:0:-1])
+    arg = common.arguments(
+        arg, in_full=("ladder", "top"), data=None, ladder=("nested", "paper"), top=common.RUNGS[:0:-1]
+    )
     rungs = common.RUNGS[: common.RUNGS.index(arg.top) + 1]
     sizes = [(rung, {"data": rung, "ladder": arg.ladder}) for rung in rungs]
     if arg.quick:

@@ -28,7 +28,9 @@ RATE = 3e-4  # a tenth of the usual one: see configs/domain.py
 
 
 def sweep(arg=""):
-    arg = common.arguments(arg, data=None, base=str, domain=str, probe=str, task=str, steps=str)
+    arg = common.arguments(
+        arg, in_full=("base", "domain"), data=None, base=str, domain=str, probe=str, task=str, steps=str
+    )
     if arg.quick:
         base, domain = synthetic_store(256), SAMPLE_STORE
     else:

@@ -17,7 +17,7 @@ lacks; steps cost the same.
 12 and 8 hold the same information, and so do 6 and 2: what lies between those is what redundant leads do for training.
 The table can tell what is lost by a run that never saw the other leads. It cannot tell what a twelve-lead encoder loses
 when leads fail later (`ecg-jax robustness` does), and the recordings are those of twelve-lead machines, not of watches.
-Random initialisation sees the leads of its group; the simple ECG features beside it come of all twelve in every group.
+Random initialisation sees the leads of its group; the simple ECG features of a report come of all twelve everywhere.
 """
 
 from configs.sweeps import common

@@ -17,7 +17,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def sweep(arg=""):
-    arg = common.arguments(arg, width=("512", "128", "256", "384", "768", "1024"))
+    arg = common.arguments(arg, in_full=("width",), width=("512", "128", "256", "384", "768", "1024"))
     fields = common.settings(arg)
     if not arg.quick and arg.backbone != "net1d":  # whose width is that of its last stage
         fields["model__width"] = int(arg.width)

@@ -31,7 +31,9 @@ QUICK_RECORDS, QUICK_STEPS = 128, 12
 
 
 def sweep(arg=""):
-    arg = common.arguments(arg, data=None, stores=str, probe=str, task=str, records=str)
+    arg = common.arguments(
+        arg, in_full=("stores", "probe"), data=None, stores=str, probe=str, task=str, records=str
+    )
     records = common.number(arg, "records", QUICK_RECORDS if arg.quick else RECORDS)
     if arg.quick:
         groups = {"sample": SAMPLE_STORE, "synthetic": synthetic_store(256)}

@@ -72,15 +72,12 @@ def _made_of(study: Study) -> str:
     return text
 
 
-def _half_widths(study: Study) -> np.ndarray:
-    """Half the length of the interval of each pair of different layers."""
-    pairs = np.triu_indices(len(study.cka.debiased), 1)
-    half = (study.cka.high - study.cka.low)[pairs] / 2
-    return half[~np.isnan(half)]
-
-
-def _noise(study: Study) -> str:
-    half = _half_widths(study)
+def _noise(study: Study, pairs=None) -> str:
+    """How wide the intervals are: of some pairs (i, j), by default all; not of a layer with itself."""
+    if pairs is None:
+        pairs = itertools.combinations(range(len(study.cka.debiased)), 2)
+    half = np.array([study.cka.high[i, j] - study.cka.low[i, j] for i, j in pairs if i != j]) / 2
+    half = half[~np.isnan(half)]
     if not len(half):
         return "No pair of layers has an interval."
     return (
@@ -128,15 +125,16 @@ def _within(study: Study) -> Figure:
         (model.name, study.places(i), study.places(i), model.words, model.words)
         for i, model in enumerate(study.models)
     ]
+    cells = [pair for i in models for pair in _block(study, i, i)]
     told = [_depth_in_words(study, i) for i in models] if len(study.models) <= MOST_PANELS else []
     many = "" if told else "A bright square along the diagonal is a run of layers that change little."
     return Figure(
         "within_models",
         "Layers within each model",
-        _paragraph(_made_of(study), *told, many, _noise(study)),
+        _paragraph(_made_of(study), *told, many, _noise(study, cells)),
         f"{_LIMITS} Layers that are alike are not thereby redundant: a small change may be the one that matters.",
         _COLUMNS,
-        _rows(study, [pair for i in models for pair in _block(study, i, i)]),
+        _rows(study, cells),
         cka_pictures.panels_of(study, panels, "CKA between layers of one model"),
     )
 
@@ -168,14 +166,15 @@ def _between(study: Study) -> Figure:
         )
         for a, b in pairs
     ]
+    cells = [pair for a, b in pairs for pair in _block(study, a, b)]
     told = " ".join(_most_alike(study, a, b) for a, b in pairs)
     return Figure(
         "between_models",
         "Layers of each pair of models",
-        _paragraph(_made_of(study), told, _floor(study), _noise(study)),
+        _paragraph(_made_of(study), told, _floor(study), _noise(study, cells)),
         f"{_LIMITS} A bright cell is no sign that the two models found the same by training: {_no_floor(study)}",
         _COLUMNS,
-        _rows(study, [pair for a, b in pairs for pair in _block(study, a, b)]),
+        _rows(study, cells),
         cka_pictures.panels_of(study, panels, "CKA between layers of two models"),
     )
 
@@ -238,6 +237,7 @@ def _all_layers(study: Study) -> Figure:
 def _final(study: Study) -> Figure:
     last = [study.last(i) for i in range(len(study.models))]
     pairs = list(itertools.combinations(range(len(last)), 2))
+    cells = [(last[i], last[j]) for i in range(len(last)) for j in range(i, len(last))]
     values = np.array([study.cka.debiased[last[i], last[j]] for i, j in pairs])
     names = [model.name for model in study.models]
     words = {model.words[-1] for model in study.models}
@@ -258,10 +258,10 @@ def _final(study: Study) -> Figure:
     return Figure(
         "final_layers",
         "Last layers of the models",
-        _paragraph(_made_of(study), told, _floor(study), _noise(study)),
+        _paragraph(_made_of(study), told, _floor(study), _noise(study, cells)),
         f"{_LIMITS} {_no_floor(study).capitalize()}",
         _COLUMNS,
-        _rows(study, [(last[i], last[j]) for i in range(len(last)) for j in range(i, len(last))]),
+        _rows(study, cells),
         cka_pictures.final(study, last, names),
     )
 

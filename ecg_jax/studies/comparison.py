@@ -7,6 +7,7 @@ group a deviation of its few seeds from all seeds. The first group is the one th
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +17,12 @@ from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, metrics
 from ecg_jax.evaluation.bootstrap import Interval, hierarchical_interval, seed_deviations
 from ecg_jax.run_setup import flatten
+from ecg_jax.studies.report.rows import SAME_SCORE
 
 RANDOM_INIT = "random initialisation"
 MAJORITY = "majority guess"
+#: Array of the probe's predictions [S, n, K]: of the randomly initialised twins.
+TWINS = "probabilities_random_init_seeds"
 #: Keys of log.jsonl that are reported with their last value where they were logged.
 LOGGED = ("loss", "val_loss", "rankme", "feature_std")
 
@@ -47,6 +51,34 @@ class FinishedRun(NamedTuple):
         return self.results["pretraining_config"]["seed"]
 
 
+def contradiction(results: dict[str, Any], predictions: dict[str, np.ndarray]) -> str:
+    """The first score of a probe's results.json that is not that of its predictions.npz, in a sentence; "" for none."""
+    targets, undefined = predictions["targets"], results["bootstrap"]["undefined"]
+
+    def score(name: str) -> float:
+        return metrics.macro_auroc(targets, predictions[name], undefined)
+
+    own, baselines = score("probabilities"), results["baselines"]
+    random = float(np.mean([metrics.macro_auroc(targets, twin, undefined) for twin in predictions[TWINS]]))
+    compared = [
+        ("macro_auroc", results, own),
+        ("baselines.random_init.macro_auroc", baselines["random_init"], random),
+        ("difference_to_random_init.macro_auroc", results["difference_to_random_init"], own - random),
+    ]
+    for name in ("ecg_features", "majority"):
+        if (
+            f"probabilities_{name}" in predictions
+        ):  # of runs from before they were kept they cannot be checked
+            compared.append(
+                (f"baselines.{name}.macro_auroc", baselines[name], score(f"probabilities_{name}"))
+            )
+    for field, entry, computed in compared:
+        if not abs(computed - entry["macro_auroc"]) <= SAME_SCORE:
+            said = entry["macro_auroc"]
+            return f"the field {field} is {said:.4f}, but the predictions beside it score {computed:.4f}"
+    return ""
+
+
 def on_common_records(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     """The runs with the predictions of the records that all of them were tested on, in the order of the first run's.
 
@@ -65,8 +97,7 @@ def on_common_records(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
         tested = dict(run.predictions)
         for name in ("record_id", "patient_id", "targets", "probabilities"):
             tested[name] = tested[name][rows]
-        twins = "probabilities_random_init_seeds"
-        tested[twins] = tested[twins][:, rows]
+        tested[TWINS] = tested[TWINS][:, rows]
         cut.append(run._replace(predictions=tested))
         same = all(
             np.array_equal(tested[key], cut[0].predictions[key], equal_nan=key == "targets")
@@ -125,10 +156,7 @@ def compare(runs: Sequence[FinishedRun]) -> dict[str, Any]:
 
     ours = {run.name: macro(run.predictions["probabilities"]) for run in runs}
     # The mean over a run's twins stands beside it, as in its results.json.
-    each_twin = {
-        run.name: [macro(scores) for scores in run.predictions["probabilities_random_init_seeds"]]
-        for run in runs
-    }
+    each_twin = {run.name: [macro(scores) for scores in run.predictions[TWINS]] for run in runs}
     twins = {
         name: tuple(np.mean(values, axis=0) for values in zip(*scored, strict=True))
         for name, scored in each_twin.items()
@@ -246,8 +274,8 @@ def _last(log: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"step": log[-1]["step"] if log else None}
     for name in LOGGED:
         keys = (name, f"val_{name}")
-        values = [entry[key] for key in keys for entry in reversed(log) if key in entry]
-        found[name] = values[0] if values else None
+        values = [entry[key] for key in keys for entry in reversed(log) if entry.get(key) is not None]
+        found[name] = values[0] if values and math.isfinite(values[0]) else None  # JSON has no other numbers
     return found
 
 

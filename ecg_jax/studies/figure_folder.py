@@ -3,11 +3,14 @@ report` reads.
 
 A folder holds NAME.png, NAME.svg and NAME.csv of each figure, NAME.csv of each table, the numbers of the study
 (scaling.json, ...), and `figures.json`, which says of each figure what it shows, what it does not show, and what it was
-made of. That is removed before anything else is written and comes last: a folder that has it is whole.
+made of. That is removed before anything else is written and comes last: a folder that has it is whole. From before the
+first file until then a hidden marker says whose the files are.
 """
 
+import contextlib
 import csv
 import dataclasses
+import datetime
 import io
 import json
 import re
@@ -18,18 +21,31 @@ from typing import Any
 
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation.drawing import to_svg
-from ecg_jax.files import write_atomic
+from ecg_jax.files import read_object, write_atomic
+from ecg_jax.studies.report.read import check_fields
 
 INDEX = "figures.json"
 #: One cell of a figure's data; None and NaN are empty.
 Value = str | int | float | bool | None
 _DPI = 150
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-# Of one figure; and of all files of a study that was cut short, with the notes of a sweep on its studies.
 _OF_FIGURE = (".png", ".svg", ".csv")
-_OF_STUDY = (*_OF_FIGURE, ".json", ".md")
+# In a folder whose study is being written, or was cut short.
+_UNFINISHED = ".unfinished"
+# A sweep's, on its studies.
+_NOTES = ("made_of.json", "failed.json")
 # A cell may name hundreds of runs, which csv takes for damage.
 _LONGEST_CELL = 2**30
+# Of the index, of each figure in it, and of what `about` may hold.
+_INDEX_FIELDS = {"kind": str, "about": dict, "figures": list}
+_ENTRY_FIELDS = {"name": str, "title": str, "shows": str, "does_not_show": str, "picture": bool}
+_ABOUT_FIELDS = {
+    "command": (list, str), "runs": list, "versions": dict, "device": (str, type(None)), "date": str, "study": str
+}  # fmt: skip
+# Suffix of a picture -> what is in its first bytes; an SVG is as wide as it says.
+_HEAD_BYTES = 4096
+SVG_WIDTH = re.compile(rb'<svg[^>]*? width="(\d+(?:\.\d+)?)pt"')
+_HEADS = {".png": re.compile(rb"\A\x89PNG\r\n\x1a\n"), ".svg": SVG_WIDTH}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +91,8 @@ def check_folder(folder: str | Path, kind: str, study: str | None = None) -> Non
     """Refuses an --output that is not for the figures of this study; nothing is written.
 
     Args:
-        folder: it may be missing, empty, or hold the figures of an earlier study of the same kind.
+        folder: it may be missing, empty, or hold the figures of an earlier study of the same kind, or what one that
+            was cut short has left.
         kind: as `write_figures` has it.
         study: `about["study"]` of a kind that has several.
 
@@ -83,21 +100,28 @@ def check_folder(folder: str | Path, kind: str, study: str | None = None) -> Non
         UserError: it is a file, or holds the figures of another study, or something else than figures.
     """
     folder = Path(folder)
-    if not folder.exists():
+    try:
+        folder.stat()
+    except FileNotFoundError:
         return
+    except OSError as error:
+        raise UserError(
+            f"cannot write into --output={folder}: {error.strerror}; name another folder"
+        ) from error
     if not folder.is_dir():
         raise UserError(f"--output={folder} is a file; name a folder")
     if not (folder / INDEX).exists():
-        for path in _visible(folder):
-            if path.is_dir() or path.suffix not in _OF_STUDY:
-                raise UserError(
-                    f"--output={folder} holds something else than figures ({path.name}); name another folder"
-                )
+        others = [path.name for path in _visible(folder) if path.name not in _NOTES]
+        if others and not (folder / _UNFINISHED).exists():
+            raise UserError(
+                f"--output={folder} holds something else than figures, or a study that was cut short ({others[0]}); "
+                "name another folder"
+            )
         return
     before = _index_of(folder)
     if before is None:
         raise UserError(
-            f"{folder / INDEX} is damaged; remove it, or name another folder than --output={folder}"
+            f"{folder / INDEX} is damaged; remove {folder}, or name another folder than --output={folder}"
         )
     if (before["kind"], before["about"].get("study")) != (kind, study):
         raise UserError(f"--output={folder} holds the figures of another study; choose another folder")
@@ -134,9 +158,9 @@ def _index_of(folder: Path) -> dict[str, Any] | None:
         index = json.loads((folder / INDEX).read_text())
         names = [entry["name"] for entry in index["figures"]]
         known = isinstance(index["kind"], str) and isinstance(index["about"], dict)
+        return index if known and all(map(_NAME.fullmatch, names)) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return index if known and all(map(_NAME.fullmatch, names)) else None
 
 
 def write_figures(
@@ -191,12 +215,15 @@ def write_figures(
     old = [f"{entry['name']}{suffix}" for entry in before["figures"] for suffix in _OF_FIGURE]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / _UNFINISHED).touch()
         for name in (INDEX, *old):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from error
     for name, data in content.items():
         write_atomic(folder / name, data)
+    with contextlib.suppress(OSError):  # which would say nothing beside an index
+        (folder / _UNFINISHED).unlink()
     return [folder / name for name in content]
 
 
@@ -216,13 +243,27 @@ def data_csv(columns: Sequence[str], rows: Sequence[Sequence[Value]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _from_csv(path: Path) -> list[list[str]]:
+def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a CSV file, as text.
+
+    Raises:
+        UserError: it is missing, no CSV, empty, or has rows of different lengths.
+    """
     before = csv.field_size_limit(_LONGEST_CELL)
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.reader(file))
+            columns, *rows = csv.reader(file)
+    except (OSError, ValueError, csv.Error) as error:
+        raise _damaged(path) from error
     finally:
         csv.field_size_limit(before)
+    if not columns or any(len(row) != len(columns) or "\0" in "".join(row) for row in (columns, *rows)):
+        raise _damaged(path)
+    return columns, rows
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is missing or damaged; run the command that wrote it again")
 
 
 def read_figures(folder: str | Path) -> FigureFolder:
@@ -233,19 +274,48 @@ def read_figures(folder: str | Path) -> FigureFolder:
     """
     folder = Path(folder)
     path = folder / INDEX
+    if not path.is_file():
+        raise _damaged(path)
+    index = read_object(path)
+    check_fields(path, index, _INDEX_FIELDS)
+    about, entries = index["about"], index["figures"]
+    check_fields(path, about, {name: kind for name, kind in _ABOUT_FIELDS.items() if name in about}, "about")
+    for i, entry in enumerate(entries):
+        check_fields(path, entry, _ENTRY_FIELDS, f"figures[{i}]")
+    names = [entry["name"] for entry in entries]
+    lists = [about[name] for name in ("command", "runs") if name in about]
+    if (
+        not names
+        or len(set(names)) < len(names)
+        or not all(map(_NAME.fullmatch, (index["kind"], *names)))
+        or not all(isinstance(each, str) for listed in lists for each in listed)
+        or ("date" in about and not _is_moment(about["date"]))
+    ):
+        raise _damaged(path)
+    figures = []
+    for entry in entries:
+        columns, rows = read_csv(folder / f"{entry['name']}.csv")
+        picture = folder / f"{entry['name']}.png" if entry["picture"] else None
+        for suffix, head in _HEADS.items() if picture else ():
+            _check_head(picture.with_suffix(suffix), head)
+        texts = (entry[field] for field in ("name", "title", "shows", "does_not_show"))
+        figures.append(Figure(*texts, columns, rows, picture))
+    return FigureFolder(folder, index["kind"], about, tuple(figures))
+
+
+def _is_moment(text: str) -> bool:
+    """Whether a date says a time and its zone."""
     try:
-        index = json.loads(path.read_text())
-        figures = []
-        for entry in index["figures"]:
-            path = folder / f"{entry['name']}.csv"
-            columns, *rows = _from_csv(path)
-            picture = folder / f"{entry['name']}.png"
-            if entry["picture"]:
-                path = picture
-                path.stat()
-                path.with_suffix(".svg").stat()
-            texts = (entry[field] for field in ("name", "title", "shows", "does_not_show"))
-            figures.append(Figure(*texts, columns, rows, picture if entry["picture"] else None))
-        return FigureFolder(folder, index["kind"], index["about"], tuple(figures))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged; run the command that wrote {folder} again") from error
+        return datetime.datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _check_head(path: Path, head: re.Pattern[bytes]) -> None:
+    try:
+        with path.open("rb") as file:
+            known = head.search(file.read(_HEAD_BYTES))
+    except OSError as error:
+        raise _damaged(path) from error
+    if not known:
+        raise _damaged(path)

@@ -76,11 +76,14 @@ def axis_of(run: StudyRun, axis: str) -> float | None:
 
 
 def loss_curves(found: Sequence[Family], quantity: str, note: Callable[[str], None]) -> list[Curve]:
-    """The validation losses of every family; what is left out is noted."""
+    """The validation losses of every family, of runs whose last one is known; what is left out is noted."""
     curves = []
     for family in found:
         runs, values = [], []
         for run in family.runs:
+            if run.val_loss is None:
+                note(f"{run.name} is left out of the losses: its validation loss at its end is not known")
+                continue
             value = run.val_loss if quantity == LOSS else run.best_val_loss
             if value is None or not value > 0 or not np.isfinite(value):
                 note(f"{run.name} is left out of the losses: its validation loss is {value}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from ecg_jax.config_flags import load_config, with_argument
 from ecg_jax.errors import UserError
+from ecg_jax.models.encoder import BACKBONES
 from ecg_jax.run_setup import CONFIGS, flatten
 from ecg_jax.studies.power_law import rungs_of
 from ecg_jax.studies.study_runs import StudyRun
@@ -79,7 +80,8 @@ def families(runs: Sequence[StudyRun]) -> list[Family]:
 
 def _fields(run: StudyRun) -> dict[str, Any]:
     """What makes it another run than others: fields from after its time at their defaults, as it had them."""
-    declared = _declared(run.objective, run.backbone) if run.objective in CONFIGS else {}
+    shipped = run.objective in CONFIGS and run.backbone in BACKBONES
+    declared = _declared(run.objective, run.backbone) if shipped else {}
     fields = {
         name: _hashable(value)
         for name, value in (declared | flatten(run.config)).items()
@@ -156,7 +158,7 @@ def _moves_on(rungs: Sequence[int], values: Sequence[Any]) -> bool:
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def _shown(name: str, value: Any, run: StudyRun) -> Any:

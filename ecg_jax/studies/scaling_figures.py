@@ -83,14 +83,14 @@ def log_axes(axes, sizes: Sequence[float] = ()) -> None:
 
 
 def curves_figure(fits: Sequence[Fitted], looks) -> Figure | None:
-    """The curves of one kind over one axis, a panel for each objective; None without any place.
+    """The curves of one kind over one axis, a panel for each objective; None without runs of two sizes.
 
     Args:
         fits: of one kind, see `scaling_fits.by_kind`.
         looks: of `drawing.looks_of` for the short labels of all families.
     """
     fits = [fit for fit in fits if fit.x is not None]
-    if not fits:
+    if all(fit.curve.n_rungs < 2 for fit in fits):
         return None
     objectives = list(dict.fromkeys(fit.curve.family.objective for fit in fits))
     figure, grid = panels(len(objectives))
@@ -118,8 +118,9 @@ def curves_figure(fits: Sequence[Fitted], looks) -> Figure | None:
     first = fits[0]
     if first.curve.quantity == ERROR:  # errors compare between objectives, losses do not
         ends = np.array([axes.get_ylim() for axes in grid])
+        top = ends[:, 1].max()
         for axes in grid:
-            axes.set_ylim(ends[:, 0].min(), ends[:, 1].max())
+            axes.set_ylim(ends[:, 0].min(), min(top, 1.0) if first.curve.metric == "macro_auroc" else top)
     used = {short_label(fit.curve.family): looks[short_label(fit.curve.family)] for fit in fits}
     extra = [
         {"color": GREY, "linestyle": "-", "label": "fitted, with 95 % band"},

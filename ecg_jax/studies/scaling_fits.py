@@ -65,15 +65,20 @@ class Fitted:
         return None
 
     @property
-    def verdict(self) -> str:
-        """What the points say, in a sentence."""
+    def identified(self) -> str:
+        """What the points say of the parameters, form by form until one is determined."""
         if not self.forms:
             return self.remark
         law = self.forms[self.described].law
         text = law.reason or "identifiable"
-        if not law.identifiable and self.drawn:
-            text += f"; without offset: {self.forms[self.drawn].law.reason or 'identifiable'}"
-        return f"{self.described}: {text}" + (f"; {self.remark}" if self.remark else "")
+        if not law.identifiable and self.described != WITHOUT:
+            text += f"; without offset: {self.forms[WITHOUT].law.reason or 'identifiable'}"
+        return f"{self.described}: {text}"
+
+    @property
+    def verdict(self) -> str:
+        """What the points say, in a sentence."""
+        return f"{self.identified}; {self.remark}" if self.forms and self.remark else self.identified
 
 
 def fit_curve(

@@ -24,7 +24,9 @@ def training_figure(families: Sequence[Family]) -> Figure | None:
     from matplotlib.lines import Line2D
 
     logged = [
-        family for family in families if any("val_loss" in entry for run in family.runs for entry in run.log)
+        family
+        for family in families
+        if any(entry.get("val_loss") is not None for run in family.runs for entry in run.log)
     ]
     if not logged:
         return None
@@ -67,7 +69,7 @@ def training_figure(families: Sequence[Family]) -> Figure | None:
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=6, frameon=False, fontsize=8)
     several = [run for run in runs if sum(entry.get("val_loss") is not None for entry in run.log) > 1]
-    falling = sum(run.val_loss <= run.best_val_loss for run in several)
+    falling = sum(run.val_loss is not None and run.val_loss <= run.best_val_loss for run in several)
     told = (
         f"Runs that measured it more than once: {len(several)}, and in {falling} of them the last value is the "
         "lowest, so that it might have gone on falling."
@@ -94,6 +96,7 @@ def exponents_figure(fits: Sequence[Fitted]) -> Figure:
     Errors of single tasks have none where there is a mean over tasks of their mode and metric; they are in the table.
     """
     kinds = by_kind([fit for fit in fits if fit.axis == "recordings" and fit.curve.quantity != BEST_LOSS])
+    kinds = {key: own for key, own in kinds.items() if any(fit.curve.n_rungs > 1 for fit in own)}
     means = {key[2:4] for key in kinds if key[4] == MEAN}
     drawn = [own for key, own in kinds.items() if key[4] in ("", MEAN) or key[2:4] not in means]
     fits = [fit for own in drawn for fit in own]

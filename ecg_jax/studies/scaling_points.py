@@ -14,6 +14,9 @@ import numpy as np
 from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap
 from ecg_jax.evaluation.scoring import score
+from ecg_jax.json_fields import whole, wrong_field
+from ecg_jax.studies.report.read import RESULTS
+from ecg_jax.studies.report.rows import SAME_SCORE
 from ecg_jax.studies.scaling_curves import (
     AXES,
     BEST_LOSS,
@@ -137,6 +140,8 @@ def _tasks(found: Sequence[Family], tasks, modes, note) -> list[_Task]:
 
 def _way(probe: StudyProbe) -> tuple:
     """How a task was probed."""
+    if wrong := wrong_field(probe.results["config"], {"seed": whole(0)}, "config."):
+        raise UserError(f"{probe.folder / RESULTS} is damaged: {wrong}; run its probe again")
     settings = tuple((name, str(value)) for name, value in sorted(probe.settings.items()))
     return probe.trained_on, probe.tested_on, probe.results["config"]["seed"], settings
 
@@ -214,14 +219,24 @@ def _draws(tasks: Sequence[_Task], resamples: int) -> dict[str, tuple[dict[str, 
 
 
 def _resampled(probe: StudyProbe, drawn: np.ndarray) -> np.ndarray:
-    """Errors [R] on resamples, from counts [n, R]."""
+    """Errors [R] on resamples, from counts [n, R].
+
+    Raises:
+        UserError: the predictions do not score what results.json says.
+    """
     arrays = probe.predictions("targets", "probabilities")
     scored = (
         bootstrap.bootstrap_auroc(arrays["targets"], arrays["probabilities"], drawn)
         if probe.metric == "macro_auroc"
         else score(_SCORED[probe.metric], arrays["targets"], arrays["probabilities"], drawn)
     )
-    _, macro, _ = scored.macros(probe.results["bootstrap"]["undefined"])
+    computed, macro, _ = scored.macros(probe.results["bootstrap"]["undefined"])
+    said = 1 - probe.error if probe.metric == "macro_auroc" else probe.error
+    if not np.isclose(computed, said, rtol=0, atol=SAME_SCORE, equal_nan=True):
+        raise UserError(
+            f"{probe.folder / RESULTS}: the field {probe.metric} is {said:.4f}, but the predictions beside it score "
+            f"{computed:.4f}; run its `ecg-jax probe` command again"
+        )
     return 1 - macro if probe.metric == "macro_auroc" else macro
 
 

@@ -60,9 +60,11 @@ def in_short(fits: Sequence[Fitted]) -> list[str]:
         names = ", ".join(fit.curve.family.label.removeprefix(f"{objective} ") for fit in own)
         each = ", ".join(f"{value.point:.3g} ({value.low:.3g} to {value.high:.3g})" for value in b)
         said.append(f"Exponents b of {objective} ({names}): {each}")
-    if missing := [fit for fit in fits if fit.drawn is None]:
-        names = ", ".join(fit.curve.family.label for fit in missing)
-        said.append(f"No curve is determined for {names} ({missing[0].verdict})")
+    missing: dict[str, list[str]] = {}
+    for fit in fits:
+        if fit.drawn is None:
+            missing.setdefault(fit.identified, []).append(fit.curve.family.label)
+    said += [f"No curve is determined for {', '.join(names)} ({why})" for why, names in missing.items()]
     plain = [fit.curve.family.label for fit in drawn if fit.drawn != fit.described]
     if plain:
         said.append(f"Drawn without offset, as three parameters are not identifiable: {', '.join(plain)}")

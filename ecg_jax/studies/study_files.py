@@ -7,6 +7,7 @@ and probes say of it.
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +18,58 @@ from ecg_jax.data.selection import SELECTION_NAME, Selection, read_selection
 from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.errors import UserError
 from ecg_jax.files import read_object
+from ecg_jax.json_fields import (
+    ANY_TEXT,
+    FLAG,
+    OBJECT,
+    TEXT,
+    Kind,
+    list_of,
+    number,
+    object_of,
+    or_null,
+    whole,
+    wrong_field,
+)
 from ecg_jax.run_setup import IMPORT_NAME
 from ecg_jax.run_starts import Damaged, cost_of, read_starts
 from ecg_jax.studies.flops import training_flops
 from ecg_jax.studies.report.kinds import SWEEP, is_run
+from ecg_jax.studies.report.read import RESULTS
 from ecg_jax.studies.study_probes import StudyProbe, probed_run
-from ecg_jax.sweep_folder import read_status, spent
+from ecg_jax.sweep_folder import STATUS, read_status, spent
 from ecg_jax.training.checkpoint import finished_steps
-from ecg_jax.training.metric_writers import read_log, read_warnings
+from ecg_jax.training.metric_writers import LOG_NAME, read_log, read_warnings
 
 FINISHED = "finished"
 _CONFIG = "config.json"
+
+_ADVICE = "is it a run's config?"
+_SIZE = whole(1)
+# What studies read of a config.
+_FIELDS: dict[str, Kind] = {
+    "objective.name": TEXT, "model.backbone": TEXT, "seed": whole(0), "batch_size": _SIZE,
+    "epochs": number(0, above=True), "steps": or_null(whole(0)), "data": OBJECT,
+}  # fmt: skip
+# Fields that one objective or backbone has, or that came with a later version.
+_FURTHER: dict[str, Kind] = {
+    "store": or_null(ANY_TEXT), "init.checkpoint": ANY_TEXT, "data.targets": ANY_TEXT,
+    **dict.fromkeys(("store_fingerprint", "selection_fingerprint", "targets_fingerprint"), or_null(TEXT)),
+    "data.max_records": whole(0), "data.rung": TEXT,
+    "data.window_s": number(0, 1e6, above=True), "data.rate_hz": number(0, 1e6, above=True),
+    **{f"model.{name}": _SIZE for name in ("width", "layers", "ff_width", "heads", "kernel", "group_width", "l_max")},
+    "model.filters": list_of(_SIZE), "model.blocks": list_of(_SIZE), "model.bidirectional": FLAG,
+    "objective.steps_ahead": _SIZE, "objective.top_k": _SIZE, "objective.idle_logits": whole(0),
+    "origin": or_null(OBJECT),
+}  # fmt: skip
+# Of the run that a run begins with, see `run_origin.describe_run`.
+_ORIGIN: dict[str, Kind] = {
+    "store": or_null(TEXT), "store_fingerprint": or_null(TEXT), "selection_fingerprint": or_null(TEXT),
+    "step": whole(0), "window_samples": _SIZE, "origin": or_null(OBJECT),
+}  # fmt: skip
+# What status.json says of a run from before starts were noted, as `sweep_run` writes it.
+_DEVICE = Kind("a number x a kind", lambda value: bool(re.fullmatch(r"[1-9]\d{0,8} x .+", str(value))))
+_STATUS: dict[str, Kind] = {"versions": object_of(TEXT), "device": or_null(_DEVICE)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +93,8 @@ class StudyRun:
         device_hours: seconds times devices over all attempts, in hours; None unless every attempt was measured.
         devices, device_kind: of the last attempt.
         log: the logged steps.
-        val_loss, best_val_loss: the last and the lowest logged one.
+        val_loss: at the last step; of a run that is not finished the last one logged. None where it is not known.
+        best_val_loss: the lowest one logged.
         warnings: (step, sentence) of what looked like a collapse.
         fingerprints: "store", "selection", and "validation" (of the held-out recordings); None where unknown.
         versions: of packages, by name.
@@ -127,19 +170,20 @@ def read_run(place: Place) -> StudyRun:
     source = folder / _CONFIG if begun else place.of_sweep.parent / SWEEP
     selection = read_selection(folder / SELECTION_NAME) if (folder / SELECTION_NAME).exists() else None
     log = read_log(folder)
+    _check(source, config, "" if begun else f"runs.{place.of_sweep.name}.config.")
+    objective, backbone = config["objective"]["name"], config["model"]["backbone"]
+    batch, epochs, steps = config["batch_size"], config["epochs"], config["steps"] or None
     try:
-        objective, backbone = config["objective"]["name"], config["model"]["backbone"]
-        seed, batch, data = config["seed"], config["batch_size"], config["data"]
-        epochs, steps = config["epochs"], config["steps"] or None
-        rung = _rung(data, selection)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{source} is damaged: it lacks the field {error}; is it a run's config?") from error
+        rung = _rung(config["data"], selection)
+    except KeyError as error:
+        raise UserError(f"{source} is damaged: it lacks the field data.{error.args[0]}; {_ADVICE}") from error
     recordings = None if selection is None else len(selection.train)
     if steps is None and recordings is not None:
         steps = math.ceil(epochs * recordings / batch)
     # The last checkpoint may have been removed to save space, and a log may be gone: either says how far it came.
     step = max([*finished_steps(folder)[-1:], *(entry["step"] for entry in log[-1:])], default=None)
-    losses = [entry["val_loss"] for entry in log if entry.get("val_loss") is not None]
+    state = _state(folder, step, steps, begun)
+    val_loss, best_val_loss, no_loss = _losses(log, step if state == FINISHED else None)
     windows = None if step is None else step * batch
     cost, no_cost = _flops(config)
     attempts, unknown_attempts = _attempts(place)
@@ -151,7 +195,7 @@ def read_run(place: Place) -> StudyRun:
         config=config,
         objective=objective,
         backbone=backbone,
-        seed=seed,
+        seed=config["seed"],
         recordings=recordings,
         rung=rung,
         step=step,
@@ -159,8 +203,8 @@ def read_run(place: Place) -> StudyRun:
         windows=windows,
         train_flops=None if cost is None or windows is None else float(cost) * windows,
         log=log,
-        val_loss=losses[-1] if losses else None,
-        best_val_loss=min(losses, default=None),
+        val_loss=val_loss,
+        best_val_loss=best_val_loss,
         warnings=read_warnings(folder),
         fingerprints={
             "store": config.get("store_fingerprint"),
@@ -168,10 +212,36 @@ def read_run(place: Place) -> StudyRun:
             "validation": None if selection is None else _validation(selection),
         },
         synthetic=None if selection is None else any(s.corpus == SYNTHETIC for s in selection.sources),
-        state=_state(folder, step, steps, begun),
-        remarks=tuple(filter(None, (no_cost, unknown_attempts))),
+        state=state,
+        remarks=tuple(filter(None, (no_loss, no_cost, unknown_attempts))),
         **attempts,
     )
+
+
+def _check(source: Path, config: Any, where: str = "") -> None:
+    """Refuses what is no config of a run, or has a field that it cannot have."""
+    wrong = wrong_field(config, _FIELDS, where)
+    if not wrong:
+        # One codebook has a number, several have a list.
+        codes = {"objective.codes": list_of(_SIZE) if config["objective"]["name"] == "hubertpp" else _SIZE}
+        wrong = wrong_field(config, _FURTHER | codes, where, optional=True)
+    begun_with, inner = {} if wrong else config, where
+    while not wrong and (begun_with := begun_with.get("origin")) is not None:
+        inner += "origin."
+        wrong = wrong_field(begun_with, _ORIGIN, inner)
+    if wrong:
+        raise UserError(f"{source} is damaged: {wrong}; {_ADVICE}")
+
+
+def _losses(log: list[dict[str, Any]], end: int | None) -> tuple[float | None, float | None, str]:
+    """The validation loss at step `end`, or the last one logged if that is None; the lowest one; what is not known."""
+    logged = [(entry["step"], entry["val_loss"]) for entry in log if entry.get("val_loss") is not None]
+    best = min((loss for _, loss in logged if not math.isnan(loss)), default=None)
+    last = [loss for step, loss in logged if end is None or step == end]
+    if last or end is None:
+        return (last[-1] if last else None), best, ""
+    remark = f"its validation loss is not known: {LOG_NAME} has none at step {end}, where the run ends"
+    return None, best, remark
 
 
 def _state(folder: Path, step: int | None, steps: int | None, begun: bool) -> str:
@@ -194,8 +264,8 @@ def _rung(data: dict[str, Any], selection: Selection | None) -> str:
 
 def _validation(selection: Selection) -> str:
     digest = hashlib.sha256()
-    for number, source in enumerate(selection.sources):
-        rows = selection.rows_of(number)[1]
+    for i, source in enumerate(selection.sources):
+        rows = selection.rows_of(i)[1]
         if len(rows):
             digest.update(f"{source.fingerprint} {len(rows)}\n".encode() + rows.astype("<i8").tobytes())
     return digest.hexdigest()
@@ -241,13 +311,15 @@ def _attempts(place: Place) -> tuple[dict[str, Any], str]:
         }
     elif place.of_sweep is not None:  # a run from before starts were noted
         status = read_status(place.of_sweep)
+        if status is not None and (wrong := wrong_field(status, _STATUS)):
+            raise UserError(f"{place.of_sweep / STATUS} is damaged: {wrong}; remove it")
         found["seconds"] = None if remark else spent(place.of_sweep)["pretrain"]
         if status is not None:
             found |= {"parameters": status["parameters"], "versions": status["versions"]}
         if status is not None and status["device"]:
             count, _, kind = status["device"].partition(" x ")
             found |= {"devices": int(count), "device_kind": kind}
-            if found["seconds"] is not None:
+            if found["seconds"]:
                 found["device_hours"] = found["seconds"] * int(count) / 3600
     return found, remark
 
@@ -255,6 +327,8 @@ def _attempts(place: Place) -> tuple[dict[str, Any], str]:
 def without_workdir(probe: StudyProbe, name: str) -> StudyRun:
     """What a probe tells of a run that is not there (any more)."""
     config = probe.results["pretraining_config"] or {}
+    if config:
+        _check(probe.folder / RESULTS, config, "pretraining_config.")
     gone = probed_run(probe)
     return StudyRun(
         name=gone.name if gone else name,

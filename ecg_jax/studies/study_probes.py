@@ -15,9 +15,10 @@ from ecg_jax.config_flags import load_config, with_argument
 from ecg_jax.data.store import SYNTHETIC
 from ecg_jax.errors import UserError
 from ecg_jax.files import read_object
+from ecg_jax.json_fields import OBJECT, TEXT, Kind, number, one_of, or_null, whole, wrong_field
 from ecg_jax.run_setup import flatten
 from ecg_jax.studies.report.kinds import subfolders
-from ecg_jax.studies.report.read import PREDICTIONS, RESULTS
+from ecg_jax.studies.report.read import METRICS, MODES, PREDICTIONS, RESULTS
 from ecg_jax.sweep_folder import FURTHER, MADE, PROBE, read_made
 
 _SECTIONS = ("linear", "frozen", "finetune", "supervised")
@@ -26,6 +27,23 @@ _SECTIONS = ("linear", "frozen", "finetune", "supervised")
 _FREE = {
     "task", "mode", "name", "seed", "min_count", "batch_size", "features", "baseline_seeds", "near_duplicates",
     "linear.solver", "frozen.token_cache_gb",
+}  # fmt: skip
+_FIELDS: dict[str, Kind] = {
+    "task": TEXT, "metric": one_of(METRICS), "mode": one_of(MODES), "n_records": whole(1),
+    "checkpoint": or_null(OBJECT), "pretraining_config": or_null(OBJECT), "config": OBJECT,
+    "store.fingerprint": TEXT, "store.corpus": TEXT, "test_store": or_null(OBJECT),
+    "bootstrap.undefined": one_of(("exclude", "half")), "versions": OBJECT,
+}  # fmt: skip
+# Those of fields that may be null, where they are not.
+_INNER: dict[str, dict[str, Kind]] = {
+    "checkpoint": {"run": TEXT, "step": whole(0)},
+    "test_store": {"fingerprint": TEXT, "corpus": TEXT},
+}
+_SCORE = {"macro_auroc": or_null(number(0, 1)), "mae": or_null(number(0))}
+# Arrays of predictions.npz that studies read: kinds of their NumPy types, and shape for n records and K classes.
+_ARRAYS = {
+    "record_id": ("U", "n"), "patient_id": ("U", "n"), "classes": ("U", "K"),
+    "targets": ("fiu", "nK"), "probabilities": ("fiu", "nK"),
 }  # fmt: skip
 _DEPTH = 3  # folders below a probe's: of stores, of tasks
 
@@ -60,10 +78,48 @@ class StudyProbe:
         """
         path = self.folder / PREDICTIONS
         try:
+            with zipfile.ZipFile(path):
+                pass  # np.load takes other files too
             with np.load(path) as file:
-                return {name: file[name] for name in names or file.files}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path} is missing or damaged ({error}); run the probe again") from error
+                names = names or tuple(file.files)
+                wrong = next((f"it lacks the array {name}" for name in names if name not in file.files), "")
+                arrays = {} if wrong else {name: file[name] for name in names}
+        except OSError as error:
+            raise UserError(
+                f"cannot read {path}: {error.strerror or 'it is cut short'}; run the probe again"
+            ) from error
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(
+                f"{path} is damaged: it holds no arrays of numbers and text; run the probe again"
+            ) from error
+        if wrong := wrong or self._unfit(arrays):
+            raise UserError(f"{path} is damaged: {wrong}; run the probe again")
+        return arrays
+
+    def _unfit(self, arrays: dict[str, np.ndarray]) -> str:
+        """What of arrays does not fit `results`, or another one of them; "" if all do."""
+        sizes = {"n": self.results["n_records"]}
+        for name, (kinds, dims) in _ARRAYS.items():
+            if name not in arrays:
+                continue
+            array = arrays[name]
+            if array.dtype.kind not in kinds:
+                return f"its array {name} holds {'no text' if kinds == 'U' else 'no numbers'}"
+            if array.ndim == len(dims):
+                expected = tuple(
+                    sizes.setdefault(dim, size) for dim, size in zip(dims, array.shape, strict=True)
+                )
+            if array.ndim != len(dims) or array.shape != expected:
+                is_for = f"for {self.results['n_records']} records, as {RESULTS} has, and the same classes"
+                return f"its array {name} is {list(array.shape)}, which does not fit the others {is_for}"
+        if "probabilities" in arrays and not np.isfinite(arrays["probabilities"]).all():
+            return "its array probabilities holds values that are not finite"
+        if "targets" in arrays:
+            known = arrays["targets"][~np.isnan(arrays["targets"])]  # NaN: not labelled
+            sound = np.isin(known, (0, 1)) if self.metric == "macro_auroc" else np.isfinite(known)
+            if not sound.all():
+                return f"its array targets holds values that are no labels of {self.metric}"
+        return ""
 
     @property
     def trained_on(self) -> str:
@@ -145,23 +201,18 @@ def read_probe(folder: Path, name: str) -> StudyProbe:
     """
     path = folder / RESULTS
     results = read_object(path)
-    try:
-        task, metric = results["task"], results["metric"]
-        value = results[metric]
-        probed = results["checkpoint"]
-        for store in (results["store"], results["test_store"] or results["store"]):
-            store["fingerprint"], store["corpus"]
-        results["bootstrap"]["undefined"], results["config"].items()
-        error = math.nan if value is None else 1 - value if metric == "macro_auroc" else value
-        step = None if probed is None else probed["step"]
-        mode = results["mode"]
-        if folder.name == task and name != PROBE:
-            name = name.removesuffix(task).rstrip("/") or folder.parent.name
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} lacks the field {error}; run its probe again with this version of ecg_jax"
-        ) from error
-    return StudyProbe(folder, name, task, mode, metric, float(error), step, results)
+    wrong = wrong_field(results, _FIELDS)
+    for outer, fields in _INNER.items():
+        if not wrong and results[outer] is not None:
+            wrong = wrong_field(results[outer], fields, f"{outer}.")
+    if wrong := wrong or wrong_field(results, {results["metric"]: _SCORE[results["metric"]]}):
+        raise UserError(f"{path} is damaged: {wrong}; run its probe again with this version of ecg_jax")
+    task, metric, probed = results["task"], results["metric"], results["checkpoint"]
+    value, step = results[metric], None if probed is None else probed["step"]
+    error = math.nan if value is None else 1 - value if metric == "macro_auroc" else value
+    if folder.name == task and name != PROBE:
+        name = name.removesuffix(task).rstrip("/") or folder.parent.name
+    return StudyProbe(folder, name, task, results["mode"], metric, float(error), step, results)
 
 
 def probed_run(probe: StudyProbe) -> Path | None:

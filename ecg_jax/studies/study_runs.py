@@ -7,6 +7,7 @@ from typing import Any
 
 from ecg_jax.errors import UserError
 from ecg_jax.files import read_object
+from ecg_jax.json_fields import OBJECT, TEXT, object_of, wrong_field
 from ecg_jax.studies.report.kinds import SWEEP, is_run, subfolders
 from ecg_jax.studies.report.read import PREDICTIONS, RESULTS
 from ecg_jax.studies.study_files import Place, StudyRun, read_run, without_workdir
@@ -30,8 +31,17 @@ def find_runs(folders: Sequence[str | Path]) -> list[StudyRun]:
         Runs in the order of the folders, then by name; those that are not finished too.
 
     Raises:
-        UserError: nothing is found, or a file is damaged; names it.
+        UserError: nothing is found, or a file or folder is damaged or cannot be read; names it.
     """
+    try:
+        return _find_runs(folders)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename}: {error.strerror}; a study reads all runs and probes in the folders given"
+        ) from error
+
+
+def _find_runs(folders: Sequence[str | Path]) -> list[StudyRun]:
     if not folders:
         raise UserError("no folder is given; name the folder of a sweep, or of runs")
     places: dict[Path, tuple[Place, Path]] = {}
@@ -124,10 +134,12 @@ def _declared(sweep: Path) -> dict[str, Any]:
     """The runs of a sweep as it was begun."""
     path = sweep / SWEEP
     declared = read_object(path)
-    try:
-        return {name: (run["group"], run["config"]["seed"]) and run for name, run in declared["runs"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged; run the sweep again, which writes it") from error
+    wrong = wrong_field(declared, {"runs": object_of(OBJECT)})
+    for name, run in {} if wrong else declared["runs"].items():
+        wrong = wrong or wrong_field(run, {"group": TEXT, "config": OBJECT}, f"runs.{name}.")
+    if wrong:
+        raise UserError(f"{path} is damaged: {wrong}; run the sweep again, which writes it")
+    return declared["runs"]
 
 
 def _relative(folder: Path, given: Path) -> str:

@@ -303,7 +303,7 @@ class Checkpoints:
 
     def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         path = self._path(step)
-        if step not in finished_steps(self._workdir):
+        if step not in _finished_steps(self._workdir):
             raise OSError(f"its {_FINISHED} is missing")
         if mismatch := describe_mismatch(stored_shapes(path), flat_shapes(wanted)):
             raise UserError(f"checkpoint {path} does not fit the config: {mismatch}")
@@ -401,8 +401,10 @@ def resolve_checkpoint(checkpoint: str | Path, step: int | None = None) -> tuple
         if path.name == CHECKPOINTS:
             path = path.parent
     if not (path / CHECKPOINTS).is_dir():
+        of_sweep = path / "run"
+        hint = f"; that of the sweep's run is {of_sweep}" if (of_sweep / CHECKPOINTS).is_dir() else ""
         raise UserError(
-            f"checkpoint {checkpoint}: there is no run at {path} (its folder would hold `{CHECKPOINTS}/`)"
+            f"checkpoint {checkpoint}: there is no run at {path} (its folder would hold `{CHECKPOINTS}/`){hint}"
         )
     steps = finished_steps(path)
     if not steps:
@@ -413,8 +415,20 @@ def resolve_checkpoint(checkpoint: str | Path, step: int | None = None) -> tuple
 
 
 def finished_steps(run: Path) -> list[int]:
-    """Steps of the finished checkpoints of a run, ascending; [] when there is none."""
-    if not (run / CHECKPOINTS).is_dir():
+    """Steps of the finished checkpoints of a run, ascending; [] when there is none.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        return _finished_steps(run)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or run / CHECKPOINTS}: {error.strerror}") from error
+
+
+def _finished_steps(run: Path) -> list[int]:
+    try:
+        folders = list((run / CHECKPOINTS).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    folders = (run / CHECKPOINTS).iterdir()
     return sorted(int(p.name) for p in folders if p.name.isdigit() and (p / _FINISHED).exists())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ecg_jax.errors import UserError
 from ecg_jax.files import read_jsonl, write_atomic
+from ecg_jax.json_fields import LOGGED, refusal, whole
 
 LOG_NAME = "log.jsonl"
 
@@ -132,8 +133,21 @@ class MultiWriter:
 
 
 def read_log(workdir: Path) -> list[dict]:
-    """The logged steps of log.jsonl in order, [] when there is none; errors as in `files.read_jsonl`."""
-    return [entry for entry in _read_lines(workdir) if WARNING not in entry]
+    """The logged steps of log.jsonl in order, [] when there is none.
+
+    Raises:
+        UserError: as in `files.read_jsonl`, or what was logged is no number.
+    """
+    entries, step = [entry for entry in _read_lines(workdir) if WARNING not in entry], whole(0)
+    for entry in entries:
+        for name, value in entry.items():
+            kind = step if name == "step" else LOGGED
+            if not kind.holds(value):
+                wrong = refusal(name, value, kind)
+                raise UserError(
+                    f"{workdir / LOG_NAME} is damaged: at step {entry['step']} {wrong}; was it edited?"
+                )
+    return entries
 
 
 def read_warnings(workdir: Path) -> list[tuple[int, str]]:

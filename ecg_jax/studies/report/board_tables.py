@@ -132,7 +132,7 @@ def groups_table(board: Board, study: Study) -> Table:
         f"{board.task}, {board.mode}: groups of runs and baselines from best to worst; {tested(board)}."
         f"{seeds_said(board)} Rows share a rank where the interval of the paired difference to the group's best holds "
         f"0; p is two-sided on {resamples} resamples, corrected by Holm over all comparisons of the page. Last column: "
-        f"minus the random initialisations of the same encoder, paired.{warning(board)}",
+        f"minus the random initialisations of the same encoder{_probed_as(board)}, paired.{warning(board)}",
         [
             "group", "mode", "folder", SCORES[board.scores.first.metric], "seeds", "rank",
             "difference to the best", "p", "p (Holm)", "minus random initialisation",
@@ -140,6 +140,12 @@ def groups_table(board: Board, study: Study) -> Table:
         body,
         3,
     )  # fmt: skip
+
+
+def _probed_as(board: Board) -> str:
+    """How random initialisations were probed, where that is not how the runs were."""
+    modes = {row.mode for row in board.twins}
+    return "" if modes <= {board.mode} else f" under a {' or '.join(sorted(modes))} head"
 
 
 def single_table(board: Board, study: Study) -> Table:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap
 from ecg_jax.evaluation.bootstrap import Interval, Scored
 from ecg_jax.evaluation.probe_scores import SCORED_AS, mean_of
@@ -23,16 +22,16 @@ from ecg_jax.evaluation.ranking import correct, rank_models
 from ecg_jax.evaluation.scoring import score
 from ecg_jax.run_setup import flatten
 from ecg_jax.studies.report.load import Result
-from ecg_jax.studies.report.read import MODES, RESULTS
+from ecg_jax.studies.report.read import MODES
 from ecg_jax.studies.report.rows import (
     ECG_FEATURES,
     MAJORITY,
     RANDOM_INIT,
-    SAME_SCORE,
     SUPERVISED,
     Entry,
     Row,
     TaskScores,
+    check_score,
 )
 from ecg_jax.studies.report.study import Member, Study
 
@@ -137,12 +136,7 @@ class _Scorer:
     def of_probe(self, result: Result) -> Scored:
         """A probe's score, checked against what it says of itself."""
         scored = self(result.predictions["probabilities"])
-        said, computed = result.results[result.metric], scored.macros(self.settings["undefined"])[0]
-        if not abs(computed - said) <= SAME_SCORE:
-            raise UserError(
-                f"{result.folder / RESULTS}: the field {result.metric} is {said:.4f}, but the predictions beside it "
-                f"score {computed:.4f}; run its `ecg-jax probe` command again."
-            )
+        check_score(result, scored, self.settings["undefined"])
         return scored
 
     def twins_of(self, result: Result) -> list[Scored]:
@@ -345,7 +339,7 @@ def _by_encoder(members: Sequence[Member], what: str) -> list[tuple[str, list[Me
             if len({json.dumps(config[name]) if name in config else None for config in configs}) > 1
         ]
         config = _encoder_of(own[0])
-        told = ", ".join(f"{name}={config[name]}" for name in differ if name in config)
+        told = ", ".join(f"{name}={config[name] or 'all'}" for name in differ if name in config)
         if len(alike) > 1 and (not told or len(differ) > 2):
             told = f"as in {own[0].row}"
         named.append((f"{what} of {backbone}" + (f" ({told})" if told else ""), own))

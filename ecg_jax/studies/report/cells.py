@@ -62,6 +62,8 @@ class Table:
     """Rows above which a line is drawn."""
     bad_columns: Sequence[int] = field(default_factory=tuple)
     """Columns whose heads are a warning."""
+    most: int | None = None
+    """So many rows stand on the page, all in the files; None for all."""
 
 
 def number(value: float | None, digits: int = 3, sign: bool = False) -> str:

@@ -71,8 +71,11 @@ def made_up(run: StudyRun) -> str:
 
 def shorten(text: str, folders: Sequence[Path]) -> str:
     """A sentence whose whole paths are written as by `shown_path`."""
-    for top in (folder.resolve() for folder in folders):
-        text = re.sub(rf"(?<![\w./-]){re.escape(str(top))}(?![\w-])", top.name, text)
+    for folder in folders:
+        # Runs note paths as their commands were given them, which may be relative.
+        for top in {str(folder), str(folder.resolve())}:
+            if "/" in top:
+                text = re.sub(rf"(?<![\w./-]){re.escape(top)}(?![\w-])", folder.resolve().name, text)
     return text
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ecg_jax.studies.report.study import Study, sweep_of
 from ecg_jax.studies.study_runs import StudyRun
 from ecg_jax.sweep_folder import read_status
 
-_LONGEST = 200  # rows of a folder's table on the page; its CSV has all
+_LONGEST = 200  # rows of a folder's table on the page
 
 
 def figure_parts(found: FigureFolder, study: Study, page: Page) -> list[Part]:
@@ -35,12 +36,12 @@ def figure_parts(found: FigureFolder, study: Study, page: Page) -> list[Part]:
         if about.get(name)
     ]
     if said:
-        name = _free_name(f"{found.kind}_about", page, parts)
+        name = page.free_name(f"{found.kind}_about")
         rows = [texts((what, shorten(words, study.folders))) for what, words in said]
         table = Table(name, f"What the figures of {where} were made of.", ["field", "value"], rows, 2)
         parts.append(Folded("What these figures were made of", [table]))
     for figure in found.figures:
-        parts += _figure(figure, found, page, parts, study)
+        parts += _figure(figure, found, page, study)
     return parts
 
 
@@ -83,29 +84,9 @@ def _ended_after(runs: Sequence[StudyRun], about: dict) -> int:
     return n
 
 
-def _free_name(name: str, page: Page, parts: Sequence[Part]) -> str:
-    """A name of files that the page, and what is to come onto it, has not."""
-    taken = {each.name for each in (*page.tables, *page.pictures, *_inside(parts))}
-    n, free = 1, name
-    while free in taken:
-        n += 1
-        free = f"{name}_{n}"
-    return free
-
-
-def _inside(parts: Sequence[Part]):
-    for part in parts:
-        if isinstance(part, Folded):
-            yield from _inside(part.parts)
-        elif not isinstance(part, str) and hasattr(part, "name"):
-            yield part
-
-
-def _figure(
-    figure: Figure, found: FigureFolder, page: Page, parts: Sequence[Part], study: Study
-) -> list[Part]:
+def _figure(figure: Figure, found: FigureFolder, page: Page, study: Study) -> list[Part]:
     """A figure or table of a folder, as it was drawn there."""
-    name = _free_name(f"{found.kind}_{figure.name}", page, parts)
+    name = page.free_name(f"{found.kind}_{figure.name}")
     heading = f"<h3>{escape(figure.title)}</h3>"
     words = {"shows": figure.shows, "does_not_show": figure.does_not_show}
     if figure.picture is not None:
@@ -113,9 +94,10 @@ def _figure(
             suffix: figure.picture.with_suffix(suffix).read_bytes() for suffix in (".png", ".svg", ".csv")
         }
         return [heading, of_files(name, files, alt=f"{figure.title}.", caption=figure.title, **words)]
-    cut = figure.rows[:_LONGEST]
-    more = f" The first {len(cut)} of {len(figure.rows)} rows." if len(cut) < len(figure.rows) else ""
-    rows = run_tables.figure_rows(name, f"{figure.title}.{more}", figure.columns, cut)
+    n = len(figure.rows)
+    more = f" The first {_LONGEST} of {n} rows; its files have all." if n > _LONGEST else ""
+    table = run_tables.figure_rows(name, f"{figure.title}.{more}", figure.columns, figure.rows)
+    rows = replace(table, most=_LONGEST)
     return [
         heading,
         shortened(rows, study.folders),

@@ -38,6 +38,11 @@ def looks_of(scores: dict[str, TaskScores]) -> Looks:
     return looks_of_names([row.label for row in probes]) | looks_of_names(list(models))
 
 
+def looks_by_place(task: TaskScores) -> Looks:
+    """Colour and marker of every probe of one task, the best ones apart from each other."""
+    return looks_of_names([entry.row.label for entry in task.ranked if entry.result is not None])
+
+
 def forest(task: TaskScores, looks: Looks) -> Picture:
     """Every class of a task with the probes side by side."""
     shown, note = _best(task, _FOREST_MODELS)
@@ -55,8 +60,10 @@ def forest(task: TaskScores, looks: Looks) -> Picture:
         rows = [[per_class[classes[k]][name] for name in (score, "ci_low", "ci_high")] for k in kept]
         return np.array(rows, dtype=np.float64)
 
-    twins = [entry for entry in task.entries.values() if entry.row.baseline == RANDOM_INIT]
+    twins = [entry for entry in task.ranked if entry.row.baseline == RANDOM_INIT]
     reference = twins[0].scored.per_class[kept] if twins else None
+    if len(twins) > 1:
+        note += f" Grey: {twins[0].row.label}, the best of {len(twins)} random initialisations."
     intervals = {entry.row.label: values(entry) for entry in shown}
     figure = report_plots.class_forest(
         [classes[k] for k in kept],
@@ -67,7 +74,7 @@ def forest(task: TaskScores, looks: Looks) -> Picture:
         "MAE" if regression else "AUROC",
         None if regression else 0.5,
         task.first.results["bootstrap"]["level"],
-        twins[0].row.label if twins else "",
+        "the best random initialisation" if len(twins) > 1 else twins[0].row.label if twins else "",
     )
     what = "mean absolute error" if regression else "AUROC"
     each = "target" if regression else "class"
@@ -94,8 +101,8 @@ def forest(task: TaskScores, looks: Looks) -> Picture:
     )
     few = sum(bool(n[k] < FEW_POSITIVES) for k in kept)
     thin = (
-        f" {few} of the classes have fewer than {FEW_POSITIVES} positive test records: their intervals are too "
-        "narrow to be believed."
+        f" {few} of the classes have fewer than {FEW_POSITIVES} positive test records: resamples of so few hold too "
+        "little of what other records would show, and their intervals are not to be believed."
         if few and not regression
         else ""
     )

@@ -128,8 +128,8 @@ def load(workdirs: Sequence[str | Path]) -> Collection:
             found += read_curves(folder, robustness, efficiency)
         if not found:
             raise UserError(
-                f"{workdir} holds no {RESULTS}, nor does a folder in it; give the folder of a "
-                f"finished `ecg-jax probe`, or {OTHERS}."
+                f"{workdir} holds no {RESULTS}, nor does a folder in it, and deeper ones are not looked at; give the "
+                f"folder of a finished `ecg-jax probe`, or {OTHERS}."
             )
     if not results:
         raise UserError(

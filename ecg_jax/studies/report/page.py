@@ -97,7 +97,7 @@ def table_html(table: Table, links: str = "", fold: bool = True) -> str:
         for i, name in enumerate(table.head)
     ]
     lines += [f"<tr>{''.join(heads)}</tr>", "</thead>", "<tbody>"]
-    for i, row in enumerate(table.rows):
+    for i, row in enumerate(table.rows[: table.most]):
         cells = [f'<th scope="row"{_cell(row[0], False)}</th>']
         cells += [
             f"<td{_cell(cell, k >= table.text_columns)}</td>" for k, cell in enumerate(row[1:], start=1)
@@ -214,10 +214,21 @@ class Page:
         self.pictures: list[Picture] = []
         self._top: list[str] = []
         self._sections: list[tuple[str, str, list[str]]] = []
+        self._promised: set[str] = set()
 
     def top(self, *parts: str) -> None:
         """Adds HTML above the table of contents."""
         self._top += parts
+
+    def free_name(self, name: str) -> str:
+        """A name of files, this one or with a number, that nothing on the page has; from now on it is taken."""
+        taken = {each.name for each in (*self.tables, *self.pictures)} | self._promised
+        n, free = 1, name
+        while free in taken:
+            n += 1
+            free = f"{name}_{n}"
+        self._promised.add(free)
+        return free
 
     def section(self, name: str, heading: str, parts: Iterable[Part]) -> None:
         """Adds a section of HTML, tables, pictures, recordings, and such behind a line."""

@@ -1,12 +1,11 @@
 """Pictures of a report: an image for the page, the same as files, its data, and what it says and does not say."""
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ecg_jax.evaluation.drawing import to_svg
-from ecg_jax.studies.figure_folder import Value, data_csv
+from ecg_jax.studies.figure_folder import SVG_WIDTH, Value, data_csv
 
 _DPI = 150
 # A larger SVG goes onto the page as PNG, where that is smaller.
@@ -68,7 +67,7 @@ def drawn(
 
 def of_files(name: str, files: Mapping[str, bytes], **words: str) -> Picture:
     """A picture of files that are there: the page shows the SVG, or the PNG where that is much smaller."""
-    points = float(re.search(rb'<svg[^>]*? width="([\d.]+)pt"', files[".svg"])[1])
+    points = float(SVG_WIDTH.search(files[".svg"])[1])
     large = len(files[".svg"]) > _LARGE_SVG and len(files[".png"]) < len(files[".svg"])
     kind = "png" if large else "svg+xml"
     return Picture(

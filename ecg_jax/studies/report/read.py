@@ -1,5 +1,6 @@
 """Reads the files that a report is made of, and refuses what is damaged, of another version or edited."""
 
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -42,11 +43,16 @@ _OF_KIND = {
 }  # fmt: skip
 _OF_KIND["binary"] = _OF_KIND["multilabel"]
 _TRIPLE = {"point": _NUMBER, "low": _NUMBER, "high": _NUMBER}
-_ARRAYS = ("record_id", "patient_id", "row", "targets", "probabilities", "classes")
+# Names of an interval's ends, where an entry has all of them.
+_ENDS = {("ci_low", "ci_high"): _INTERVAL, ("low", "high"): _TRIPLE}
+# Array -> kinds of its dtype; the others are predictions.
+_ARRAYS = {
+    "record_id": "U", "patient_id": "U", "row": "iu", "targets": "fiub", "probabilities": "f", "classes": "U"
+}  # fmt: skip
 
 
-def _check_fields(path: Path, entry: Any, fields: dict[str, Any], where: str = "") -> None:
-    """Raises UserError naming the first field that is missing or of another type."""
+def check_fields(path: Path, entry: Any, fields: dict[str, Any], where: str = "") -> None:
+    """Raises UserError naming the first field that is missing, of another type, not finite, or half an interval."""
     if not isinstance(entry, dict):
         raise UserError(f"{path}: the field {where or 'of the file'} is not an object; was the file edited?")
     prefix = f"{where}." if where else ""
@@ -56,10 +62,20 @@ def _check_fields(path: Path, entry: Any, fields: dict[str, Any], where: str = "
                 f"{path} lacks the field {prefix}{name}; write it again with this version of ecg_jax."
             )
         value = entry[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
+        wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        if wrong or (isinstance(value, float) and not math.isfinite(value)):
             raise UserError(
                 f"{path}: the field {prefix}{name} is {value!r}, which it cannot be; was it edited?"
             )
+    for names, both in _ENDS.items():
+        if both.keys() <= fields.keys():
+            # A point may lie outside: intervals are of resamples.
+            low, high = (entry[name] for name in names)
+            if (low is None) != (high is None) or (low is not None and low > high):
+                named = " and ".join(f"{prefix}{name}" for name in names)
+                raise UserError(
+                    f"{path}: the fields {named} are {low} and {high}, which is no interval; was it edited?"
+                )
 
 
 def read_result(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -70,36 +86,38 @@ def read_result(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     path = folder / RESULTS
     results = read_object(path)
-    _check_fields(path, results, _FIELDS)
+    check_fields(path, results, _FIELDS)
     for name, known in (("mode", MODES), ("kind", tuple(_OF_KIND)), ("metric", METRICS)):
         _check_known(path, name, results[name], known)
     metric = results["metric"]
     if metric != ("mae" if results["kind"] == "regression" else "macro_auroc"):
         raise UserError(f"{path}: the fields kind and metric do not fit ({results['kind']}, {metric}).")
-    _check_fields(path, results, {metric: (int, float)})
-    _check_fields(path, results["bootstrap"], _BOOTSTRAP, "bootstrap")
+    check_fields(path, results, {metric: (int, float)})
+    check_fields(path, results["bootstrap"], _BOOTSTRAP, "bootstrap")
     _check_known(path, "bootstrap.unit", results["bootstrap"]["unit"], tuple(UNITS))
-    _check_fields(path, results["store"], _STORE, "store")
+    check_fields(path, results["store"], _STORE, "store")
     if results["test_store"] is not None:
-        _check_fields(path, results["test_store"], _STORE, "test_store")
-    _check_fields(path, results["split"], _FINGERPRINT, "split")
+        check_fields(path, results["test_store"], _STORE, "test_store")
+    check_fields(path, results["split"], _FINGERPRINT, "split")
     if results["leakage"] is not None:
         _check_leakage(path, results["leakage"])
     for name, entry in results["metrics"].items():
-        _check_fields(path, entry, _TRIPLE, f"metrics.{name}")
+        check_fields(path, entry, _TRIPLE, f"metrics.{name}")
     for name, entry in results["per_class"].items():
-        _check_fields(path, entry, _CLASS | _OF_KIND[results["kind"]], f"per_class.{name}")
+        check_fields(path, entry, _CLASS | _OF_KIND[results["kind"]], f"per_class.{name}")
     for name, entry in results["baselines"].items():
         if entry is not None:
-            _check_fields(path, entry, {metric: (int, float), **_INTERVAL}, f"baselines.{name}")
+            check_fields(path, entry, {metric: (int, float), **_INTERVAL}, f"baselines.{name}")
         if name == "random_init" and entry is not None:
-            _check_fields(path, entry, {"mode": _TEXT}, "baselines.random_init")
+            check_fields(path, entry, {"mode": _TEXT}, "baselines.random_init")
             _check_known(path, "baselines.random_init.mode", entry["mode"], MODES)
-            _check_fields(path, entry, {"seeds": _LIST}, "baselines.random_init")
+            check_fields(path, entry, {"seeds": _LIST}, "baselines.random_init")
             for i, seed in enumerate(entry["seeds"]):
-                _check_fields(path, seed, {"seed": _WHOLE}, f"baselines.random_init.seeds[{i}]")
+                check_fields(path, seed, {"seed": _WHOLE}, f"baselines.random_init.seeds[{i}]")
     if results["layers"] is not None:
-        _check_fields(path, results["layers"], {"chosen": _TEXT, "validation": _DICT}, "layers")
+        check_fields(path, results["layers"], {"chosen": _TEXT, "validation": _DICT}, "layers")
+        of_layer = results["layers"]["validation"]
+        check_fields(path, of_layer, dict.fromkeys(of_layer, _NUMBER), "layers.validation")
     return results, _read_predictions(folder / PREDICTIONS, results)
 
 
@@ -111,13 +129,13 @@ def _check_known(path: Path, name: str, value: str, known: Sequence[str]) -> Non
 def _check_leakage(path: Path, verdict: dict[str, Any]) -> None:
     count = (int, type(None))
     fields = {"verdict": _TEXT, "near_identical_train_test": count, "pretraining": (dict, type(None))}
-    _check_fields(path, verdict, fields, "leakage")
+    check_fields(path, verdict, fields, "leakage")
     if "clean" not in verdict or not isinstance(verdict["clean"], bool):
         raise UserError(f"{path}: the field leakage.clean must be true or false; probe again.")
     if verdict["pretraining"] is not None:
-        _check_fields(path, verdict["pretraining"], {"near_identical_test": count}, "leakage.pretraining")
+        check_fields(path, verdict["pretraining"], {"near_identical_test": count}, "leakage.pretraining")
     if "pretraining_problem" in verdict:
-        _check_fields(path, verdict, {"pretraining_problem": (str, type(None))}, "leakage")
+        check_fields(path, verdict, {"pretraining_problem": (str, type(None))}, "leakage")
     if "examined" in verdict:
         examined = verdict["examined"]
         names = ("identical", "near_identical", "pretraining")
@@ -141,7 +159,7 @@ def _read_predictions(path: Path, results: dict[str, Any]) -> dict[str, np.ndarr
         raise UserError(
             f"{path} is damaged and cannot be read; run its `ecg-jax probe` command again."
         ) from error
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); run its `ecg-jax probe` command again.") from error
     for name in _ARRAYS:
         if name not in arrays:
@@ -152,6 +170,11 @@ def _read_predictions(path: Path, results: dict[str, Any]) -> dict[str, np.ndarr
     for name, array in arrays.items():
         if name.startswith("val_"):
             continue
+        if array.dtype.kind not in (_ARRAYS[name] if name in _ARRAYS else _ARRAYS["probabilities"]):
+            raise UserError(
+                f"{path}: the array {name} is of {array.dtype}, which it cannot be; run its `ecg-jax probe` command "
+                "again."
+            )
         expected = shapes[name]
         if array.shape != expected and not (name.endswith("_seeds") and array.shape[1:] == expected):
             raise UserError(
@@ -183,21 +206,21 @@ def read_robustness(path: Path) -> dict[str, Any]:
         "probe": _DICT,
         "bootstrap": _DICT,
     }
-    _check_fields(path, content, fields)
+    check_fields(path, content, fields)
     _check_known(path, "metric", content["metric"], METRICS)
-    _check_fields(path, content["probe"], {"model": _TEXT, "mode": _TEXT}, "probe")
+    check_fields(path, content["probe"], {"model": _TEXT, "mode": _TEXT}, "probe")
     _check_resampling(path, content["bootstrap"])
-    _check_fields(path, content["clean"], _TRIPLE, "clean")
+    check_fields(path, content["clean"], _TRIPLE, "clean")
     _check_filled(path, "families", content["families"])
     for i, family in enumerate(content["families"]):
         where = f"families[{i}]"
-        _check_fields(path, family, {"family": _TEXT, "unit": (str, type(None)), "conditions": _LIST}, where)
+        check_fields(path, family, {"family": _TEXT, "unit": (str, type(None)), "conditions": _LIST}, where)
         _check_filled(path, f"{where}.conditions", family["conditions"])
         for j, condition in enumerate(family["conditions"]):
             inner = f"{where}.conditions[{j}]"
-            _check_fields(path, condition, {"label": _TEXT, "value": _NUMBER, **_TRIPLE}, inner)
-            _check_fields(path, condition, {"difference": _DICT}, inner)
-            _check_fields(path, condition["difference"], _TRIPLE, f"{inner}.difference")
+            check_fields(path, condition, {"label": _TEXT, "value": _NUMBER, **_TRIPLE}, inner)
+            check_fields(path, condition, {"difference": _DICT}, inner)
+            check_fields(path, condition["difference"], _TRIPLE, f"{inner}.difference")
             if "padded" not in condition or not isinstance(condition["padded"], bool):
                 raise UserError(f"{path}: the field {inner}.padded must be true or false; write it again.")
     return content
@@ -218,7 +241,7 @@ def read_efficiency(path: Path) -> dict[str, Any]:
         "saving": _DICT,
         "bootstrap": _DICT,
     }
-    _check_fields(path, content, fields)
+    check_fields(path, content, fields)
     _check_known(path, "metric", content["metric"], METRICS)
     _check_resampling(path, content["bootstrap"])
     _check_filled(path, "sizes", content["sizes"])
@@ -228,7 +251,7 @@ def read_efficiency(path: Path) -> dict[str, Any]:
     for name, model in content["models"].items():
         where = f"models.{name}"
         of_size = dict.fromkeys(("scores", "mean", "low", "high"), _LIST)
-        _check_fields(path, model, of_size | {"fit": (dict, type(None))}, where)
+        check_fields(path, model, of_size | {"fit": (dict, type(None))}, where)
         for field in of_size:
             if len(model[field]) != len(content["sizes"]):
                 raise UserError(
@@ -238,13 +261,15 @@ def read_efficiency(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path}: {where}.scores must hold the scores of at least one seed for every size."
             )
-        numbers = [value for field in ("mean", "low", "high") for value in model[field]]
-        if not all(isinstance(v, _NUMBER) for v in (*numbers, *(v for of in model["scores"] for v in of))):
-            raise UserError(f"{path}: {where} holds scores that are no numbers; was it edited?")
+        for size, *triple in zip(content["sizes"], model["mean"], model["low"], model["high"], strict=True):
+            check_fields(path, dict(zip(_TRIPLE, triple, strict=True)), _TRIPLE, f"{where} of size {size}")
+        for size, scores in zip(content["sizes"], model["scores"], strict=True):
+            of_seed = {f"scores[{i}]": value for i, value in enumerate(scores)}
+            check_fields(path, of_seed, dict.fromkeys(of_seed, _NUMBER), f"{where} of size {size}")
         if model["fit"] is not None:
-            _check_fields(path, model["fit"], dict.fromkeys(("C", "a", "L0"), (int, float)), f"{where}.fit")
+            check_fields(path, model["fit"], dict.fromkeys(("C", "a", "L0"), (int, float)), f"{where}.fit")
     for name, others in content["saving"].items():
-        _check_fields(
+        check_fields(
             path, others, dict.fromkeys(others, _DICT) if isinstance(others, dict) else {}, f"saving.{name}"
         )
         for other, entry in others.items():
@@ -253,16 +278,16 @@ def read_efficiency(path: Path) -> dict[str, Any]:
                 _check_known(path, where, each, tuple(content["models"]))
             if "undefined" in entry:
                 continue
-            _check_fields(path, entry, {"by_size": _LIST}, where)
+            check_fields(path, entry, {"by_size": _LIST}, where)
             for i, size in enumerate(entry["by_size"]):
                 factor = dict.fromkeys(("factor", "low", "high", "least", "most"), _NUMBER)
                 factor |= dict.fromkeys(("factor_open", "low_open", "high_open"), (str, type(None)))
-                _check_fields(path, size, {"size": (int, float), **factor}, f"{where}.by_size[{i}]")
+                check_fields(path, size, {"size": (int, float), **factor}, f"{where}.by_size[{i}]")
     return content
 
 
 def _check_resampling(path: Path, settings: dict[str, Any]) -> None:
-    _check_fields(path, settings, {"unit": _TEXT, "level": float}, "bootstrap")
+    check_fields(path, settings, {"unit": _TEXT, "level": float}, "bootstrap")
     _check_known(path, "bootstrap.unit", settings["unit"], tuple(UNITS))
 
 

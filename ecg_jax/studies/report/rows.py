@@ -113,6 +113,24 @@ _ARRAY_OF = {
 }
 
 
+def check_score(result: Result, scored: Scored, undefined: str) -> None:
+    """Refuses a probe whose results.json says another score than its predictions have.
+
+    Raises:
+        UserError: of all classes together or of one.
+    """
+    metric = SCORED_AS[result.metric]
+    said = {result.metric: result.results[result.metric]}
+    said |= {f"per_class.{name}.{metric}": of[metric] for name, of in result.results["per_class"].items()}
+    computed = (scored.macros(undefined)[0], *scored.per_class)
+    for (field, value), own in zip(said.items(), computed, strict=True):
+        if not (np.isnan(own) if value is None else abs(own - value) <= SAME_SCORE):
+            raise UserError(
+                f"{result.folder / RESULTS}: the field {field} is {'null' if value is None else f'{value:.4f}'}, but "
+                f"the predictions beside it score {own:.4f}; run its `ecg-jax probe` command again."
+            )
+
+
 def check_baselines(collection: Collection) -> None:
     """Refuses a report without the baselines of every task.
 
@@ -297,11 +315,6 @@ def _score(results: Sequence[Result], entries: Sequence[Entry]) -> list[Rank]:
             [score(SCORED_AS[first.metric], targets, array, counts, left_out) for array in entry.predictions]
         )
         if entry.result is not None:
-            computed, _, _ = entry.scored.macros(settings["undefined"])
-            if not abs(computed - entry.point) <= SAME_SCORE:
-                raise UserError(
-                    f"{entry.result.folder / RESULTS}: the field {first.metric} is {entry.point:.4f}, but the "
-                    f"predictions beside it score {computed:.4f}; run its `ecg-jax probe` command again."
-                )
+            check_score(entry.result, entry.scored, settings["undefined"])
     scored = {entry.row.label: entry.scored for entry in entries}
     return rank_models(scored, settings["undefined"], settings["level"], settings["interval"])

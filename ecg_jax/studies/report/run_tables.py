@@ -28,6 +28,7 @@ def scaled(value: float | None) -> str:
     """ "1.23e15" as people write it: 1.23 P."""
     if value is None:
         return DASH
+    value = float(f"{value:.3g}")  # 999.6 G are 1 T
     for factor, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= factor:
             return f"{value / factor:.3g} {letter}"
@@ -282,7 +283,11 @@ def _differing(
 def sweep_table(lines: Sequence[Sequence[str]], name: str, folder: str) -> Table:
     """results.csv as the sweep wrote it."""
     head, *rows = lines
-    return Table(name, f"results.csv of {folder}, as the sweep wrote it.", head, [texts(r) for r in rows], 1)
+    caption = (
+        f"results.csv of {folder} as the sweep wrote it, numbers rounded. Its parameters are those of the encoder "
+        "alone, without what an objective adds."
+    )
+    return figure_rows(name, caption, head, rows)
 
 
 def figure_rows(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -1,7 +1,5 @@
 """What the report of a study is made of: its runs with their probes, what its sweeps say, its commands' figures."""
 
-import csv
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from ecg_jax.errors import UserError
-from ecg_jax.studies.figure_folder import INDEX, FigureFolder, read_figures
+from ecg_jax.files import read_object
+from ecg_jax.studies.figure_folder import INDEX, FigureFolder, read_csv, read_figures
 from ecg_jax.studies.report import load, rows
 from ecg_jax.studies.report.kinds import SWEEP, is_run, is_study, subfolders
 from ecg_jax.studies.report.load import SAME_PREDICTIONS, Collection, Curves, Result
-from ecg_jax.studies.report.read import RESULTS, read_result
+from ecg_jax.studies.report.read import RESULTS, check_fields, read_result
 from ecg_jax.studies.study_runs import StudyRun, find_runs
 from ecg_jax.sweep_folder import FURTHER, PROBE, is_made, read_status, spent
 
@@ -53,6 +52,14 @@ class SweepFolder:
     """Of results.csv, its head first; [] where it is not there."""
     runs: dict[str, dict[str, Any]]
     """Its runs as they are declared, by the names of their folders."""
+
+    def missing(self, finished: Sequence[StudyRun]) -> list[str]:
+        """Names of finished runs of its own that `lines` lacks, as when they were finished after it was written."""
+        sweeps = [(run.folder.parent, sweep_of(run)) for run in finished if run.folder]
+        own = [folder.name for folder, of in sweeps if of and of.resolve() == self.folder.resolve()]
+        there = {cell for line in self.lines for cell in line}
+        probed = [name for name in own if name in self.runs and self.runs[name]["probe"] is not None]
+        return [name for name in probed if self.lines and name not in there]
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,9 @@ def gather(folders: Sequence[str | Path]) -> Study:
         for path in (folder, *subfolders(folder))
         if (path / SWEEP).is_file()
     ]
-    declared = {sweep.folder.resolve(): sweep.runs for sweep in sweeps}
+    # A run may be of a sweep that was not given itself.
+    of_runs = dict.fromkeys(sweep.resolve() for run in runs if (sweep := sweep_of(run)) is not None)
+    declared = {sweep: _declared(sweep)["runs"] for sweep in of_runs}
     states = {run.name: _state(run, declared) for run in runs}
     return Study(folders, runs, states, members, collection, sweeps, figures)
 
@@ -276,7 +285,8 @@ def _state(run: StudyRun, declared: dict[Path, dict[str, dict[str, Any]]]) -> Ru
         return RunState("finished" if run.finished or known else run.state, "", None)
     folder, state = run.folder.parent, run.state
     status, probing = read_status(folder), spent(folder)["probe"]
-    if run.finished and (left := _lacking(folder, declared[sweep.resolve()][folder.name])):
+    own = declared[sweep.resolve()]
+    if run.finished and folder.name in own and (left := _lacking(folder, own[folder.name])):
         state = f"lacks the probe{'s' if len(left) > 1 else ''} {', '.join(left)}"
     if status is None or status["state"] == "finished":
         # Finished, unless results were removed, or probes asked for, since.
@@ -294,18 +304,28 @@ def _lacking(folder: Path, declared: dict[str, Any]) -> list[str]:
 
 
 def _sweep(folder: Path) -> SweepFolder:
-    try:
-        content = json.loads((folder / SWEEP).read_text())
-        file, runs = content["sweep"], content["runs"]
-        note = ""
-        if (folder / RESULTS).is_file():
-            note = json.loads((folder / RESULTS).read_text())["note"]
-        lines = []
-        if (folder / "results.csv").is_file():
-            with open(folder / "results.csv", newline="", encoding="utf-8") as text:
-                lines = list(csv.reader(text))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} holds a damaged sweep ({error}); run its `ecg-jax sweep` again."
-        ) from error
-    return SweepFolder(folder, file, note, lines, runs)
+    declared, note, lines = _declared(folder), "", []
+    if (path := folder / RESULTS).is_file():
+        results = read_object(path)
+        check_fields(path, results, {"note": str})
+        note = results["note"]
+    if (path := folder / "results.csv").is_file():
+        head, rows = read_csv(path)
+        lines = [head, *rows]
+    return SweepFolder(folder, declared["sweep"], note, lines, declared["runs"])
+
+
+def _declared(folder: Path) -> dict[str, Any]:
+    """The sweep.json of a sweep's folder.
+
+    Raises:
+        UserError: it cannot be read, or lacks a field.
+    """
+    path = folder / SWEEP
+    content = read_object(path)
+    check_fields(path, content, {"sweep": str, "runs": dict})
+    for name, run in content["runs"].items():
+        check_fields(path, run, {"probe": (dict, type(None))}, f"runs.{name}")
+        if "probes" in run:  # older files have none
+            check_fields(path, run, {"probes": dict}, f"runs.{name}")
+    return content

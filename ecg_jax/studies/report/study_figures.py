@@ -152,7 +152,7 @@ def forest(board: Board, looks: Looks) -> Picture:
     left_out = len(board.scores.entries) - len(ranked)
     metric = SCORES[board.scores.first.metric]
     names = [_two_lines(entry.row.model) for entry in ranked]
-    row_inch = 0.3 if any("\n" in name for name in names) and len(names) < 20 else 0.2
+    row_inch = 0.3 if any("\n" in name for name in names) else 0.2
     figure = new_figure(7.4, 1.2 + row_inch * len(ranked) + 0.2 * -(-(len(looks) + 2) // 3))
     axes = figure.subplots()
     rows, used = [], {}
@@ -188,6 +188,7 @@ def forest(board: Board, looks: Looks) -> Picture:
     if not board.regression:
         extra.append({"color": GREY, "linestyle": "--", "linewidth": 1, "label": "chance"})
     add_legend(figure, used, extra, columns=3)
+    repeated = any(len(board.members_of(entry.row)) > 1 for entry in ranked)
     best, tied = ranked[0], sum(entry.rank.rank == 1 for entry in board.scores.entries.values())
     others = " No other row ties with it."
     if tied > 1:
@@ -198,7 +199,7 @@ def forest(board: Board, looks: Looks) -> Picture:
         f"figure_ranks_{board.name}",
         alt=f"{metric} of {len(ranked)} groups and baselines on {board.task} in mode {board.mode}, with intervals.",
         caption=f"{board.task}, {board.mode}: {tested(board)}, in the order of ranks, which stand in brackets; "
-        f"colours are objectives, rings single seeds.{cut}",
+        f"colours are objectives{', rings single seeds' if repeated else ''}.{cut}",
         shows=f"Which groups score best: {best.row.model} with {number(best.point)} "
         f"[{number(best.low)}, {number(best.high)}].{others}",
         does_not_show="Differences: rows are tested on the same records, so that overlapping bars can differ and the "

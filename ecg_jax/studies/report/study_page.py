@@ -48,9 +48,10 @@ def build(
         *_missing(study, boards),
         *([verdict(tasks)] if tasks else []),
         paragraph(
-            "Every number can be followed to the disk: folders are written from the folder given to the report on, "
-            "tables of probes name the one whose `results.json` holds the number, and each table and figure links to "
-            "its data.",
+            "Every number can be followed to the disk: folders are written from the folder given to the report on. "
+            "Tables of probes name the one whose `results.json` holds the score of a run; baselines, ranks and "
+            "differences are computed for this page from the `predictions.npz` beside it. Each table and figure links "
+            "to its data.",
             "about",
         ),
     )
@@ -125,6 +126,15 @@ def _missing(study: Study, boards: Sequence[Board]) -> list[str]:
         names = ", ".join(run.name for run in behind[:5])
         more = f" and {len(behind) - 5} more" if len(behind) > 5 else ""
         lines.append(f"{len(behind)} of {count(len(runs), 'run')} are not finished: {names}{more}.")
+    if warned := [run.name for run in runs if run.warnings]:
+        names = ", ".join(warned[:5]) + (f" and {len(warned) - 5} more" if len(warned) > 5 else "")
+        lines.append(f"{count(len(warned), 'run')} warned of a collapse while training: {names}.")
+    for sweep in study.sweeps:
+        if stale := sweep.missing(study.finished):
+            lines.append(
+                f"results.csv of {shown_path(sweep.folder, study.folders)} lacks {count(len(stale), 'finished run')}, "
+                f"as {stale[0]}: run its `ecg-jax sweep` with `--collect`."
+            )
     if runs and not boards:
         lines.append("No probe is among the folders: nothing here says how good the features are.")
     elif without := [run for run in runs if run.objective and not run.probes]:
@@ -243,10 +253,10 @@ def _classes(boards: Sequence[Board]) -> list[Part]:
     parts: list[Part] = []
     for board in boards:
         scores = board.scores
-        looks = figures.looks_of({scores.task: scores})
+        looks = figures.looks_by_place(scores)
         inside: list[Part] = [board_tables.class_table(board)]
         # Predictions are those of single runs: a mean over seeds is not what any of them said.
-        own = figures.looks_of({scores.task: board.runs})
+        own = figures.looks_by_place(board.runs)
         inside.append(
             figures.regression(board.runs) if board.regression else figures.calibration(board.runs, own)
         )
