@@ -117,6 +117,7 @@ def scaling(
             "level": 0.95,
             "resamples": resamples,
             "left_out": notes,
+            "remarks": list(scaling_fits.remarks_on(of_recordings)),
             "published": {"exponents_of_the_loss": PUBLISHED, "source": PUBLISHED_IN},
             "fits": [scaling_fits.described(fit) for fit in fits],
             "correlations": [scaling_correlations.correlated(each) for each in correlated],
@@ -272,4 +273,5 @@ def summary(results: dict[str, Any]) -> str:
             ends = "no interval" if b["low"] is None else f"{b['low']:.3g} to {b['high']:.3g}"
             text = f"b = {b['point']:.3g} ({ends}) by the {fit['drawn_form']}; {text}"
         lines.append(f"  {fit['curve']}, {what}: {text}")
+    lines += [f"  note: {remark}" for remark in results["remarks"]]
     return "\n".join([f"{len(results['about']['runs'])} runs, 95 % intervals", *lines])

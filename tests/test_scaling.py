@@ -16,6 +16,7 @@ from ecg_jax.studies.scaling_correlations import PAIRS, correlations
 from ecg_jax.studies.scaling_fits import WITHOUT, Fitted, fit_curve
 from ecg_jax.studies.scaling_overviews import training_figure
 from ecg_jax.studies.scaling_points import error_curves, families, loss_curves, populations, usable
+from ecg_jax.studies.scaling_words import in_short
 from ecg_jax.studies.study_runs import find_runs
 from study_folder import write_run, write_sweep
 
@@ -150,6 +151,36 @@ def test_unfinished_runs_are_left_out_aloud(study, result, capsys):
     names = {point["run"] for fit in result["fits"] for point in fit["points"]}
     assert "jepa-250-0" not in names
     assert len(names) == 15
+
+
+def test_console_says_what_numbers_are_made_up(result):
+    notes = [line for line in scaling.summary(result).splitlines() if line.startswith("  note: ")]
+    assert any("SYNTHETIC test recordings" in line for line in notes)
+    assert any("recordings are SYNTHETIC" in line for line in notes)
+    plain = scaling.summary(result | {"remarks": []})
+    assert "note:" not in plain
+    assert "cpc s4, validation loss: b = " in plain
+
+
+def test_each_curve_that_is_not_drawn_has_its_own_reason(study):
+    """Three sizes determine no offset, of curves that are drawn without one too: that alone is no reason."""
+    curves = loss_curves(families(usable(find_runs([study[0]]))[0]), "loss", print)
+    fits = [fit_curve(curve, "recordings", hold_out=False, resamples=100) for curve in curves]
+    law = fits[0].forms[WITHOUT].law
+    lost = [law._replace(identifiable=False, reason=why) for why in ("too few", "too few", "too wild")]
+    undrawn = [
+        replace(fit, forms={form: each._replace(law=reason) for form, each in fit.forms.items()})
+        for fit, reason in zip([fits[0], fits[0], fits[0]], lost, strict=True)
+    ]
+    label = fits[0].curve.family.label
+    assert [text for text in in_short([*fits, *undrawn]) if text.startswith("No curve")] == [
+        f"No curve is determined for {label}, {label} (power law: too few)",
+        f"No curve is determined for {label} (power law: too wild)",
+    ]
+    forms = {WITHOUT: lost[2], "power law with offset": lost[0]}
+    forms = {form: fits[0].forms[WITHOUT]._replace(law=each) for form, each in forms.items()}
+    with_offset = replace(fits[0], curve=replace(fits[0].curve, quantity="error"), forms=forms)
+    assert with_offset.verdict == "power law with offset: too few; without offset: too wild"
 
 
 def test_one_value_of_the_loss_says_nothing_of_its_fall(tmp_path):

@@ -206,6 +206,15 @@ def test_probe_that_fails_is_named_and_made_by_the_same_command(study, tmp_path,
     assert not (output / "child" / "error.txt").exists()
 
 
+def test_run_that_is_not_there_lacks_no_probe(study, tmp_path):
+    """It is missing; that it is still to be probed goes without saying."""
+    output, args = copied(study, tmp_path)
+    shutil.rmtree(output / "child")
+    assert cli.main([*args, "--collect", "--no-studies"]) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert (results["missing"], results["lacking"]) == (["child"], {})
+
+
 def fails_on(mode, probe):
     def fails(config, *rest):
         if config.mode == mode:
