@@ -11,6 +11,7 @@ from ecg_jax.cli import main
 from ecg_jax.studies.cka import Cka
 from ecg_jax.studies.cka_figures import _noise
 from ecg_jax.studies.figure_folder import Figure, write_figures
+from ecg_jax.studies.report import boards
 from ecg_jax.studies.report.run_tables import scaled
 from ecg_jax.studies.report.study import gather
 from study_fixtures import write_figure_folder, write_run, write_sweep_json
@@ -83,6 +84,27 @@ def test_run_that_the_table_of_the_sweep_lacks_is_named(sweep, tmp_path):
 def test_collapse_is_warned_of_at_the_top(sweep, tmp_path):
     top = re.sub(r"<[^>]+>", "", page_of([sweep], tmp_path).split("<nav")[0])
     assert "1 run warned of a collapse while training: new." in top
+
+
+def test_random_initialisations_are_told_apart_by_what_differs(tmp_path):
+    """False is no word for all, and no leads named is."""
+    entries = {}
+    for name, leads, bidirectional in (("whole", "", False), ("two", "I,II", False), ("both", "", True)):
+        probe = SMALL["probe"] | {"encoder": name}
+        entry = write_run(tmp_path, name, probes={"probe": probe})
+        path = tmp_path / name / "run/config.json"
+        for config, at in ((json.loads(path.read_text()), path), (entry["config"], None)):
+            config["data"]["leads"], config["model"]["bidirectional"] = leads, bidirectional
+            if at:
+                at.write_text(json.dumps(config))
+        entries[name] = entry
+    (board,) = boards.make_boards(gather([write_sweep_json(tmp_path, entries)]))
+    names = {row.model for row in board.scores.entries if row.baseline == "random initialisation"}
+    assert names == {
+        "random initialisation of s4 (bidirectional=False, leads=all)",
+        "random initialisation of s4 (bidirectional=False, leads=I,II)",
+        "random initialisation of s4 (bidirectional=True, leads=all)",
+    }
 
 
 def test_units_are_chosen_after_rounding():

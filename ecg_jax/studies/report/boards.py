@@ -339,7 +339,9 @@ def _by_encoder(members: Sequence[Member], what: str) -> list[tuple[str, list[Me
             if len({json.dumps(config[name]) if name in config else None for config in configs}) > 1
         ]
         config = _encoder_of(own[0])
-        told = ", ".join(f"{name}={config[name] or 'all'}" for name in differ if name in config)
+        # Only leads may be empty, which are all.
+        shown = {name: "all" if config[name] == "" else config[name] for name in differ if name in config}
+        told = ", ".join(f"{name}={value}" for name, value in shown.items())
         if len(alike) > 1 and (not told or len(differ) > 2):
             told = f"as in {own[0].row}"
         named.append((f"{what} of {backbone}" + (f" ({told})" if told else ""), own))

@@ -180,7 +180,7 @@ def forest(board: Board, looks: Looks) -> Picture:
     axes.set_ylim(-len(ranked) + 0.4, 0.6)
     plain_axes(axes, "x")
     axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, labelsize=8)
     for text, entry in zip(axes.get_yticklabels(), ranked, strict=True):
         text.set_color(GREY if entry.row.baseline else "black")
     axes.set_xlabel(metric.rstrip(" ↑↓"), fontsize=9)
