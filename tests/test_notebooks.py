@@ -49,6 +49,22 @@ def test_there_are_four_notebooks():
     assert names == ["01_data.ipynb", "02_s4.ipynb", "03_pretrain_and_probe.ipynb", "04_scaling_study.ipynb"]
 
 
+def test_the_shipped_report_has_its_files_beside_it():
+    """Each link leads somewhere, nothing lies there that the page does not link to, and no path is of a machine."""
+    page, folder = NOTEBOOKS / "mini_study.html", NOTEBOOKS / "mini_study_tables"
+    text = page.read_text(encoding="utf-8")
+    links = {link for link in re.findall(r'href="([^"#][^"]*)"', text)}
+    assert links == {f"{folder.name}/{path.name}" for path in folder.iterdir()} - {f"{folder.name}/index.csv"}
+    assert len(links) > 80
+    assert "45 runs, 45 finished, of 5 objectives on 3 backbones" in text
+    assert "with changes" not in text, "made of a checkout as it was committed"
+    for path in (page, *folder.iterdir()):
+        found = re.search(
+            r"(?<![\w.:/\"])/(tmp|home|root|work|usr|var|Users)\b", path.read_text(encoding="utf-8")
+        )
+        assert not found, path
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 class TestAsCommitted:
     def test_is_a_notebook_that_ran_from_a_fresh_kernel(self, path):

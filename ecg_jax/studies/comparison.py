@@ -65,13 +65,12 @@ def contradiction(results: dict[str, Any], predictions: dict[str, np.ndarray]) -
         ("baselines.random_init.macro_auroc", baselines["random_init"], random),
         ("difference_to_random_init.macro_auroc", results["difference_to_random_init"], own - random),
     ]
-    for name in ("ecg_features", "majority"):
-        if (
-            f"probabilities_{name}" in predictions
-        ):  # of runs from before they were kept they cannot be checked
-            compared.append(
-                (f"baselines.{name}.macro_auroc", baselines[name], score(f"probabilities_{name}"))
-            )
+    # Runs from before these were kept have no predictions of theirs.
+    compared += [
+        (f"baselines.{name}.macro_auroc", baselines[name], score(f"probabilities_{name}"))
+        for name in ("ecg_features", "majority")
+        if f"probabilities_{name}" in predictions
+    ]
     for field, entry, computed in compared:
         if not abs(computed - entry["macro_auroc"]) <= SAME_SCORE:
             said = entry["macro_auroc"]
