@@ -17,7 +17,7 @@ from ecg_jax.errors import UserError
 from ecg_jax.evaluation import bootstrap, metrics
 from ecg_jax.evaluation.bootstrap import Interval, hierarchical_interval, seed_deviations
 from ecg_jax.run_setup import flatten
-from ecg_jax.studies.report.rows import SAME_SCORE
+from ecg_jax.studies.report.rows import disagreement
 
 RANDOM_INIT = "random initialisation"
 MAJORITY = "majority guess"
@@ -72,9 +72,8 @@ def contradiction(results: dict[str, Any], predictions: dict[str, np.ndarray]) -
         if f"probabilities_{name}" in predictions
     ]
     for field, entry, computed in compared:
-        if not abs(computed - entry["macro_auroc"]) <= SAME_SCORE:
-            said = entry["macro_auroc"]
-            return f"the field {field} is {said:.4f}, but the predictions beside it score {computed:.4f}"
+        if wrong := disagreement(field, entry["macro_auroc"], computed):
+            return wrong
     return ""
 
 

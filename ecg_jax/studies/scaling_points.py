@@ -16,7 +16,7 @@ from ecg_jax.evaluation import bootstrap
 from ecg_jax.evaluation.scoring import score
 from ecg_jax.json_fields import whole, wrong_field
 from ecg_jax.studies.report.read import RESULTS
-from ecg_jax.studies.report.rows import SAME_SCORE
+from ecg_jax.studies.report.rows import disagreement
 from ecg_jax.studies.scaling_curves import (
     AXES,
     BEST_LOSS,
@@ -232,11 +232,8 @@ def _resampled(probe: StudyProbe, drawn: np.ndarray) -> np.ndarray:
     )
     computed, macro, _ = scored.macros(probe.results["bootstrap"]["undefined"])
     said = 1 - probe.error if probe.metric == "macro_auroc" else probe.error
-    if not np.isclose(computed, said, rtol=0, atol=SAME_SCORE, equal_nan=True):
-        raise UserError(
-            f"{probe.folder / RESULTS}: the field {probe.metric} is {said:.4f}, but the predictions beside it score "
-            f"{computed:.4f}; run its `ecg-jax probe` command again"
-        )
+    if wrong := disagreement(probe.metric, said, computed):
+        raise UserError(f"{probe.folder / RESULTS}: {wrong}; run its `ecg-jax probe` command again")
     return 1 - macro if probe.metric == "macro_auroc" else macro
 
 

@@ -113,6 +113,21 @@ _ARRAY_OF = {
 }
 
 
+def disagreement(field: str, said: float | None, computed: float) -> str:
+    """What is wrong with a score of results.json that is not that of the predictions beside it; "" if nothing is.
+
+    Args:
+        field: of results.json.
+        said: its value; None, or NaN, for an undefined score.
+        computed: the score of the predictions, NaN where it is undefined.
+    """
+    value = np.nan if said is None else said
+    if np.isclose(computed, value, rtol=0, atol=SAME_SCORE, equal_nan=True):
+        return ""
+    shown = "null" if said is None else f"{said:.4f}"
+    return f"the field {field} is {shown}, but the predictions beside it score {computed:.4f}"
+
+
 def check_score(result: Result, scored: Scored, undefined: str) -> None:
     """Refuses a probe whose results.json says another score than its predictions have.
 
@@ -124,11 +139,8 @@ def check_score(result: Result, scored: Scored, undefined: str) -> None:
     said |= {f"per_class.{name}.{metric}": of[metric] for name, of in result.results["per_class"].items()}
     computed = (scored.macros(undefined)[0], *scored.per_class)
     for (field, value), own in zip(said.items(), computed, strict=True):
-        if not (np.isnan(own) if value is None else abs(own - value) <= SAME_SCORE):
-            raise UserError(
-                f"{result.folder / RESULTS}: the field {field} is {'null' if value is None else f'{value:.4f}'}, but "
-                f"the predictions beside it score {own:.4f}; run its `ecg-jax probe` command again."
-            )
+        if wrong := disagreement(field, value, own):
+            raise UserError(f"{result.folder / RESULTS}: {wrong}; run its `ecg-jax probe` command again.")
 
 
 def check_baselines(collection: Collection) -> None:
